@@ -1,0 +1,91 @@
+"""AdamW and LARS on sharded parameters (paper section 4.1 and appendix A).
+
+Both take one group, keep their whole state from the start (so that it can be saved before the first step), and do nothing in a step
+whose `found_inf` is 1: the decision stays on the device.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+LARS_MOMENTUM = 0.9
+LARS_TRUST = 0.001
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's own shard of a tensor; a tensor that is not sharded is its own."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def build_optimizer(
+    name: str, parameters: Iterable[torch.nn.Parameter], weight_decay: float, shard_group: dist.ProcessGroup | None
+) -> torch.optim.Optimizer:
+    """The optimizer that a recipe names, over the trained parameters; the step sets `lr`.
+
+    Weight decay applies to biases, norms and CLS too under AdamW, to matrices and kernels alone under LARS.
+
+    Args:
+        shard_group: the ranks over which one parameter is spread; None for one.
+    """
+    if name == "lars":
+        return Lars(parameters, weight_decay, shard_group)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=True)
+    for parameter in optimizer.param_groups[0]["params"]:
+        # The state that AdamW would make in its first step.
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=local(parameter).device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+class Lars(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017): the rate of a matrix or kernel follows |p| / |g|.
+
+    Weight decay and scaling leave parameters of one dimension out. Norms are those of the whole parameter, however it
+    is sharded: one all-reduce serves all of them.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self, parameters: Iterable[torch.nn.Parameter], weight_decay: float, shard_group: dist.ProcessGroup | None
+    ):
+        super().__init__(parameters, {"lr": 0.0, "weight_decay": weight_decay})
+        self.shard_group = shard_group
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = {"mu": torch.zeros_like(parameter)}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        group = self.param_groups[0]
+        scaled = [p for p in group["params"] if p.ndim > 1]
+        plain = [p for p in group["params"] if p.ndim <= 1]
+        weights, gradients = [local(p) for p in scaled], [local(p.grad) for p in scaled]
+        updates = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+        updates = torch._foreach_mul(updates, self._trust_ratios(weights, updates))
+        updates = [*updates, *(local(p.grad) for p in plain)]
+        for parameter, update in zip(scaled + plain, updates, strict=True):
+            self._apply(local(parameter), local(self.state[parameter]["mu"]), update, group["lr"])
+
+    def _apply(self, parameter: Tensor, mu: Tensor, update: Tensor, lr: float) -> None:
+        new_mu = LARS_MOMENTUM * mu + update
+        new_parameter = parameter - lr * new_mu
+        if self.found_inf is not None:
+            new_mu = torch.where(self.found_inf > 0, mu, new_mu)
+            new_parameter = torch.where(self.found_inf > 0, parameter, new_parameter)
+        mu.copy_(new_mu)
+        parameter.copy_(new_parameter)
+
+    def _trust_ratios(self, parameters: Sequence[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
+        squares = torch.stack(torch._foreach_norm([*parameters, *updates], 2, dtype=torch.float64)).square()
+        if self.shard_group is not None:
+            dist.all_reduce(squares, group=self.shard_group)
+        parameter_norms, update_norms = squares.sqrt().chunk(2)
+        both = (parameter_norms > 0) & (update_norms > 0)
+        ratios = torch.where(both, LARS_TRUST * parameter_norms / update_norms, 1.0)
+        return list(ratios.to(updates[0].dtype).unbind())

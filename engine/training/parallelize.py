@@ -1,0 +1,83 @@
+"""How the networks are laid over the ranks: compile, then FSDP2, then weights. Read from top to bottom."""
+
+import warnings
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from models.moco import MoCo, initial_values
+from models.norm import set_batch_norm_group
+from models.trunk import blocks
+
+Shard = Literal["full", "grad_op", "hybrid", "replicate"]
+Precision = Literal["bf16", "float32", "float64"]
+
+
+def parallelize(
+    moco: MoCo,
+    mesh: DeviceMesh,
+    group: torch.distributed.ProcessGroup,
+    *,
+    shard: Shard,
+    precision: Precision,
+    compile: bool,
+) -> None:
+    """Shard a MoCo that is still on the meta device over `mesh` ("replicate", "shard"); `materialize` fills it.
+
+    Every trunk, projector and the predictor is a root of its own, because evaluation calls the trunks alone. Trunks run in
+    bf16 under `precision: bf16`, heads always in full precision; gradients are reduced in full precision.
+
+    Args:
+        group: the ranks of the global batch, for BatchNorm.
+        shard: where a parameter rests. full, hybrid: sharded also between forward and backward; grad_op: gathered from
+            the forward to the backward pass; replicate: whole on every rank.
+    """
+    # A trunk's CLS token is a view of its tokens; FSDP warns of in-place writes to it, and there are none.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    moco.to(torch.float64 if precision == "float64" else torch.float32)
+    set_batch_norm_group(moco, group)
+    inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    outer = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    exact = MixedPrecisionPolicy()
+    if precision != "bf16":
+        inner = outer = exact
+    if mesh["replicate"].size() == 1:
+        mesh = mesh["shard"]
+
+    for encoder in (moco.base, moco.momentum):
+        # The momentum encoder must rest sharded after every forward: it never has a backward pass to do so, and its
+        # update writes shards, which weights still gathered from the last step would hide.
+        resting = encoder is moco.momentum or shard in ("full", "hybrid")
+        for block in blocks(encoder.trunk):
+            if compile:
+                block.compile(fullgraph=True)
+            fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=resting)
+        fully_shard(encoder.trunk, mesh=mesh, mp_policy=outer, reshard_after_forward=resting)
+        _shard_head(encoder.projector, mesh, exact, resting, compile)
+    _shard_head(moco.predictor, mesh, exact, shard in ("full", "hybrid"), compile)
+
+
+def _shard_head(head: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, resting: bool, compile: bool) -> None:
+    if compile:
+        head.compile(fullgraph=True)
+    fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=resting)
+
+
+@torch.no_grad()
+def materialize(moco: MoCo, device: torch.device, seed: int) -> None:
+    """Allocate this rank's shards and fill them with the initial weights of `seed`, one whole tensor at a time."""
+    moco.to_empty(device=device)
+    tensors = {**dict(moco.named_parameters()), **dict(moco.named_buffers())}
+    for name, value in initial_values(moco, seed):
+        target = tensors[name]
+        value = value.to(target.dtype)
+        if isinstance(target, DTensor):
+            # Every rank draws the same value, so each takes its shard without asking another.
+            value = distribute_tensor(value.to(device), target.device_mesh, target.placements, src_data_rank=None)
+            target.to_local().copy_(value.to_local())
+        else:
+            target.copy_(value)

@@ -1,0 +1,43 @@
+"""Learning rate and encoder momentum as pure functions of the step (paper sections 3 and 4.1; nothing is stored)."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every value that a run derives from its recipe and the number of its images.
+
+    Args:
+        base_lr: for a batch of 256; the peak is `base_lr * global_batch / 256`.
+        warmup_epochs: linear warm-up, a real number >= 0; with 0 the first step has the peak.
+        steps_per_epoch: optimizer steps in an epoch; the last partial batch is dropped.
+        momentum: m0, where the encoder momentum starts on its way to 1.
+    """
+
+    base_lr: float
+    global_batch: int
+    epochs: int
+    warmup_epochs: float
+    steps_per_epoch: int
+    momentum: float
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def peak_lr(self) -> float:
+        return self.base_lr * self.global_batch / 256
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then half a cosine to 0. `step` counts from 0."""
+        epoch = step / self.steps_per_epoch
+        if epoch < self.warmup_epochs:
+            return self.peak_lr * epoch / self.warmup_epochs
+        decay = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * decay))
+
+    def momentum_at(self, step: int) -> float:
+        """Half a cosine from m0 to 1, without warm-up. `step` counts from 0."""
+        return 1 - 0.5 * (1 + math.cos(math.pi * step / self.total_steps)) * (1 - self.momentum)

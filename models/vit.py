@@ -1,0 +1,129 @@
+"""Vision transformers as MoCo v3 builds them, on timm's VisionTransformer (paper sections 4.2 and 4.4).
+
+Shapes: V views, B images of this rank, D channels.
+"""
+
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from models.initial import seeded
+from models.norm import GlobalBatchNorm
+
+WAVELENGTH = 10_000.0  # of the slowest sine, in patches / 2 pi
+
+
+def build_vit(
+    *,
+    image_size: int,
+    patch_size: int,
+    dim: int,
+    depth: int,
+    heads: int,
+    conv_stem: bool = False,
+    freeze_patch_projection: bool = False,
+) -> VisionTransformer:
+    """A pre-norm ViT whose CLS token is the feature: [V*B, 3, H, W] -> [V*B, D].
+
+    Positions are a fixed sin-cos embedding. `freeze_patch_projection` is the paper's stability trick (section 4.1): the
+    patch projection keeps its random values, weight and bias.
+    """
+    trunk = VisionTransformer(
+        img_size=image_size,
+        patch_size=patch_size,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=heads,
+        qkv_bias=True,
+        num_classes=0,
+        global_pool="token",
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        weight_init="skip",
+        **({"embed_layer": ConvStem} if conv_stem else {}),
+    )
+    trunk.initial_values = seeded(initial_value, grid=trunk.patch_embed.grid_size)
+    trunk.pos_embed.requires_grad_(False)
+    if freeze_patch_projection:
+        trunk.patch_embed.proj.requires_grad_(False)
+    return trunk
+
+
+class ConvStem(nn.Module):
+    """Stride-2 convolutions instead of the patch projection, one for each halving that `patch_size` asks for.
+
+    Widths double up to D; BatchNorm and ReLU follow each; a 1x1 convolution ends the stem. The constructor and the
+    attributes are those that timm expects of an `embed_layer`. [V*B, 3, H, W] -> [V*B, tokens, D].
+    """
+
+    strict_img_size = True
+
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_: object):
+        super().__init__()
+        halvings = patch_size.bit_length() - 1
+        if patch_size != 2**halvings or embed_dim % 2 ** (halvings - 1):
+            raise ValueError(
+                f"a conv stem's patch size ({patch_size}) must be a power of two whose half divides dim ({embed_dim})"
+            )
+        widths = [in_chans, *(embed_dim >> (halvings - n) for n in range(1, halvings + 1))]
+        layers: list[nn.Module] = []
+        for wide_in, wide_out in zip(widths[:-1], widths[1:], strict=True):
+            convolution = nn.Conv2d(wide_in, wide_out, 3, stride=2, padding=1, bias=False)
+            layers += [convolution, GlobalBatchNorm(wide_out), nn.ReLU(inplace=True)]
+        self.proj = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
+        side = -(-img_size // patch_size)  # padding rounds every halving up
+        self.img_size, self.patch_size = (img_size, img_size), (patch_size, patch_size)
+        self.grid_size, self.num_patches = (side, side), side * side
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def sincos_position(rows: int, columns: int, dim: int) -> Tensor:
+    """Fixed 2-D sin-cos position embedding with a zero for CLS, [1, 1 + rows*columns, dim] float32.
+
+    Four quarters of the channels: sin and cos of the row, sin and cos of the column; patches count row by row.
+
+    Raises:
+        ValueError: dim is not divisible by 4.
+    """
+    if dim % 4:
+        raise ValueError(f"dim ({dim}) must be divisible by 4 for a sin-cos position embedding")
+    frequency_F = WAVELENGTH ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row_N, column_N = (c.flatten() for c in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
+    row_NF, column_NF = row_N[:, None] * frequency_F, column_N[:, None] * frequency_F
+    patches_ND = torch.cat([row_NF.sin(), row_NF.cos(), column_NF.sin(), column_NF.cos()], dim=1)
+    return torch.cat([torch.zeros(1, dim), patches_ND.float()])[None]
+
+
+def initial_value(name: str, shape: torch.Size, generator: torch.Generator, grid: tuple[int, int]) -> Tensor:
+    """A ViT parameter before training (appendix A, "ViT"), float32.
+
+    Linear layers are Xavier-uniform, where the query, key and value thirds of `qkv` count as three layers; the patch projection
+    is Xavier-uniform over its flattened patch; a conv stem keeps PyTorch's default.
+    """
+    if name == "pos_embed":
+        return sincos_position(*grid, dim=shape[-1])
+    if name == "cls_token":
+        return torch.empty(shape).normal_(0, 1e-6, generator=generator)
+    if name.startswith("patch_embed.proj.") and len(name.split(".")) == 4:
+        return _conv_stem_value(name, shape, generator)
+    if len(shape) == 1:
+        return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+    fan_out, fan_in = shape[0], shape[1:].numel()
+    if name.endswith("qkv.weight"):
+        fan_out //= 3
+    bound = (6 / (fan_out + fan_in)) ** 0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _conv_stem_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    layer, kind = int(name.split(".")[2]), name.split(".")[3]
+    if len(shape) == 4:
+        bound = shape[1:].numel() ** -0.5
+    elif layer % 3 == 0:  # the bias of the closing 1x1 convolution: fan-in D
+        bound = shape[0] ** -0.5
+    else:
+        return torch.ones(shape) if kind == "weight" else torch.zeros(shape)
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
