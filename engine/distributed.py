@@ -1,18 +1,16 @@
 """The process group's life: start, devices, mesh, agreement between ranks, end."""
 
 import os
+import signal
 import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
-from engine.recipe import UserError
 
 TIMEOUT = timedelta(minutes=30)  # a rank may index millions of images while the others wait
 ORPHAN_CHECK_SECONDS = 1.0
@@ -31,11 +29,6 @@ class World:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
-
-
-def world_size_from_environment() -> int:
-    """Number of processes that the launcher started; known before any of them talks."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -74,23 +67,36 @@ def make_mesh(world: World, shard: str, replicate: int) -> DeviceMesh:
     return init_device_mesh(world.device.type, (copies, world.size // copies), mesh_dim_names=("replicate", "shard"))
 
 
-def share(world: World, value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=world.host_group)
-    return box[0]
+class StopSignal:
+    """SIGINT or SIGTERM on any rank, known to all ranks after the same step. A second signal ends the process at once.
 
+    The ranks' answers travel while the next step runs, so nobody waits for them.
+    """
 
-@contextmanager
-def agreement(world: World):
-    """Let all ranks fail together: a UserError inside on any rank is raised on every one of them, with the same text."""
-    problem = None
-    try:
-        yield
-    except UserError as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * world.size
-    dist.all_gather_object(problems, problem, group=world.host_group)
-    first = next((p for p in problems if p is not None), None)
-    if first is not None:
-        raise UserError(first)
+    def __init__(self, world: World):
+        self.world = world
+        self.received = torch.zeros(1, dtype=torch.int32)
+        self._start()
+
+    def __enter__(self) -> "StopSignal":
+        self.previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def _receive(self, signum: int, _frame: object) -> None:
+        self.received[0] = signum
+        signal.signal(signum, signal.SIG_DFL)
+
+    def _start(self) -> None:
+        self.message = self.received.clone()
+        self.work = dist.all_reduce(self.message, dist.ReduceOp.MAX, group=self.world.host_group, async_op=True)
+
+    def agreed(self) -> int:
+        """Once a step, on every rank: the signal that some rank had received before the step began, or 0."""
+        self.work.wait()
+        signum = int(self.message)
+        self._start()
+        return signum

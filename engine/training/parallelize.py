@@ -54,16 +54,21 @@ def parallelize(
         resting = encoder is moco.momentum or shard in ("full", "hybrid")
         for block in blocks(encoder.trunk):
             if compile:
-                block.compile(fullgraph=True)
+                compile_forward(block)
             fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=resting)
         fully_shard(encoder.trunk, mesh=mesh, mp_policy=outer, reshard_after_forward=resting)
         _shard_head(encoder.projector, mesh, exact, resting, compile)
     _shard_head(moco.predictor, mesh, exact, shard in ("full", "hybrid"), compile)
 
 
+def compile_forward(module: nn.Module) -> None:
+    """Compile a module's forward into one graph, in place; FSDP's hooks stay outside of it, and names stay as they are."""
+    module.forward = torch.compile(module.forward, fullgraph=True)
+
+
 def _shard_head(head: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, resting: bool, compile: bool) -> None:
     if compile:
-        head.compile(fullgraph=True)
+        compile_forward(head)
     fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=resting)
 
 

@@ -1,0 +1,31 @@
+"""Pre-train: `torchrun ... -m engine.run RECIPE [dotted.key=value ...]`, or `python -m engine.run` for one process.
+
+The same command again resumes the run from its newest checkpoint, or says that it is finished.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from engine.front_door import enter, say_once
+from engine.recipe import check_world, load
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="engine.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path, help="a YAML file, as in recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. train.max_steps=100")
+    options = parser.parse_args(arguments)
+
+    recipe = load(options.recipe, options.overrides)
+    check_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    say_once(f"{options.recipe} -> {recipe.run.dir}: loading PyTorch")
+    from engine.training.pretrain import pretrain  # takes seconds, and a mistake in the recipe should show before
+
+    pretrain(recipe, options.recipe)
+
+
+if __name__ == "__main__":
+    enter(main)

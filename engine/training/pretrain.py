@@ -1,0 +1,292 @@
+"""Pre-training, put together: recipe -> data, networks, state -> the trainer's loop."""
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.agree import agreement
+from engine.checkpoint.load import load, newest_valid
+from engine.checkpoint.manifest import read_manifest
+from engine.checkpoint.retain import clean
+from engine.data.augment import Augment
+from engine.data.loader import Batch, eval_batches, train_batches
+from engine.data.sources import Source
+from engine.distributed import World, make_mesh, process_group
+from engine.evaluation.features import rank_slice
+from engine.evaluation.knn import check_k, knn_accuracy
+from engine.evaluation.rankme import feature_gram, rankme_from_gram
+from engine.front_door import RunFailed
+from engine.recipe import Pretrain, UserError, dump, fingerprint, loads, resume_differences, shape
+from engine.training import report
+from engine.training.health import health
+from engine.training.metrics import MetricsLog
+from engine.training.parallelize import materialize, parallelize
+from engine.training.run_directory import RunDirectory
+from engine.training.schedule import Schedule
+from engine.training.sources import Sources, open_sources
+from engine.training.step import StepOutput, TrainState, train_step
+from engine.training.trainer import Plan, Trainer
+from models.moco import MoCo
+from models.trunk import build_trunk
+
+SKIPS_IN_A_ROW = 10  # steps without update after which a run has failed
+EVALUATION_BATCH = 128  # images per forward of the monitor, whatever the number of ranks
+K = 20  # neighbours of the monitor
+PICTURED = 8  # images of which TensorBoard shows both views
+
+
+def pretrain(recipe: Pretrain, recipe_file: Path) -> None:
+    """Run a recipe to its end, from its newest checkpoint where there is one.
+
+    Raises:
+        UserError, RunFailed, Interrupted: engine.front_door turns them into words and exit codes.
+    """
+    started = time.perf_counter()
+    with process_group() as world, RunDirectory(Path(recipe.run.dir), world) as directory:
+        sources = open_sources(recipe, recipe_file, world)
+        schedule = make_schedule(recipe, len(sources.train))
+        plan = make_plan(recipe, schedule, has_monitor=has_monitor(sources))
+        report.opening(world, recipe, sources, schedule, has_monitor(sources))
+
+        clean(directory.checkpoints, world.host_group)
+        found = newest_valid(directory.checkpoints, world.host_group)
+        step = 0 if found is None else check_resume(found, recipe, sources.train, world)
+        directory.write_recipe(recipe)
+        log = MetricsLog(directory.path, step if found else -1, enabled=world.is_first)
+
+        task = Pretraining(recipe, world, sources, build_state(recipe, world, schedule))
+        if found is not None:
+            task.resume(load(found, task.state.tensors(), group=world.host_group))
+            report.resumed(world, found, step, plan)
+        trainer = Trainer(task, plan, world=world, directory=directory.path, log=log)
+        trainer.seconds["start-up"] = time.perf_counter() - started
+        trainer.run()
+        log.close()
+        report.closing(world, recipe_file, directory.path, plan, trainer.seconds)
+
+
+def make_schedule(recipe: Pretrain, images: int) -> Schedule:
+    return Schedule(
+        base_lr=recipe.optimizer.base_lr,
+        global_batch=recipe.train.global_batch_size,
+        epochs=recipe.train.epochs,
+        warmup_epochs=recipe.train.warmup_epochs,
+        steps_per_epoch=images // recipe.train.global_batch_size,
+        momentum=recipe.moco.momentum,
+    )
+
+
+def has_monitor(sources: Sources) -> bool:
+    """kNN needs labels on both sides and enough training images to be neighbours."""
+    return sources.val is not None and sources.val.labels is not None and len(sources.train) >= K
+
+
+def make_plan(recipe: Pretrain, schedule: Schedule, *, has_monitor: bool) -> Plan:
+    return Plan(
+        last_step=min(schedule.total_steps, recipe.train.max_steps or schedule.total_steps),
+        log_every=recipe.log.every_steps,
+        checkpoint_every=recipe.checkpoint.every_steps,
+        keep=recipe.checkpoint.keep,
+        evaluate_every=recipe.evaluate.knn_every_epochs * schedule.steps_per_epoch if has_monitor else 0,
+    )
+
+
+def check_resume(checkpoint: Path, recipe: Pretrain, train: Source, world: World) -> int:
+    """The step of a checkpoint that this recipe and these images may go on from.
+
+    Raises:
+        UserError: on every rank, where the run was begun with other values or other images.
+    """
+    step = 0
+    with agreement(world.host_group):
+        manifest = read_manifest(checkpoint)
+        step = manifest.step
+        begun = loads(manifest.state["recipe"], f"recipe of {checkpoint}")
+        differences = resume_differences(begun, recipe)
+        if differences:
+            raise UserError(
+                f"run.dir ({recipe.run.dir}) holds a run with other values: {', '.join(differences)}; "
+                "go on with its own, or pass another run.dir"
+            )
+        if manifest.state["data"] != train.fingerprint:
+            raise UserError(
+                f"data.root ({recipe.data.root}) must hold the images that the run in {recipe.run.dir} began with; "
+                "give it those, or pass another run.dir"
+            )
+    return step
+
+
+def build_state(recipe: Pretrain, world: World, schedule: Schedule) -> TrainState:
+    """Networks and optimizer as the recipe declares them, sharded, with their initial weights."""
+    model, parallel = recipe.model, recipe.parallel
+    make_trunk = partial(
+        build_trunk,
+        model.name,
+        image_size=model.image_size,
+        freeze_patch_projection=model.freeze_patch_projection,
+        shape=shape(model),
+    )
+    with torch.device("meta"):
+        try:
+            moco = MoCo(make_trunk, model.projector_hidden_dim, model.output_dim)
+        except ValueError as error:  # what only the network itself knows
+            raise UserError(str(error)) from error
+    mesh = make_mesh(world, parallel.shard, parallel.replicate)
+    parallelize(moco, mesh, world.group, shard=parallel.shard, precision=parallel.precision, compile=parallel.compile)
+    materialize(moco, world.device, recipe.run.seed)
+    return TrainState(
+        moco,
+        schedule,
+        optimizer=recipe.optimizer.name,
+        weight_decay=recipe.optimizer.weight_decay,
+        temperature=recipe.moco.temperature,
+        group=world.group,
+        shard_group=mesh["shard"].get_group(),
+    )
+
+
+class Pretraining:
+    """The trainer's task (engine.training.trainer.Task): MoCo v3 on the recipe's images."""
+
+    def __init__(self, recipe: Pretrain, world: World, sources: Sources, state: TrainState):
+        self.recipe, self.world, self.sources, self.state = recipe, world, sources, state
+        self.dtype = torch.float64 if recipe.parallel.precision == "float64" else torch.float32
+        self.augment = make_augment(recipe, self.dtype)
+        self.bad_images = 0  # unreadable ones on this rank since the last description
+        self.all_bad_images = 0  # on all ranks since the run began
+
+    @property
+    def step(self) -> int:
+        return self.state.step
+
+    @property
+    def images_per_step(self) -> int:
+        return self.state.schedule.global_batch
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        self.state.step = saved["step"]
+        self.all_bad_images = saved["bad_images"]
+
+    def batches(self, last_step: int) -> Iterator[Batch]:
+        return train_batches(
+            self.sources.train,
+            seed=self.recipe.run.seed,
+            global_batch_size=self.recipe.train.global_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            first_step=self.step,
+            last_step=last_step,
+            workers=self.recipe.data.workers,
+            image_size=self.recipe.model.image_size,
+            crop_min=self.recipe.augment.crop_min,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    def train_step(self, batch: Batch) -> StepOutput:
+        self.bad_images += len(batch.bad)
+        report.bad_images(batch)
+        return train_step(self.state, self.views(batch))
+
+    def views(self, batch: Batch) -> Tensor:
+        """Both augmented views [2B, 3, H, W] of a batch, on the device."""
+        crops, sample_B = (t.to(self.world.device, non_blocking=True) for t in (batch.crops, batch.sample_B))
+        return self.augment(crops, sample_B, torch.tensor(batch.epoch, device=self.world.device))
+
+    def describe(self, output: StepOutput) -> dict[str, float]:
+        self._check_skips()
+        self._check_bad_images()
+        row = health(output, self.state)
+        row["rankme"] = rankme_from_gram(feature_gram(output.features, self.world.group))
+        place = {"epoch": self.step / self.state.schedule.steps_per_epoch, "loss": row.pop("loss")}
+        return place | {"lr": output.lr, "momentum": output.momentum} | row | {"bad_images": self.all_bad_images}
+
+    def _check_skips(self) -> None:
+        if int(self.state.skipped_in_a_row) >= SKIPS_IN_A_ROW:
+            raise RunFailed(
+                f"the last {int(self.state.skipped_in_a_row)} steps up to {self.step} had gradients that are not finite and "
+                "changed nothing; the checkpoints are from before or unharmed: lower optimizer.base_lr, lengthen "
+                "train.warmup_epochs or set parallel.precision=float32, in a new run.dir"
+            )
+
+    def _check_bad_images(self) -> None:
+        bad = torch.tensor(self.bad_images)
+        dist.all_reduce(bad, group=self.world.host_group)
+        self.all_bad_images += int(bad)
+        self.bad_images = 0
+        bearable, seen = self.recipe.data.max_bad_fraction, self.step * self.images_per_step
+        if self.all_bad_images > bearable * seen:
+            raise RunFailed(
+                f"data.max_bad_fraction ({bearable}) must not be exceeded: {self.all_bad_images} of {seen} images up to step "
+                f"{self.step} could not be read (named above); mend them, or raise it, and run the same command"
+            )
+
+    def evaluate(self) -> dict[str, float]:
+        result = knn_accuracy(
+            self.state.moco.base.trunk,
+            self._evaluation_batches(self.sources.train),
+            self._evaluation_batches(self.sources.val),
+            mean=self.recipe.augment.mean,
+            std=self.recipe.augment.std,
+            device=self.world.device,
+            dtype=self.dtype,
+            k=K,
+            group=self.world.group,
+        )
+        epoch = self.step / self.state.schedule.steps_per_epoch
+        return {"epoch": epoch, "knn_top1": result["top1"], "knn_top5": result["top5"]}
+
+    def _evaluation_batches(self, source: Source) -> Iterator[Any]:
+        ids, batches = rank_slice(len(source), self.world.rank, self.world.size, EVALUATION_BATCH)
+        return eval_batches(
+            source,
+            ids,
+            batch_size=EVALUATION_BATCH,
+            image_size=self.recipe.model.image_size,
+            workers=self.recipe.data.workers,
+            batches=batches,
+        )
+
+    def picture(self, batch: Batch) -> Tensor:
+        """uint8 [3, H, W]: what the networks see, view 1 above view 2, one column per image."""
+        few = batch._replace(crops=batch.crops[:, :PICTURED], sample_B=batch.sample_B[:PICTURED])
+        views = self.views(few).float().cpu().unflatten(0, (2, -1))
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.recipe.augment.mean, self.recipe.augment.std))
+        pixels = ((views * std + mean) * 255).clamp(0, 255).byte()  # [2, N, 3, H, W]
+        return pixels.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+
+    def checkpoint(self) -> dict[str, Any]:
+        state = {
+            "step": self.step,
+            "recipe": dump(self.recipe),
+            "data": self.sources.train.fingerprint,
+            "bad_images": self.all_bad_images,
+        }
+        return {"tensors": self.state.tensors(), "state": state, "recipe_sha256": fingerprint(self.recipe)}
+
+
+def make_augment(recipe: Pretrain, dtype: torch.dtype):
+    """The recipe's augmentation of both views as one call, compiled where the recipe says so."""
+    values = recipe.augment
+    augment = Augment(
+        brightness=values.brightness,
+        contrast=values.contrast,
+        saturation=values.saturation,
+        hue=values.hue,
+        jitter_probability=values.jitter_probability,
+        grayscale_probability=values.grayscale_probability,
+        blur_sigma=values.blur_sigma,
+        blur_probability=values.blur_probability,
+        solarize_probability=values.solarize_probability,
+        flip_probability=values.flip_probability,
+        mean=values.mean,
+        std=values.std,
+        seed=recipe.run.seed,
+        dtype=dtype,
+    )
+    return torch.compile(augment.__call__, fullgraph=True) if recipe.parallel.compile else augment

@@ -1,0 +1,69 @@
+"""What a run says to its user: what it found, what it derived from the recipe, how it went. Rank 0 speaks."""
+
+import json
+import sys
+from collections.abc import Mapping
+from math import log
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.layout import step_name
+from engine.data.loader import Batch
+from engine.distributed import World
+from engine.recipe import Pretrain
+from engine.training.schedule import Schedule
+from engine.training.sources import Sources
+from engine.training.trainer import Plan
+
+
+def opening(world: World, recipe: Pretrain, sources: Sources, schedule: Schedule, has_monitor: bool) -> None:
+    """Every value that is derived from the recipe, the data and the launch."""
+    if not world.is_first:
+        return
+    where = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    parallel, train = recipe.parallel, sources.train
+    labels = "unlabelled" if train.labels is None else f"{len(train.classes)} classes"
+    val = "no validation images" if sources.val is None else f"{len(sources.val):,} for validation"
+    chance = 4 * recipe.moco.temperature * log(schedule.global_batch)
+    print(
+        f"ranks     {world.size} on {where}, {parallel.precision}, shard {parallel.shard}, compile {parallel.compile}"
+    )
+    print(f"data      {len(train):,} training images ({labels}), {val}")
+    print(
+        f"schedule  {recipe.train.epochs} epochs of {schedule.steps_per_epoch:,} steps: {schedule.total_steps:,} steps"
+    )
+    print(f"rates     peak lr {schedule.peak_lr:g}, encoder momentum from {schedule.momentum:g} to 1")
+    print(f"loss      by chance {chance:.2f}: 4 T ln({schedule.global_batch})")
+    if recipe.evaluate.knn_every_epochs and not has_monitor:
+        print("monitor   kNN is off, for want of labelled training and validation images; watch `rankme` instead")
+    sys.stdout.flush()
+
+
+def resumed(world: World, checkpoint: Path, step: int, plan: Plan) -> None:
+    if world.is_first:
+        done = ": the run is finished" if step >= plan.last_step else f" of {plan.last_step:,}"
+        print(f"resumed   {checkpoint} at step {step:,}{done}", flush=True)
+
+
+def bad_images(batch: Batch) -> None:
+    """Each unreadable image, from the rank that met it."""
+    for bad in batch.bad:
+        print(f"warning: {bad.name} could not be read ({bad.reason}); its neighbour took its place", file=sys.stderr)
+
+
+def closing(world: World, recipe_file: Path, directory: Path, plan: Plan, seconds: Mapping[str, float]) -> None:
+    """Result, where the time went, where the files are, and what to do next."""
+    if not world.is_first:
+        return
+    with (directory / "metrics.jsonl").open() as file:
+        rows = [json.loads(line) for line in file]
+    knn = [row["knn_top1"] for row in rows if "knn_top1" in row]
+    last = [row for row in rows if "loss" in row][-1]
+    loss = f"loss {last['loss']:.3f} ({last['chance_share']:.0%} of chance), rankme {last['rankme']:.1f}"
+    print(f"result    {f'kNN top-1 {knn[0]:.1%} -> {knn[-1]:.1%}, ' if knn else ''}{loss} at step {last['step']:,}")
+    print(f"time      {', '.join(f'{what} {spent:.0f} s' for what, spent in seconds.items())}")
+    print(f"files     {directory}: recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/{step_name(plan.last_step)}/")
+    print(f"next      tensorboard --logdir {directory}")
+    print(f"          the same command with run.dir=... and data.root=/path/to/your/images: {recipe_file} on your own")
+    sys.stdout.flush()

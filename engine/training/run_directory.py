@@ -1,0 +1,91 @@
+"""The folder of a run: who may write in it, and that every node sees it."""
+
+import fcntl
+import secrets
+import time
+from pathlib import Path
+from typing import IO
+
+from engine.agree import agreement, share
+from engine.distributed import World
+from engine.recipe import Pretrain, UserError, dump
+
+LOCK_SECONDS = 10.0  # ranks of a killed launch need a moment to notice and to let go
+VISIBLE_SECONDS = 10.0  # network file systems need a moment to show a new file
+
+
+class RunDirectory:
+    """`run.dir`, held by one launch at a time. A context manager, entered on all ranks together.
+
+    Raises:
+        UserError: on every rank, where the folder cannot be written, is in use, or is not the same on every node.
+    """
+
+    def __init__(self, path: Path, world: World):
+        self.path, self.world = path, world
+        self.checkpoints = path / "checkpoints"
+        self.lock: IO | None = None
+
+    def __enter__(self) -> "RunDirectory":
+        try:
+            with agreement(self.world.host_group):
+                if self.world.is_first:
+                    self._make()
+            self._check_visible()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.lock is not None:
+            self.lock.close()
+
+    def write_recipe(self, recipe: Pretrain) -> None:
+        """Leave what runs, resolved, in recipe.yaml."""
+        with agreement(self.world.host_group):
+            if self.world.is_first:
+                (self.path / "recipe.yaml").write_text(dump(recipe))
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(
+                f"run.dir ({self.path}) must be a folder that can be written: {error.strerror}; pass run.dir=/path/to/runs"
+            ) from error
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not self._try_lock():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"run.dir ({self.path}) must not be in use by another launch; stop that one, or pass another run.dir"
+                )
+            time.sleep(0.2)
+
+    def _try_lock(self) -> bool:
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks: nothing to hold
+            return True
+        return True
+
+    def _check_visible(self) -> None:
+        token = self.path / f".visible-{share(secrets.token_hex(8), self.world.host_group)}"
+        with agreement(self.world.host_group):
+            if self.world.is_first:
+                token.touch()
+        try:
+            with agreement(self.world.host_group):
+                deadline = time.monotonic() + VISIBLE_SECONDS
+                while not token.exists():
+                    if time.monotonic() > deadline:
+                        raise UserError(
+                            f"run.dir ({self.path}) must be visible to every node; pass a path that all share"
+                        )
+                    time.sleep(0.2)
+        finally:
+            if self.world.is_first:
+                token.unlink(missing_ok=True)

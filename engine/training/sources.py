@@ -1,0 +1,56 @@
+"""The recipe's images, opened on every rank and found to be the same there."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.agree import agreement, gather
+from engine.data.sources import Source, align_labels, open_source
+from engine.distributed import World
+from engine.recipe import Pretrain, UserError, locate
+
+
+class Sources(NamedTuple):
+    """`train` and, where there is one, `val` with labels in train's numbering."""
+
+    train: Source
+    val: Source | None
+
+
+def open_sources(recipe: Pretrain, recipe_file: Path, world: World) -> Sources:
+    """Open training and validation images; rank 0 first, so that it alone builds an index that is missing.
+
+    Raises:
+        UserError: on every rank, where data is missing, differs between ranks, or is less than one batch.
+    """
+    sources = None
+    for turn in (world.is_first, not world.is_first):
+        with agreement(world.host_group):
+            if turn:
+                sources = _open(recipe, recipe_file)
+                _check_size(recipe, sources.train)
+    fingerprints = gather(tuple(s.fingerprint for s in sources if s is not None), world.host_group)
+    if len(set(fingerprints)) > 1:
+        raise UserError(f"data.root ({recipe.data.root}) must hold the same images on every node; copy them anew")
+    return sources
+
+
+def _open(recipe: Pretrain, recipe_file: Path) -> Sources:
+    data = recipe.data
+    options = {"dataset": data.dataset, "dataset_options": data.dataset_options}
+    root = locate(data.root, recipe_file)
+    train = open_source(data.source, root, "train", **options)
+    if data.val_root is None:
+        val = open_source(data.source, root, "val", **options)
+    else:
+        split = "val" if data.source == "torchvision" else "all"
+        val = open_source(data.source, locate(data.val_root, recipe_file), split, key="data.val_root", **options)
+    return Sources(train, None if val is None else align_labels(train, val))
+
+
+def _check_size(recipe: Pretrain, train: Source) -> None:
+    batch = recipe.train.global_batch_size
+    if len(train) < batch:
+        raise UserError(
+            f"train.global_batch_size ({batch}) must be at most the number of images ({len(train)} in {recipe.data.root}); "
+            f"pass train.global_batch_size={len(train)} or less, or give more images"
+        )
