@@ -9,7 +9,7 @@ from engine.schema import UserError
 
 
 class RunFailed(Exception):
-    """A run cannot go on: what happened, what was lost, and how to go on. Front doors print it and exit with status 1."""
+    """A run cannot go on: what happened, what was lost, how to go on. Front doors print it and exit with status 1."""
 
 
 class Interrupted(Exception):

@@ -22,9 +22,12 @@ def main(arguments: list[str]) -> None:
     recipe = load(options.recipe, options.overrides)
     check_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     say_once(f"{options.recipe} -> {recipe.run.dir}: loading PyTorch")
-    from engine.training.pretrain import pretrain  # takes seconds, and a mistake in the recipe should show before
+    # These imports take seconds, and a mistake in the recipe should show before.
+    from engine.distributed import process_group
+    from engine.training.pretrain import pretrain
 
-    pretrain(recipe, options.recipe)
+    with process_group() as world:
+        pretrain(recipe, options.recipe, world)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Projector and predictor: the multi-layer perceptrons behind the trunks (paper section 4.3 and appendix A)."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ def head(in_dim: int, hidden_dim: int, out_dim: int, *, layers: int, last_norm: 
     """
     widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
     modules: list[nn.Module] = []
-    for number, (wide_in, wide_out) in enumerate(zip(widths[:-1], widths[1:], strict=True), start=1):
+    for number, (wide_in, wide_out) in enumerate(pairwise(widths), start=1):
         modules.append(nn.Linear(wide_in, wide_out, bias=False))
         if number < layers:
             modules += [GlobalBatchNorm(wide_out), nn.ReLU(inplace=True)]

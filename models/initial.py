@@ -1,7 +1,7 @@
 """Initial weights as a function of the seed and a parameter's name alone.
 
-A network is built on the meta device and filled one parameter at a time, so no rank ever needs all of it at once, and the values do
-not depend on how many ranks there are.
+A network is built on the meta device and filled one parameter at a time, so no rank ever needs all of it at once, and
+the values do not depend on how many ranks there are.
 """
 
 import hashlib

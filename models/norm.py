@@ -5,7 +5,6 @@ Shapes: V views, B images of this rank, C channels, S positions (1 for a vector)
 
 import torch
 import torch.distributed._functional_collectives as functional
-import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 class GlobalBatchNorm(nn.Module):
     """BatchNorm whose batch is one crop batch over all ranks (paper section 4, "SyncBN").
 
-    In training the input holds `views` crop batches one after another, [V*B, C, ...]. Each is normalised by its own mean
-    and variance over all ranks of `group`, and the running statistics move once for each, in order. In evaluation
-    the running statistics normalise. Statistics are computed in float32 (float64 for float64 input), whatever
-    the input's type; the output has the input's type.
+    In training the input holds `views` crop batches one after another, [V*B, C, ...]. Each is normalised by its own
+    mean and variance over all ranks of `group`, and the running statistics move once for each, in order. In evaluation
+    the running statistics normalise. Statistics are computed in float32 (float64 for float64 input), whatever the
+    input's type; the output has the input's type.
 
     Unlike `torch.nn.SyncBatchNorm` it runs on the CPU and compiles into one graph, and its running statistics are equal
     on every rank. Parameter and buffer names are those of `torch.nn.BatchNorm2d`.

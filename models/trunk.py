@@ -59,7 +59,7 @@ def _create_timm(name: str, image_size: int) -> nn.Module:
 
 
 def _initial_timm_values(name: str, image_size: int, seed: int) -> Draw:
-    # timm's own initialisation fills whole networks from torch's global generator: draw one on the CPU and read from it.
+    # timm's initialisation fills whole networks from torch's global generator: draw one on the CPU and read from it.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         values = _create_timm(name, image_size)

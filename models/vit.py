@@ -4,6 +4,7 @@ Shapes: V views, B images of this rank, D channels.
 """
 
 from functools import partial
+from itertools import pairwise
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -68,7 +69,7 @@ class ConvStem(nn.Module):
             )
         widths = [in_chans, *(embed_dim >> (halvings - n) for n in range(1, halvings + 1))]
         layers: list[nn.Module] = []
-        for wide_in, wide_out in zip(widths[:-1], widths[1:], strict=True):
+        for wide_in, wide_out in pairwise(widths):
             convolution = nn.Conv2d(wide_in, wide_out, 3, stride=2, padding=1, bias=False)
             layers += [convolution, GlobalBatchNorm(wide_out), nn.ReLU(inplace=True)]
         self.proj = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
@@ -100,8 +101,8 @@ def sincos_position(rows: int, columns: int, dim: int) -> Tensor:
 def initial_value(name: str, shape: torch.Size, generator: torch.Generator, grid: tuple[int, int]) -> Tensor:
     """A ViT parameter before training (appendix A, "ViT"), float32.
 
-    Linear layers are Xavier-uniform, where the query, key and value thirds of `qkv` count as three layers; the patch projection
-    is Xavier-uniform over its flattened patch; a conv stem keeps PyTorch's default.
+    Linear layers are Xavier-uniform, where the query, key and value thirds of `qkv` count as three layers; the patch
+    projection is Xavier-uniform over its flattened patch; a conv stem keeps PyTorch's default.
     """
     if name == "pos_embed":
         return sincos_position(*grid, dim=shape[-1])

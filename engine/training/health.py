@@ -16,8 +16,8 @@ def health(output: StepOutput, state: TrainState) -> dict[str, float]:
     """Numbers of the global batch for the log, equal on all ranks; waits for the device.
 
     loss, chance_share (loss over that of guessing, 4 T ln G), top1 (of the in-batch task), positive_similarity,
-    negative_similarity, feature_std and query_std (of normalised rows, times the square root of their width: 1 spread, 0 collapsed),
-    grad_norm, momentum_distance (|base - momentum| / |base|), skipped_steps.
+    negative_similarity, feature_std and query_std (of normalised rows, times the square root of their width: 1 spread,
+    0 collapsed), grad_norm, momentum_distance (|base - momentum| / |base|), skipped_steps.
     """
     group = state.group
     chance = 4 * state.temperature * torch.tensor(float(group.size() * len(output.queries) // 2)).log().item()

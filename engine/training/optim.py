@@ -1,7 +1,7 @@
 """AdamW and LARS on sharded parameters (paper section 4.1 and appendix A).
 
-Both take one group, keep their whole state from the start (so that it can be saved before the first step), and do nothing in a step
-whose `found_inf` is 1: the decision stays on the device.
+Both take one group, keep their whole state from the start (so that it can be saved before the first step), and do
+nothing in a step whose `found_inf` is 1: the decision stays on the device.
 """
 
 from collections.abc import Iterable, Sequence

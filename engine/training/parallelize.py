@@ -28,8 +28,8 @@ def parallelize(
 ) -> None:
     """Shard a MoCo that is still on the meta device over `mesh` ("replicate", "shard"); `materialize` fills it.
 
-    Every trunk, projector and the predictor is a root of its own, because evaluation calls the trunks alone. Trunks run in
-    bf16 under `precision: bf16`, heads always in full precision; gradients are reduced in full precision.
+    Every trunk, projector and the predictor is a root of its own, because evaluation calls the trunks alone. Trunks run
+    in bf16 under `precision: bf16`, heads always in full precision; gradients are reduced in full precision.
 
     Args:
         group: the ranks of the global batch, for BatchNorm.
@@ -62,7 +62,7 @@ def parallelize(
 
 
 def compile_forward(module: nn.Module) -> None:
-    """Compile a module's forward into one graph, in place; FSDP's hooks stay outside of it, and names stay as they are."""
+    """Compile a module's forward into one graph, in place; FSDP's hooks stay outside, and names as they are."""
     module.forward = torch.compile(module.forward, fullgraph=True)
 
 

@@ -17,9 +17,9 @@ from engine.checkpoint.retain import clean
 from engine.data.augment import Augment
 from engine.data.loader import Batch, eval_batches, train_batches
 from engine.data.sources import Source
-from engine.distributed import World, make_mesh, process_group
+from engine.distributed import World, make_mesh
 from engine.evaluation.features import rank_slice
-from engine.evaluation.knn import check_k, knn_accuracy
+from engine.evaluation.knn import knn_accuracy
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.front_door import RunFailed
 from engine.recipe import Pretrain, UserError, dump, fingerprint, loads, resume_differences, shape
@@ -41,14 +41,14 @@ K = 20  # neighbours of the monitor
 PICTURED = 8  # images of which TensorBoard shows both views
 
 
-def pretrain(recipe: Pretrain, recipe_file: Path) -> None:
-    """Run a recipe to its end, from its newest checkpoint where there is one.
+def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
+    """Run a recipe to its end, from its newest checkpoint where there is one. All ranks call it together.
 
     Raises:
         UserError, RunFailed, Interrupted: engine.front_door turns them into words and exit codes.
     """
     started = time.perf_counter()
-    with process_group() as world, RunDirectory(Path(recipe.run.dir), world) as directory:
+    with RunDirectory(Path(recipe.run.dir), world) as directory:
         sources = open_sources(recipe, recipe_file, world)
         schedule = make_schedule(recipe, len(sources.train))
         plan = make_plan(recipe, schedule, has_monitor=has_monitor(sources))
@@ -209,9 +209,9 @@ class Pretraining:
     def _check_skips(self) -> None:
         if int(self.state.skipped_in_a_row) >= SKIPS_IN_A_ROW:
             raise RunFailed(
-                f"the last {int(self.state.skipped_in_a_row)} steps up to {self.step} had gradients that are not finite and "
-                "changed nothing; the checkpoints are from before or unharmed: lower optimizer.base_lr, lengthen "
-                "train.warmup_epochs or set parallel.precision=float32, in a new run.dir"
+                f"the last {int(self.state.skipped_in_a_row)} steps up to {self.step} had gradients that are not "
+                "finite and changed nothing; no weights were harmed: go on with parallel.precision=float32, or start anew "
+                "with a lower optimizer.base_lr or a longer train.warmup_epochs in another run.dir"
             )
 
     def _check_bad_images(self) -> None:
@@ -222,7 +222,7 @@ class Pretraining:
         bearable, seen = self.recipe.data.max_bad_fraction, self.step * self.images_per_step
         if self.all_bad_images > bearable * seen:
             raise RunFailed(
-                f"data.max_bad_fraction ({bearable}) must not be exceeded: {self.all_bad_images} of {seen} images up to step "
+                f"data.max_bad_fraction ({bearable}) was exceeded: {self.all_bad_images} of {seen} images up to step "
                 f"{self.step} could not be read (named above); mend them, or raise it, and run the same command"
             )
 

@@ -53,13 +53,13 @@ class RunDirectory:
             self.lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise UserError(
-                f"run.dir ({self.path}) must be a folder that can be written: {error.strerror}; pass run.dir=/path/to/runs"
+                f"run.dir ({self.path}) must be a writable folder: {error.strerror}; pass run.dir=/path/to/runs"
             ) from error
         deadline = time.monotonic() + LOCK_SECONDS
         while not self._try_lock():
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"run.dir ({self.path}) must not be in use by another launch; stop that one, or pass another run.dir"
+                    f"run.dir ({self.path}) must not be in use by another launch; stop it, or pass another run.dir"
                 )
             time.sleep(0.2)
 
@@ -82,9 +82,7 @@ class RunDirectory:
                 deadline = time.monotonic() + VISIBLE_SECONDS
                 while not token.exists():
                     if time.monotonic() > deadline:
-                        raise UserError(
-                            f"run.dir ({self.path}) must be visible to every node; pass a path that all share"
-                        )
+                        raise UserError(f"run.dir ({self.path}) must be visible to every node; pass a shared path")
                     time.sleep(0.2)
         finally:
             if self.world.is_first:

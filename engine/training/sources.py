@@ -51,6 +51,6 @@ def _check_size(recipe: Pretrain, train: Source) -> None:
     batch = recipe.train.global_batch_size
     if len(train) < batch:
         raise UserError(
-            f"train.global_batch_size ({batch}) must be at most the number of images ({len(train)} in {recipe.data.root}); "
-            f"pass train.global_batch_size={len(train)} or less, or give more images"
+            f"train.global_batch_size ({batch}) must be at most the number of images ({len(train)} in "
+            f"{recipe.data.root}); pass train.global_batch_size={len(train)} or less, or give more images"
         )

@@ -1,6 +1,6 @@
 """The loop: steps, and between them metrics, checkpoints and evaluation, each at its time.
 
-What is trained is a `Task`'s business; when things happen is the trainer's. Pre-training, linear probe and fine-tuning share it.
+What is trained is a `Task`'s business; when things happen is the trainer's.
 """
 
 import sys
