@@ -1,0 +1,90 @@
+"""One trajectory: ranks, sharding and workers change a run by rounding alone; a stop and a resume by nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.checkpoint.load import read_tensors
+from tests.distributed.launch import torchrun
+
+FLOOR = 0.01  # of a tensor's largest entry, under which differences are absolute (tests/golden/README.md)
+
+
+def launch(ranks: int, directory: Path, *runs: tuple) -> None:
+    """Train (name, kind, overrides) each below `directory`, all in one launch."""
+    described = [{"dir": str(directory / name), "kind": kind, "overrides": list(o)} for name, kind, *o in runs]
+    done = torchrun(ranks, "tests.distributed.trajectories", json.dumps(described))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(run: Path, step: int = 20) -> dict[str, torch.Tensor]:
+    return dict(read_tensors(run / f"checkpoints/step_{step:07d}"))
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Losses to 1e-10, model to 1e-7 after 20 steps, in float64."""
+    ours, theirs = rows(run), rows(other)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, 21))
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(yours["loss"], rel=1e-10)
+        assert mine["grad_norm"] == pytest.approx(yours["grad_norm"], rel=1e-7)
+        assert mine["rankme"] == pytest.approx(yours["rankme"], rel=1e-6)
+        assert (mine["lr"], mine["momentum"]) == (yours["lr"], yours["momentum"])
+    mine, yours = tensors(run), tensors(other)
+    assert mine.keys() == yours.keys()
+    for name in (n for n in mine if n.startswith("model.")):
+        scale = yours[name].abs().max().clamp(min=FLOOR)
+        assert ((mine[name] - yours[name]).abs().max() / scale).item() < 1e-7, name
+
+
+def assert_bitwise(run: Path, other: Path) -> None:
+    mine, yours = tensors(run), tensors(other)
+    assert mine.keys() == yours.keys()
+    different = [name for name in mine if not torch.equal(mine[name], yours[name])]
+    assert not different, different
+    for row, twin in zip(rows(run), rows(other), strict=True):
+        assert {**row, "images_per_second": 0} == {**twin, "images_per_second": 0}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The runs of one rank, that all others are compared with."""
+    directory = tmp_path_factory.mktemp("alone")
+    launch(1, directory, *[(kind, kind, "data.workers=0") for kind in ("vit", "vit_conv", "resnet")])
+    for kind in ("vit", "vit_conv", "resnet"):
+        losses = [row["loss"] for row in rows(directory / kind)]
+        assert len(set(losses)) == 20  # it moves: a trainer that does nothing would agree with itself
+    return directory
+
+
+def test_two_ranks(alone, tmp_path):
+    """Every sharding, and 1 and 3 workers; then a run in two halves, and one that goes on with one rank."""
+    shardings = ["full", "grad_op", "hybrid", "replicate"]
+    runs = []
+    for number, shard in enumerate(shardings):
+        values = [f"parallel.shard={shard}", f"parallel.replicate={2 if shard == 'hybrid' else 1}"]
+        values.append(f"data.workers={(1, 3, 0, 0)[number]}")
+        runs += [(f"{kind}_{shard}", kind, *values) for kind in ("vit", "resnet")]
+    runs += [(kind + "_halves", kind, f"train.max_steps={s}") for kind in ("vit", "resnet") for s in (9, 20)]
+    runs += [("conv", "vit_conv"), ("to_one", "vit", "train.max_steps=9"), ("to_four", "resnet", "train.max_steps=9")]
+    launch(2, tmp_path, *runs)
+    for kind in ("vit", "resnet"):
+        for shard in shardings:
+            assert_same_run(tmp_path / f"{kind}_{shard}", alone / kind)
+        assert_bitwise(tmp_path / f"{kind}_halves", tmp_path / f"{kind}_full")
+    assert_same_run(tmp_path / "conv", alone / "vit_conv")
+
+    launch(1, tmp_path, ("to_one", "vit", "parallel.shard=replicate", "data.workers=0"))
+    assert_same_run(tmp_path / "to_one", alone / "vit")
+
+    hybrid = ["parallel.shard=hybrid", "parallel.replicate=2"]
+    launch(4, tmp_path, ("four", "vit", *hybrid), ("four_lars", "resnet"), ("to_four", "resnet", *hybrid))
+    assert_same_run(tmp_path / "four", alone / "vit")
+    assert_same_run(tmp_path / "four_lars", alone / "resnet")
+    assert_same_run(tmp_path / "to_four", alone / "resnet")
