@@ -33,8 +33,14 @@ SMALL = [
 ]
 KINDS = {
     "vit": ["model.dim=32", "model.heads=2"],
-    "vit_conv": ["model.name=vit_conv", "model.patch_size=8", "model.dim=32", "model.heads=2", "model.depth=1"]
-    + ["model.freeze_patch_projection=false"],
+    "vit_conv": [
+        "model.name=vit_conv",
+        "model.patch_size=8",
+        "model.dim=32",
+        "model.heads=2",
+        "model.depth=1",
+        "model.freeze_patch_projection=false",
+    ],
     "resnet": ["model.name=timm/test_resnet", "model.freeze_patch_projection=false", "model.image_size=32"]
     + [f"model.{key}=null" for key in ("patch_size", "dim", "depth", "heads")]
     + ["optimizer.name=lars", "optimizer.base_lr=9.6", "moco.temperature=1", "moco.momentum=0.9"],

@@ -1,0 +1,196 @@
+"""The augmentation that follows the crop, on the device, for a whole batch at once (SPEC, "Augmentation").
+
+Every parameter is drawn per sample from (seed, epoch, sample, view), so a sample looks the same in any batch on any
+rank. The operations are those of torchvision on float images in [0, 1]. The published recipe works on 8-bit images and
+rounds after each operation; here nothing is rounded.
+
+Shapes: V views, B local batch, S side of the crop; K = 2 * radius + 1 taps of the blur.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.data.philox import AUGMENT, uniform
+
+BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2  # the blends of the colour jitter, as indices
+_LUMA = (0.2989, 0.587, 0.114)
+
+
+class Draw(NamedTuple):
+    """What happens to each sample of one view. All [B, 1] but for the shapes named; `on_` is whether it happens."""
+
+    turn_B4: Tensor  # brightness, contrast, saturation, hue go in ascending order of this
+    factor_B3: Tensor  # of brightness, contrast, saturation; 1 where there is no jitter
+    hue: Tensor  # shift, in turns of the colour circle; 0 where there is no jitter
+    sigma: Tensor  # of the blur, in pixels
+    on_grayscale: Tensor
+    on_blur: Tensor
+    on_solarize: Tensor
+    on_flip: Tensor
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Crops in, normalised images out: a pure function, without state or tensors of its own.
+
+    `brightness`, `contrast`, `saturation` are spreads of a factor around 1 and `hue` of a shift around 0, as in
+    torchvision's ColorJitter; `blur_sigma` is (lowest, highest) in pixels of the crop. Blur and solarize have a
+    probability per view. Arithmetic and result are in `dtype`. What the values rule out costs nothing.
+    """
+
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    jitter_probability: float
+    grayscale_probability: float
+    blur_sigma: tuple[float, float]
+    blur_probability: tuple[float, float]
+    solarize_probability: tuple[float, float]
+    flip_probability: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    seed: int
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, crops_VBCSS: Tensor, sample_B: Tensor, epoch: int | Tensor) -> Tensor:
+        """uint8 crops [2, B, 3, S, S] to images [2B, 3, S, S] in `dtype`: view 1's batch, then view 2's.
+
+        In compiled code pass the epoch as a 0-d int64 tensor, so that the next epoch compiles nothing.
+        """
+        first, second = self.draw(sample_B, epoch, 0), self.draw(sample_B, epoch, 1)
+        both = Draw(*(torch.cat(values) for values in zip(first, second, strict=True)))
+        return self._apply(crops_VBCSS.flatten(0, 1), both)
+
+    def draw(self, sample_B: Tensor, epoch: int | Tensor, view: int) -> Draw:
+        """The parameters of each sample in one view (0 or 1). What a sample draws for one operation does not depend
+        on the settings of the others."""
+        u_B14 = uniform(self.seed, epoch, sample_B, view, AUGMENT, 14)
+        turn_B4, strength_B4, sigma, jitter, grayscale, blur, solarize, flip = u_B14.split((4, 4, 1, 1, 1, 1, 1, 1), 1)
+        spreads = (self.brightness, self.contrast, self.saturation)
+        factors = [_between(max(0, 1 - s), 1 + s, strength_B4[:, i]) for i, s in enumerate(spreads)]
+        hue = _between(-self.hue, self.hue, strength_B4[:, 3:])
+        on_jitter = jitter < self.jitter_probability
+        return Draw(
+            turn_B4=turn_B4,
+            factor_B3=torch.where(on_jitter, torch.stack(factors, 1), 1).to(self.dtype),
+            hue=torch.where(on_jitter, hue, 0).to(self.dtype),
+            sigma=_between(*self.blur_sigma, sigma).to(self.dtype),
+            on_grayscale=grayscale < self.grayscale_probability,
+            on_blur=blur < self.blur_probability[view],
+            on_solarize=solarize < self.solarize_probability[view],
+            on_flip=flip < self.flip_probability,
+        )
+
+    def _apply(self, crops_BCSS: Tensor, draw: Draw) -> Tensor:
+        x = crops_BCSS.to(self.dtype) / 255
+        if self.jitter_probability > 0:
+            x = self._jitter(x, draw)
+        if self.grayscale_probability > 0:
+            x = torch.where(_image(draw.on_grayscale), grayscale(x), x)
+        if any(self.blur_probability):
+            # Four standard deviations hold all but 6e-5 of a Gaussian.
+            blurred = gaussian_blur(x, draw.sigma, radius=math.ceil(4 * self.blur_sigma[1]))
+            x = torch.where(_image(draw.on_blur), blurred, x)
+        if any(self.solarize_probability):
+            x = torch.where(_image(draw.on_solarize), solarize(x), x)
+        if self.flip_probability > 0:
+            x = torch.where(_image(draw.on_flip), x.flip(-1), x)
+        planes = [(x[:, c] - mean) / std for c, (mean, std) in enumerate(zip(self.mean, self.std, strict=True))]
+        return torch.stack(planes, 1)
+
+    def _jitter(self, x_BCSS: Tensor, draw: Draw) -> Tensor:
+        """Brightness, contrast, saturation and hue, in each sample's own order.
+
+        A sample's next blend costs one pass whichever it is, but hue is dear. So hue is computed once, between two
+        rounds of the blends: the first does what precedes hue in the sample's order, the second the rest, and a
+        factor of 1 changes nothing, to the bit.
+        """
+        turn_B3, op_B3 = draw.turn_B4[:, :3].sort(1)
+        factor_B3 = draw.factor_B3.gather(1, op_B3)
+        if self.hue > 0:
+            before_B3 = turn_B3 < draw.turn_B4[:, 3:]
+            x_BCSS = self._blends(x_BCSS, op_B3, torch.where(before_B3, factor_B3, 1))
+            x_BCSS = adjust_hue(x_BCSS, draw.hue)
+            factor_B3 = torch.where(before_B3, 1, factor_B3)
+        return self._blends(x_BCSS, op_B3, factor_B3)
+
+    def _blends(self, x_BCSS: Tensor, op_B3: Tensor, factor_B3: Tensor) -> Tensor:
+        if self.brightness == self.contrast == self.saturation == 0:
+            return x_BCSS
+        for op_B1, factor_B1 in zip(op_B3.split(1, 1), factor_B3.split(1, 1), strict=True):
+            x_BCSS = blend(x_BCSS, op_B1, factor_B1)
+        return x_BCSS
+
+
+def blend(x_BCSS: Tensor, op_B1: Tensor, factor_B1: Tensor) -> Tensor:
+    """Each image's own choice of BRIGHTNESS, CONTRAST or SATURATION, by its own factor: factor * x + (1 - factor) *
+    target, clamped to [0, 1]; the target is black, the image's mean grey, or its grey at each pixel."""
+    grey_B1SS = grayscale(x_BCSS)
+    rest_B1 = 1 - factor_B1
+    of_mean = _image(rest_B1 * (op_B1 == CONTRAST)) * grey_B1SS.mean((2, 3), keepdim=True)
+    target_B1SS = _image(rest_B1 * (op_B1 == SATURATION)) * grey_B1SS + of_mean
+    return torch.addcmul(target_B1SS, _image(factor_B1), x_BCSS).clamp(0, 1)
+
+
+def grayscale(x_BCSS: Tensor) -> Tensor:
+    """Luma, [B, 1, S, S]."""
+    red, green, blue = x_BCSS.split(1, 1)
+    return red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]
+
+
+def adjust_hue(x_BCSS: Tensor, shift_B1: Tensor) -> Tensor:
+    """Turn each image's hues by its shift, in turns of the colour circle; HSV's value and saturation stay."""
+    red, green, blue = x_BCSS.split(1, 1)
+    top, bottom = x_BCSS.amax(1, keepdim=True), x_BCSS.amin(1, keepdim=True)
+    chroma = top - bottom
+    # Masks as 0 and 1: on a CPU products are many times faster than `where`.
+    is_red = (red == top).to(x_BCSS.dtype)
+    is_green = (green == top).to(x_BCSS.dtype) * (1 - is_red)
+    is_blue = 1 - is_red - is_green
+    # Hue in sixths of the circle from red. Where there is no chroma the numerator is 0 and hue does not matter.
+    numerator = is_red * (green - blue) + is_green * (blue - red) + is_blue * (red - green)
+    hue = numerator / chroma.clamp_min(1e-12) + 2 * is_green + 4 * is_blue + _image(6 * shift_B1)
+    hue = hue - 6 * (hue / 6).floor()
+    # How much of the chroma each channel lacks at this hue: 0 at its own third of the circle, 1 at the opposite one.
+    lack = torch.cat((2 - (hue - 3).abs(), (hue - 2).abs() - 1, (hue - 4).abs() - 1), 1).clamp(0, 1)
+    return top - chroma * lack
+
+
+def gaussian_blur(x_BCSS: Tensor, sigma_B1: Tensor, radius: int) -> Tensor:
+    """Blur each square image by a Gaussian of its own sigma, sampled at whole pixels up to `radius`; beyond an edge
+    the edge pixel repeats, as in PIL.
+
+    Both passes are products with a banded [S, S] matrix per image: exact at edges, few operations, and of one shape
+    whatever sigma is.
+    """
+    (B, C, S, _), device = x_BCSS.shape, x_BCSS.device
+    tap_K = torch.arange(-radius, radius + 1, device=device)
+    pixel_S = torch.arange(S, device=device)
+    weight_BK = torch.exp(-0.5 * (tap_K / sigma_B1.clamp_min(1e-3)) ** 2)
+    weight_BK = weight_BK * (weight_BK > 1e-12)  # denormal numbers make a CPU's product several times slower
+    weight_BK = weight_BK / weight_BK.sum(1, keepdim=True)
+    source_KS1 = (tap_K[:, None, None] + pixel_S[:, None]).clamp(0, S - 1)
+    matrix_BSS = (weight_BK @ (source_KS1 == pixel_S).to(x_BCSS.dtype).flatten(1)).view(B, S, S)
+    for _ in range(2):  # rows and columns change places before each pass
+        x_BCSS = (x_BCSS.mT.reshape(B, C * S, S) @ matrix_BSS.mT).view(B, C, S, S)
+    return x_BCSS
+
+
+def solarize(x_BCSS: Tensor) -> Tensor:
+    """Invert what is at or above level 128 of 255. Between 127 and 128 the limit is their middle, where an inversion
+    changes nothing: so rounding noise never turns into a jump."""
+    return torch.minimum(x_BCSS, 1 - x_BCSS)
+
+
+def _between(low: float, high: float, u: Tensor) -> Tensor:
+    return low + (high - low) * u
+
+
+def _image(value_B1: Tensor) -> Tensor:
+    """[B, 1] to [B, 1, 1, 1]: one value per image."""
+    return value_B1[:, :, None, None]

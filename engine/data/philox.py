@@ -1,0 +1,56 @@
+"""Random numbers that are a pure function of who asks: Philox4x32-10 (Salmon et al. 2011), in int64 tensor arithmetic.
+
+There is no state. A draw is addressed by (seed, epoch, sample, view, stream, block), so it is the same whatever the
+batch, the rank, the worker or the restart in which it is made.
+
+Shapes: B samples, N blocks of four 32-bit words each.
+"""
+
+import torch
+from torch import Tensor
+
+ORDER, CROP, AUGMENT = 0, 1, 2  # the streams: who draws
+
+_WORD = 0xFFFFFFFF
+# Philox's multipliers less 2^32: a product with a 32-bit word then always fits a signed 64-bit integer.
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_ROUNDS = 10
+
+
+def random_bits(
+    seed: int, epoch: int | Tensor, sample_B: Tensor, view: int, stream: int, block: int | Tensor = 0
+) -> Tensor:
+    """Four random 32-bit words per sample: int64 [B, 4], each in [0, 2^32). A block tensor [N] gives [B, N, 4].
+
+    The key is `seed` (its low 64 bits). The counter's words are: the sample's low 32 bits; the epoch; view (8 bits),
+    stream (8 bits) and the sample's bits 32 to 47; the block. So samples lie in [0, 2^48), epochs and blocks in
+    [0, 2^32), views and streams in [0, 2^8). In compiled code pass the epoch as a 0-d int64 tensor: a changing
+    Python number compiles anew.
+    """
+    if isinstance(block, Tensor):
+        sample_B = sample_B.unsqueeze(-1)
+    place = (sample_B >> 32 << 16) + (view + (stream << 8))
+    words = philox4x32((sample_B & _WORD, epoch & _WORD, place, block), (seed & _WORD, seed >> 32 & _WORD))
+    return torch.stack(words, -1)
+
+
+def uniform(seed: int, epoch: int | Tensor, sample_B: Tensor, view: int, stream: int, count: int) -> Tensor:
+    """`count` numbers per sample, uniform in [0, 1) in steps of 2^-32: float64 [B, count]. Uses blocks from 0 on."""
+    block_N = torch.arange((count + 3) // 4, device=sample_B.device)
+    bits_BN4 = random_bits(seed, epoch, sample_B, view, stream, block_N)
+    return bits_BN4.flatten(1)[:, :count].double() * 2.0**-32
+
+
+def philox4x32(counter: tuple, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The bijection itself, ten rounds. Words are int64 tensors (or ints) in [0, 2^32) that broadcast together; the
+    first and the third must be tensors."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
+        # The high word lacks what the multiplier lacks, 2^32 times the factor: add it back. The low word lacks nothing.
+        high_0, high_1 = (product_0 >> 32) + c0, (product_1 >> 32) + c2
+        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, product_1 & _WORD, high_0 ^ c3 ^ k1, product_0 & _WORD
+        k0, k1 = (k0 + _WEYL_0) & _WORD, (k1 + _WEYL_1) & _WORD
+    return c0, c1, c2, c3

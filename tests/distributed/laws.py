@@ -1,0 +1,194 @@
+"""Laws of the step, on real ranks; each prints its name when it holds. Launched by test_laws.py."""
+
+import json
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from engine.distributed import World, make_mesh, process_group
+from engine.training import step as step_module
+from engine.training.optim import LARS_TRUST, Lars, local
+from engine.training.parallelize import materialize, parallelize
+from engine.training.step import TrainState, check_gradients, train_step
+from models.moco import MoCo, initial_values, update_momentum
+from models.norm import GlobalBatchNorm, set_batch_norm_group
+from models.vit import build_vit
+from tests.distributed.replays import GOLDEN, SHARDINGS
+from tests.replay import Trace, build
+
+
+def images(trace: Trace, world: World, step: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    rows = trace.config["global_batch"] // world.size
+    mine = slice(world.rank * rows, (world.rank + 1) * rows)
+    return torch.cat([trace[f"images.{view}"][step, mine] for view in (1, 2)]).to(world.device, dtype)
+
+
+def built(world: World, trace: str, shard: str = "full") -> tuple[Trace, TrainState]:
+    trace = Trace(GOLDEN / f"{trace}.safetensors")
+    return trace, build(trace, world, "float64", False, shard, world.size if shard == "hybrid" else 1)
+
+
+def snapshot(state: TrainState) -> dict[str, Tensor]:
+    return {name: local(tensor).clone() for name, tensor in state.tensors().items()}
+
+
+def bad_gradient_changes_nothing(world: World) -> None:
+    """NaN or infinity in one rank's shard of one gradient: all ranks keep all but the momentum encoder's parameters."""
+    cases = [("A_vit_adamw", "full"), ("A_vit_adamw", "hybrid"), ("B_resnet_lars", "full"), ("B_resnet_lars", "hybrid")]
+    for number, (name, shard) in enumerate(cases):
+        trace, state = built(world, name, shard)
+        train_step(state, images(trace, world, 0))
+        train_step(state, images(trace, world, 1))
+        before = snapshot(state)
+        expected = [shard.clone() for shard in state.momentum_shards]
+        update_momentum(expected, state.base_shards, state.schedule.momentum_at(2))
+
+        def poisoned(state: TrainState, bad: float = (torch.nan, torch.inf)[number % 2]) -> tuple[Tensor, Tensor]:
+            if world.rank == world.size - 1:
+                last = [p for p in state.trained.values() if local(p.grad).numel()][-1]
+                local(last.grad).view(-1)[0] = bad
+            return check_gradients(state)
+
+        step_module.check_gradients = poisoned
+        output = train_step(state, images(trace, world, 2))
+        step_module.check_gradients = check_gradients
+
+        assert output.skipped.item() == 1 and state.step == 3
+        assert state.skipped.item() == 1 and state.skipped_in_a_row.item() == 1
+        after = snapshot(state)
+        moved = {n for n in after if not torch.equal(after[n], before[n])} - {"skipped", "skipped_in_a_row"}
+        assert all(n.startswith("model.momentum.") and n.removeprefix("model.") in state.parameters for n in moved), (
+            moved
+        )
+        assert all(map(torch.equal, state.momentum_shards, expected))
+
+        assert train_step(state, images(trace, world, 3)).skipped.item() == 0
+        assert state.skipped_in_a_row.item() == 0
+        again = snapshot(state)
+        # A local shard may be empty; where it is not, every trained tensor has moved again.
+        still = [
+            n
+            for n in state.trained
+            if after["model." + n].numel() and torch.equal(again["model." + n], after["model." + n])
+        ]
+        assert not still, still
+        steps = {t.item() for n, t in again.items() if n.startswith("optimizer.step.")}
+        assert steps <= {3.0}, steps  # the skipped step does not count for AdamW
+
+
+def momentum_shards_are_what_keys_see(world: World) -> None:
+    for shard in SHARDINGS:
+        trace, state = built(world, "A_vit_adamw", shard)
+        x = images(trace, world, 0)
+        train_step(state, x)
+        before = state.moco.keys(x)
+        with torch.no_grad():
+            torch._foreach_zero_(state.momentum_shards)
+        after = state.moco.keys(x)
+        assert not torch.allclose(before, after), shard
+        assert after.abs().max().item() == 0, shard  # a network of zeros answers zero
+
+
+def batch_norm_is_global(world: World) -> None:
+    """Against torch's BatchNorm on the whole of each crop batch: values, gradients, running statistics."""
+    channels, rows = 5, 4
+    for size in ((), (3, 2)):
+        generator = torch.Generator().manual_seed(7)
+        whole_VB = torch.randn(2, world.size * rows, channels, *size, generator=generator, dtype=torch.float64) * 3 + 50
+        weights_VB = torch.randn(whole_VB.shape, generator=generator, dtype=torch.float64)
+        ours = GlobalBatchNorm(channels).double()
+        theirs = (nn.BatchNorm2d if size else nn.BatchNorm1d)(channels).double()
+        with torch.no_grad():
+            for norm in (ours, theirs):
+                norm.weight.copy_(torch.linspace(0.5, 2, channels))
+                norm.bias.copy_(torch.linspace(-1, 1, channels))
+        set_batch_norm_group(ours, world.group)
+        mine = slice(world.rank * rows, (world.rank + 1) * rows)
+        x = whole_VB[:, mine].flatten(0, 1).requires_grad_()
+        (ours(x) * weights_VB[:, mine].flatten(0, 1)).sum().backward()
+        whole = whole_VB.clone().requires_grad_()
+        expected = torch.stack([theirs(view) for view in whole])
+        (expected * weights_VB).sum().backward()
+        torch.testing.assert_close(
+            ours(x.detach()).unflatten(0, (2, -1)), torch.stack([theirs(v) for v in whole])[:, mine]
+        )
+        torch.testing.assert_close(x.grad.unflatten(0, (2, -1)), whole.grad[:, mine])
+        dist.all_reduce(ours.weight.grad)
+        torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+        for name, buffer in ours.named_buffers():
+            torch.testing.assert_close(buffer, dict(theirs.named_buffers())[name])
+            everyones = [torch.empty_like(buffer) for _ in range(world.size)]
+            dist.all_gather(everyones, buffer)
+            assert all(torch.equal(buffer, other) for other in everyones), name
+        torch.testing.assert_close(ours.eval()(x.detach()), theirs.eval()(x.detach()))
+
+
+def weights_depend_on_the_seed_alone(world: World) -> None:
+    def make() -> MoCo:
+        def trunk() -> nn.Module:
+            return build_vit(image_size=16, patch_size=8, dim=12, depth=2, heads=3, freeze_patch_projection=True)
+
+        with torch.device("meta"):
+            return MoCo(trunk, 20, 8)
+
+    moco = make()
+    expected = dict(initial_values(make(), seed=3))
+    other_seed = dict(initial_values(make(), seed=4))
+    mesh = make_mesh(world, "full", 1)
+    parallelize(moco, mesh, world.group, shard="full", precision="float32", compile=False)
+    materialize(moco, world.device, seed=3)
+    for name, tensor in moco.state_dict().items():
+        value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        assert torch.equal(value.cpu().double(), expected[name].double()), name
+    matrices = [n for n in expected if n.endswith(".weight") and expected[n].ndim > 1]
+    assert matrices and all(not torch.equal(expected[n], other_seed[n]) for n in matrices)
+
+
+def lars_takes_norms_of_whole_parameters(world: World) -> None:
+    """Against the formula on whole tensors, in one process: sharded rows and a bias, two steps."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"matrix": (7, 3), "kernel": (5, 2, 3, 3), "zero": (4, 4), "bias": (6,)}
+    values = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+    values["zero"].zero_()
+    mesh = make_mesh(world, "full", 1)["shard"]
+    shards = {
+        n: nn.Parameter(torch.distributed.tensor.distribute_tensor(v, mesh, [torch.distributed.tensor.Shard(0)]))
+        for n, v in values.items()
+    }
+    optimizer = Lars(shards.values(), 0.01, mesh.get_group())
+    mu = {n: torch.zeros_like(v) for n, v in values.items()}
+    for lr in (0.5, 0.25):
+        optimizer.param_groups[0]["lr"] = lr
+        for name, parameter in shards.items():
+            gradient = torch.randn(shapes[name], generator=generator, dtype=torch.float64)
+            parameter.grad = torch.distributed.tensor.distribute_tensor(
+                gradient, mesh, [torch.distributed.tensor.Shard(0)]
+            )
+            value = values[name]
+            if gradient.ndim > 1:
+                gradient = gradient + 0.01 * value
+                if value.norm() > 0:
+                    gradient = gradient * LARS_TRUST * value.norm() / gradient.norm()
+            mu[name] = 0.9 * mu[name] + gradient
+            values[name] = value - lr * mu[name]
+        optimizer.step()
+    for name, parameter in shards.items():
+        torch.testing.assert_close(parameter.detach().full_tensor(), values[name], rtol=1e-12, atol=1e-14)
+
+
+LAWS = (
+    bad_gradient_changes_nothing,
+    momentum_shards_are_what_keys_see,
+    batch_norm_is_global,
+    weights_depend_on_the_seed_alone,
+    lars_takes_norms_of_whole_parameters,
+)
+
+if __name__ == "__main__":
+    with process_group() as world:
+        for law in LAWS:
+            law(world)
+            if world.is_first:
+                print(json.dumps({"law": law.__name__}), flush=True)
