@@ -63,9 +63,9 @@ def describe(error: BaseException) -> str:
 
 
 def by_rank(failures: dict[int, str], ranks: int) -> str:
-    """{2: "disk full", 3: "disk full"} as one line that says each thing once."""
+    """{2: "disk full", 3: "disk full"} as one line that says each thing once; what rank 0 alone meets is named bare."""
     texts = dict.fromkeys(failures.values())
-    if ranks == 1 or (len(texts) == 1 and len(failures) == ranks):
+    if len(texts) == 1 and len(failures) in (ranks, int(0 in failures)):
         return next(iter(texts))
     return "; ".join(
         f"rank {', '.join(str(r) for r, other in failures.items() if other == text)}: {text}" for text in texts

@@ -12,7 +12,9 @@ from engine.recipe import check_world, load
 from engine.training.pretrain import pretrain
 
 ROOT = Path(__file__).parents[1]
-FOUNDATION = {"engine.recipe", "engine.schema", "engine.agree", "engine.distributed", "engine.training.schedule"}
+FOUNDATION = {
+    f"engine.{name}" for name in ("schema", "recipe", "front_door", "agree", "distributed", "training.schedule")
+}
 # The one place that sees everything: the loop, and what puts a run together around it.
 ASSEMBLY = {f"engine.training.{name}" for name in ("trainer", "pretrain", "report", "run_directory", "sources")}
 DOORS = {f"engine.{path.stem}" for path in (ROOT / "engine").glob("*.py")} - FOUNDATION - {"engine.encoders"}
@@ -50,7 +52,7 @@ def may_import(name: str, other: str) -> bool:
     if name in DOORS or other in FOUNDATION:
         return True
     if name in ASSEMBLY or name == "engine.encoders":
-        return other not in DOORS or other == "engine.front_door"
+        return other not in DOORS
     same_folder = name.rpartition(".")[0] == other.rpartition(".")[0] != "engine.training"
     return same_folder or other in NEIGHBOURS.get(name, ())
 

@@ -15,7 +15,7 @@ from engine.checkpoint.load import load, newest_valid
 from engine.checkpoint.manifest import read_manifest
 from engine.checkpoint.retain import clean
 from engine.data.augment import Augment
-from engine.data.loader import Batch, eval_batches, train_batches
+from engine.data.loader import Batch, EvalBatch, eval_batches, train_batches
 from engine.data.sources import Source
 from engine.distributed import World, make_mesh
 from engine.evaluation.features import rank_slice
@@ -114,7 +114,8 @@ def check_resume(checkpoint: Path, recipe: Pretrain, train: Source, world: World
                 f"run.dir ({recipe.run.dir}) holds a run with other values: {', '.join(differences)}; "
                 "go on with its own, or pass another run.dir"
             )
-        if manifest.state["data"] != train.fingerprint:
+        # Imported weights (step 0) have seen no images yet.
+        if manifest.state["data"] not in (None, train.fingerprint):
             raise UserError(
                 f"data.root ({recipe.data.root}) must hold the images that the run in {recipe.run.dir} began with; "
                 "give it those, or pass another run.dir"
@@ -160,6 +161,7 @@ class Pretraining:
         self.augment = make_augment(recipe, self.dtype)
         self.bad_images = 0  # unreadable ones on this rank since the last description
         self.all_bad_images = 0  # on all ranks since the run began
+        self.licence: str | None = None  # of imported weights, which binds what is made of them
 
     @property
     def step(self) -> int:
@@ -172,6 +174,7 @@ class Pretraining:
     def resume(self, saved: dict[str, Any]) -> None:
         self.state.step = saved["step"]
         self.all_bad_images = saved["bad_images"]
+        self.licence = saved.get("licence")
 
     def batches(self, last_step: int) -> Iterator[Batch]:
         return train_batches(
@@ -190,7 +193,7 @@ class Pretraining:
 
     def train_step(self, batch: Batch) -> StepOutput:
         self.bad_images += len(batch.bad)
-        report.bad_images(batch)
+        report.bad_images(batch.bad, "its neighbour took its place")
         return train_step(self.state, self.views(batch))
 
     def views(self, batch: Batch) -> Tensor:
@@ -210,8 +213,8 @@ class Pretraining:
         if int(self.state.skipped_in_a_row) >= SKIPS_IN_A_ROW:
             raise RunFailed(
                 f"the last {int(self.state.skipped_in_a_row)} steps up to {self.step} had gradients that are not "
-                "finite and changed nothing; no weights were harmed: go on with parallel.precision=float32, or start anew "
-                "with a lower optimizer.base_lr or a longer train.warmup_epochs in another run.dir"
+                "finite and changed nothing; no weights were harmed: go on with parallel.precision=float32, or start "
+                "anew with a lower optimizer.base_lr or a longer train.warmup_epochs in another run.dir"
             )
 
     def _check_bad_images(self) -> None:
@@ -241,16 +244,18 @@ class Pretraining:
         epoch = self.step / self.state.schedule.steps_per_epoch
         return {"epoch": epoch, "knn_top1": result["top1"], "knn_top5": result["top5"]}
 
-    def _evaluation_batches(self, source: Source) -> Iterator[Any]:
+    def _evaluation_batches(self, source: Source) -> Iterator[EvalBatch]:
         ids, batches = rank_slice(len(source), self.world.rank, self.world.size, EVALUATION_BATCH)
-        return eval_batches(
+        for batch in eval_batches(
             source,
             ids,
             batch_size=EVALUATION_BATCH,
             image_size=self.recipe.model.image_size,
             workers=self.recipe.data.workers,
             batches=batches,
-        )
+        ):
+            report.bad_images(batch.bad, "it is left out of the monitor")
+            yield batch
 
     def picture(self, batch: Batch) -> Tensor:
         """uint8 [3, H, W]: what the networks see, view 1 above view 2, one column per image."""
@@ -266,6 +271,7 @@ class Pretraining:
             "recipe": dump(self.recipe),
             "data": self.sources.train.fingerprint,
             "bad_images": self.all_bad_images,
+            "licence": self.licence,
         }
         return {"tensors": self.state.tensors(), "state": state, "recipe_sha256": fingerprint(self.recipe)}
 

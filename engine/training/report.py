@@ -2,14 +2,14 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import log
 from pathlib import Path
 
 import torch
 
 from engine.checkpoint.layout import step_name
-from engine.data.loader import Batch
+from engine.data.loader import Bad
 from engine.distributed import World
 from engine.recipe import Pretrain
 from engine.training.schedule import Schedule
@@ -46,10 +46,10 @@ def resumed(world: World, checkpoint: Path, step: int, plan: Plan) -> None:
         print(f"resumed   {checkpoint} at step {step:,}{done}", flush=True)
 
 
-def bad_images(batch: Batch) -> None:
+def bad_images(bad: Sequence[Bad], consequence: str) -> None:
     """Each unreadable image, from the rank that met it."""
-    for bad in batch.bad:
-        print(f"warning: {bad.name} could not be read ({bad.reason}); its neighbour took its place", file=sys.stderr)
+    for image in bad:
+        print(f"warning: {image.name} could not be read ({image.reason}); {consequence}", file=sys.stderr)
 
 
 def closing(world: World, recipe_file: Path, directory: Path, plan: Plan, seconds: Mapping[str, float]) -> None:

@@ -1,0 +1,165 @@
+"""Find the newest valid checkpoint; load any checkpoint into tensors that are sharded in any way."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from engine.agree import agreement, by_rank, describe, rank, share, size
+from engine.checkpoint import layout
+from engine.checkpoint.dcp import dcp_arguments
+from engine.checkpoint.layout import say
+from engine.checkpoint.manifest import Damaged, Manifest, read_manifest, verify
+from engine.checkpoint.metadata import entry, read_metadata
+from engine.recipe import UserError
+
+_LISTED = 10  # problems that an error names
+
+
+def newest_valid(checkpoints: Path, group: dist.ProcessGroup | None = None) -> Path | None:
+    """The checkpoint of the highest step that is whole, the same on every rank; None without one.
+
+    Rank 0 reads and compares every byte. A damaged checkpoint is set aside (step_X.damaged-1), with a warning on
+    stderr. Raises UserError, on every rank, where the folder cannot be listed.
+    """
+    checkpoints, found = Path(checkpoints), None
+    with agreement(group):
+        if rank(group) == 0:
+            found = _search(checkpoints)
+    return share(found, group)
+
+
+def _search(checkpoints: Path) -> Path | None:
+    folders = layout.checkpoint_folders(checkpoints)
+    latest = layout.read_pointer(checkpoints, "latest")
+    if latest is not None and latest not in {folder.name for folder in folders}:
+        say(f"warning: `latest` in {checkpoints} names {latest!r}, which is not there")
+    return next((folder for folder in folders if _is_valid(folder)), None)
+
+
+def _is_valid(folder: Path) -> bool:
+    try:
+        manifest = read_manifest(folder)
+        if layout.step_name(manifest.step) != folder.name:
+            raise Damaged(folder, f"its manifest is of step {manifest.step}")
+        verify(folder, manifest)
+        return True
+    except Damaged as damage:
+        try:
+            layout.set_aside(folder, damage.reason)
+        except OSError as error:
+            say(f"warning: checkpoint {folder} is damaged: {damage.reason}; it could not be set aside ({error})")
+        return False
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader, given a table of contents that was read safely: its own would unpickle anything."""
+
+    def __init__(self, path: Path, metadata: Metadata):
+        super().__init__(path)
+        self.metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self.metadata
+
+
+def load(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    *,
+    strict: bool = True,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """Fill `tensors` in place from a checkpoint of any world size and sharding; returns its `state`.
+
+    Every rank of `group` (gloo) calls it with the same names, in its own sharding. Every byte is compared with its
+    checksum first, each rank reading a share of the files. Whole shapes and dtypes must be those saved, and every
+    name must be in the checkpoint; with strict=False the checkpoint may hold more than is asked for.
+    Raises UserError on every rank, before any tensor changes; if the data itself is refused while it is read,
+    the error says that the tensors are spoiled.
+    """
+    path, metadata, manifest = Path(path), None, None
+    with agreement(group):
+        manifest, metadata = _open(path, share_of=(rank(group), size(group)))
+        _match(path, manifest, tensors, strict)
+    _read(path, tensors, metadata, group)
+    return manifest.state
+
+
+def read_tensors(path: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor on the CPU) for all or the given names, one at a time, in this process alone.
+
+    Memory: one tensor and one stored chunk of it at a time. Raises UserError at once for a damaged checkpoint or an
+    unknown name.
+    """
+    path = Path(path)
+    manifest, metadata = _open(path)
+    names = sorted(manifest.tensors) if names is None else list(names)
+    unknown = [f"{name} is not in the checkpoint" for name in names if name not in manifest.tensors]
+    if unknown:
+        raise UserError(_mismatch(path, unknown))
+    return _one_by_one(path, names, metadata)
+
+
+def _one_by_one(path: Path, names: list[str], metadata: Metadata) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in names:
+        saved = metadata.state_dict_metadata[name]
+        tensor = torch.empty(saved.size, dtype=saved.properties.dtype)
+        _read(path, {name: tensor}, metadata, None, alone=True)
+        yield name, tensor
+
+
+def _open(path: Path, share_of: tuple[int, int] = (0, 1)) -> tuple[Manifest, Metadata]:
+    """Manifest and table of contents, after comparing every n-th file with its checksum, from the k-th on."""
+    manifest = read_manifest(path)
+    first, every = share_of
+    verify(path, manifest, sorted(manifest.files)[first::every])
+    return manifest, read_metadata(path, manifest)
+
+
+def _match(path: Path, manifest: Manifest, tensors: dict[str, torch.Tensor], strict: bool) -> None:
+    problems = [f"{name} is not in the checkpoint" for name in tensors if name not in manifest.tensors]
+    if strict:
+        problems += [f"{name} of the checkpoint has no place" for name in manifest.tensors if name not in tensors]
+    for name, tensor in tensors.items():
+        saved, wanted = manifest.tensors.get(name), entry(tensor.shape, tensor.dtype)
+        if saved is not None and saved != wanted:
+            problems.append(f"{name} is {_text(saved)} in the checkpoint, {_text(wanted)} here")
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device: it has no memory to load into")
+    if problems:
+        raise UserError(_mismatch(path, problems))
+
+
+def _mismatch(path: Path, problems: list[str]) -> str:
+    more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+    return f"checkpoint ({path}) must hold exactly these tensors: {'; '.join(problems[:_LISTED])}{more}"
+
+
+def _text(described: dict[str, Any]) -> str:
+    return f"{described['dtype']} {described['shape']}"
+
+
+def _read(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    metadata: Metadata,
+    group: dist.ProcessGroup | None,
+    alone: bool = False,
+) -> None:
+    # FileSystemReader reads tensors by torch.load(weights_only=True). The planner's load_bytes, which would unpickle
+    # freely, is never reached: read_metadata lets nothing but tensors through.
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with dcp_arguments(group) as arguments:
+            arguments |= {"no_dist": True, "process_group": None} if alone else {}
+            dcp.load(dict(tensors), storage_reader=_Reader(path, metadata), planner=planner, **arguments)
+    except CheckpointException as error:  # not an Exception; DCP raises it on every rank
+        failures = {number: describe(cause)[:300] for number, (cause, _) in error.failures.items()}
+        reason = by_rank(failures, len(failures) if alone else size(group))
+        raise Damaged(path, f"its data is refused, the tensors to fill are spoiled: {reason}") from error

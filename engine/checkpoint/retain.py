@@ -1,0 +1,80 @@
+"""Remove checkpoints that are no longer wanted and what killed runs left behind."""
+
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from engine.agree import rank
+from engine.checkpoint import layout
+from engine.checkpoint.layout import say
+from engine.recipe import UserError
+
+
+def retain(checkpoints: Path, keep: int, group: dist.ProcessGroup | None = None) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints and those that `latest` and `best` name; returns the removed.
+
+    Every rank may call it; rank 0 works and nobody waits. Damaged checkpoints that were set aside and foreign files
+    stay. A checkpoint that cannot be removed is a warning.
+    """
+    if keep < 1:
+        raise ValueError(f"keep ({keep}) must be at least 1")
+    if rank(group) != 0:
+        return []
+    checkpoints = Path(checkpoints)
+    try:
+        named = {layout.read_pointer(checkpoints, pointer) for pointer in layout.POINTERS}
+        folders = layout.checkpoint_folders(checkpoints)
+    except (UserError, OSError) as error:
+        say(f"warning: no old checkpoint is removed from {checkpoints}: {error}")
+        return []
+    return [folder for folder in folders[keep:] if folder.name not in named and _remove(folder)]
+
+
+def _remove(folder: Path) -> bool:
+    # Renamed first: a removal that is cut off leaves nothing that looks like a checkpoint.
+    doomed = layout.aside(folder, "removed")
+    try:
+        folder.rename(doomed)
+        layout.sync_folder(folder.parent)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        say(f"warning: checkpoint {folder} could not be removed: {error}")
+        return False
+    return True
+
+
+def clean(checkpoints: Path, group: dist.ProcessGroup | None = None) -> list[Path]:
+    """At the start of a run: remove unfinished saves and removals; returns the removed.
+
+    Every rank may call it; rank 0 works and nobody waits. Where another process is saving, or where that cannot be
+    known (no file locks), all stays and a line says so.
+    """
+    checkpoints = Path(checkpoints)
+    if rank(group) != 0:
+        return []
+    try:
+        return _clean(checkpoints)
+    except (UserError, OSError) as error:
+        say(f"warning: unfinished saves stay in {checkpoints}: {error}")
+        return []
+
+
+def _clean(checkpoints: Path) -> list[Path]:
+    found = layout.leftovers(checkpoints)
+    if not found:
+        return []
+    with layout.writing(checkpoints) as locked:
+        if locked:
+            return [path for path in found if _delete(path)]
+    say(f"warning: no file locks in {checkpoints}: remove {', '.join(path.name for path in found)} yourself")
+    return []
+
+
+def _delete(path: Path) -> bool:
+    try:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except OSError as error:
+        say(f"warning: {path} could not be removed: {error}")
+        return False
+    return True

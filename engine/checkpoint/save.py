@@ -1,0 +1,193 @@
+"""Write a checkpoint so that it is there completely or not at all."""
+
+import json
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from engine.agree import agreement, by_rank, describe, gather, rank, share, size
+from engine.checkpoint import layout, manifest
+from engine.checkpoint.dcp import dcp_arguments
+from engine.checkpoint.layout import say
+from engine.checkpoint.manifest import Damaged, Manifest, read_manifest, verify, write_manifest
+from engine.checkpoint.metadata import entry
+from engine.recipe import UserError
+
+
+class SaveFailed(UserError):
+    """A checkpoint was not written; those before it are as they were."""
+
+
+class _Writer(dcp.FileSystemWriter):
+    def storage_meta(self) -> StorageMeta:
+        # DCP would store the temporary path and a random id: equal states must give equal files.
+        return StorageMeta()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            # torch.save hides "No space left on device" behind "enforce fail ... unexpected pos".
+            if (cause := _os_error(error)) is None:
+                raise
+            raise cause from None
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The error of the file system behind an error, where there is one."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def save(
+    checkpoints: Path,
+    step: int,
+    tensors: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    *,
+    recipe_sha256: str,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Save `tensors` and `state` as checkpoints/step_<step> and let `latest` name it. Every rank of `group` calls it.
+
+    tensors: the same names, whole shapes and dtypes on every rank. DTensors are written in shards, each once; a plain
+    tensor must be equal on all ranks and is written by one of them. state: JSON with text keys (tuples come back as
+    lists), that of rank 0 counts. `group` must carry CPU messages (gloo).
+
+    A valid checkpoint of this step and recipe that is already there is kept as it is. Returns the folder.
+    Raises SaveFailed on every rank if any rank cannot write. For mistakes of the caller: TypeError (the state is not
+    JSON), ValueError (ranks hand in different tensors).
+    """
+    final = Path(checkpoints) / layout.step_name(step)
+    with agreement(group):
+        _check_json(state)
+    contents = {name: entry(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    _check_same(contents, group)
+    with ExitStack() as held:
+        draft = None
+        try:
+            with agreement(group):
+                if rank(group) == 0:
+                    held.enter_context(layout.writing(final.parent))
+                    draft = _begin(final, recipe_sha256)
+            draft = share(draft, group)
+            if draft is not None:
+                _write_tensors(draft, tensors, group)
+                files = _checksums(draft, group)
+                with agreement(group):
+                    if rank(group) == 0:
+                        _commit(draft, final, Manifest(step, size(group), recipe_sha256, files, contents, state))
+        except UserError as error:
+            if draft is not None and rank(group) == 0:
+                _discard(draft)
+            raise SaveFailed(_lost(final, error)) from error
+        _name_latest(final, group)
+    return final
+
+
+def _check_json(state: dict[str, Any]) -> None:
+    def check_keys(value: Any, where: str) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    raise TypeError(f"{where} has the key {key!r}, which JSON would turn into text")
+                check_keys(item, f"{where}[{key!r}]")
+        elif isinstance(value, list | tuple):
+            for item in value:
+                check_keys(item, where)
+
+    check_keys(state, "state")
+    try:
+        json.dumps(state, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"state must be JSON: {error}") from error
+
+
+def _check_same(contents: dict[str, dict], group: dist.ProcessGroup | None) -> None:
+    """Ranks that save different things would write a checkpoint that fits none of them."""
+    first = share(contents, group)
+    with agreement(group):
+        different = [name for name in sorted(contents.keys() | first) if contents.get(name) != first.get(name)]
+        if different:
+            raise ValueError(f"all ranks must save the same tensors; {different[0]!r} is not as on rank 0")
+
+
+def _begin(final: Path, recipe_sha256: str) -> Path | None:
+    """A fresh folder to write to, or None where the checkpoint is there already. An invalid one makes way."""
+    if final.exists():
+        try:
+            found = read_manifest(final)
+            verify(final, found)
+        except Damaged as error:
+            layout.set_aside(final, error.reason)
+        else:
+            if found.recipe_sha256 != recipe_sha256:
+                raise UserError(f"{final.name} exists and is of another recipe; use another run.dir")
+            return None
+    draft = layout.aside(final, "tmp")
+    draft.mkdir()
+    return draft
+
+
+def _write_tensors(draft: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
+    writer = _Writer(draft, single_file_per_rank=True, sync_files=True, overwrite=False)
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with dcp_arguments(group) as arguments:
+            dcp.save(dict(tensors), storage_writer=writer, planner=planner, **arguments)
+    except CheckpointException as error:  # not an Exception; DCP raises it on every rank
+        failures = {number: describe(cause) for number, (cause, _) in error.failures.items()}
+        raise UserError(by_rank(failures, size(group))) from error
+
+
+def _checksums(draft: Path, group: dist.ProcessGroup | None) -> dict[str, dict]:
+    """Size and checksum of every file: each rank reads those that it wrote, rank 0 also what no rank claims."""
+    with agreement(group):
+        mine = {file.name: manifest.checksum(file) for file in sorted(draft.glob(f"__{rank(group)}_*"))}
+    files = {name: value for part in gather(mine, group) for name, value in part.items()}
+    with agreement(group):
+        if rank(group) == 0:
+            there = {file.name for file in draft.iterdir()}
+            if set(files) - there:
+                raise UserError(f"{draft.parent} must be on a file system that all nodes share")
+            files |= {name: manifest.checksum(draft / name) for name in sorted(there - set(files))}
+    return files
+
+
+def _commit(draft: Path, final: Path, content: Manifest) -> None:
+    write_manifest(draft, content)
+    layout.sync_folder(draft)
+    draft.rename(final)
+    layout.sync_folder(final.parent)
+
+
+def _name_latest(final: Path, group: dist.ProcessGroup | None) -> None:
+    try:
+        with agreement(group):
+            if rank(group) == 0:
+                layout.point(final.parent, "latest", final)
+    except UserError as error:
+        raise SaveFailed(f"checkpoint ({final}) is saved, but `latest` could not be written: {error}") from error
+
+
+def _discard(draft: Path) -> None:
+    shutil.rmtree(draft, ignore_errors=True)
+    if draft.exists():
+        say(f"warning: {draft} could not be removed; the next start tries again")
+
+
+def _lost(final: Path, error: UserError) -> str:
+    earlier = [folder.name for folder in layout.checkpoint_folders(final.parent) if folder != final]
+    kept = f"the previous checkpoint, {earlier[0]}, is intact" if earlier else "there is no earlier checkpoint"
+    return f"checkpoint ({final}) was not saved, {kept}; put this right and start again: {error}"

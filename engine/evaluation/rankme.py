@@ -1,0 +1,49 @@
+"""RankMe: how many directions the features really use, a measure of their quality that needs no labels.
+
+Garrido et al. 2023 (arXiv 2210.02885), equation 1: the exponential of the entropy of the singular values of the feature
+matrix. It is 1 for collapsed features and D for features that fill their space evenly.
+
+Shapes: N rows, B rows of this rank, D features.
+"""
+
+import torch
+import torch.distributed as dist
+
+_EPS = 1e-7  # the paper's, added to each share
+_ROWS = 8192  # rows that are in float64 at one time
+
+
+def rankme(feature_ND: torch.Tensor) -> float:
+    """RankMe of a feature matrix, from 1 to min(N, D); NaN where a feature is not finite."""
+    if not feature_ND.isfinite().all():
+        return float("nan")
+    return _effective_rank(torch.linalg.svdvals(feature_ND.double()))
+
+
+def feature_gram(z_BD: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Z^T Z [D, D] in float64, where Z has the rows of all ranks of `group` (the default group where None).
+
+    A collective where torch.distributed is initialised. The memory does not depend on the number of rows.
+    """
+    gram_DD = z_BD.new_zeros(z_BD.shape[1], z_BD.shape[1], dtype=torch.float64)
+    for rows in z_BD.detach().split(_ROWS):
+        gram_DD.addmm_(rows.double().T, rows.double())
+    if dist.is_initialized():
+        dist.all_reduce(gram_DD, group=group)
+    return gram_DD
+
+
+def rankme_from_gram(gram_DD: torch.Tensor) -> float:
+    """RankMe of the features whose Gram matrix Z^T Z is gram_DD (float64); NaN where it is not finite.
+
+    Equals `rankme` where N >= D. With fewer rows the D - N directions that cannot be used count too, each with the
+    paper's eps, which raises the result by less than 2e-6 of itself per direction.
+    """
+    if not gram_DD.isfinite().all():
+        return float("nan")
+    return _effective_rank(torch.linalg.eigvalsh(gram_DD).clamp_min(0).sqrt())
+
+
+def _effective_rank(singular_values: torch.Tensor) -> float:
+    share = singular_values / singular_values.sum().clamp_min(torch.finfo(torch.float64).tiny) + _EPS
+    return torch.exp(-(share * share.log()).sum()).item()
