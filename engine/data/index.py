@@ -1,0 +1,197 @@
+"""Where each image lies in a tar, so that it can be read in any order without unpacking.
+
+The index is kept next to the tar as `<tar>.index`, or in the user's cache folder if that place cannot be written.
+It holds arrays only (npz, no pickle) and is built again whenever the tar's size or time has changed.
+
+Shapes: N images in the tar, U bytes of text.
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import tarfile
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.data.decode import is_image_name
+from engine.recipe import UserError
+
+_FORMAT = 1
+_BLOCK = 512
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_MAX_OPEN = 64  # file descriptors that one process holds open
+
+
+class Names:
+    """Many names in two arrays. A list of a million strings would be copied, page by page, into every forked worker:
+    merely looking at a string writes its reference count."""
+
+    def __init__(self, text_U: np.ndarray, ends_N: np.ndarray):
+        self.text_U, self.ends_N = text_U, ends_N
+
+    @classmethod
+    def of(cls, names: Iterable[bytes]) -> "Names":
+        names = list(names)
+        lengths_N = np.fromiter((len(name) for name in names), np.int64, len(names))
+        return cls(np.frombuffer(b"".join(names), np.uint8), np.cumsum(lengths_N))
+
+    @classmethod
+    def joined(cls, parts: Iterable["Names"]) -> "Names":
+        return cls.of(name for part in parts for name in part)
+
+    def __len__(self) -> int:
+        return len(self.ends_N)
+
+    def __getitem__(self, i: int) -> bytes:
+        start = self.ends_N[i - 1] if i else 0
+        return self.text_U[start : self.ends_N[i]].tobytes()
+
+    def __iter__(self) -> Iterator[bytes]:
+        text, start = self.text_U.tobytes(), 0
+        for end in self.ends_N.tolist():
+            yield text[start:end]
+            start = end
+
+
+class TarIndex(NamedTuple):
+    """The images of one tar in the order they lie in: path inside it, place of the data and its length in bytes."""
+
+    names: Names
+    offsets_N: np.ndarray
+    sizes_N: np.ndarray
+
+
+class TarReader:
+    """Reads by position from a tar, on a descriptor opened at first use.
+
+    `os.pread` moves no file position, so forked workers that inherit a descriptor do not disturb each other.
+    """
+
+    _open: dict[str, int]
+
+    def __init__(self):
+        self._open = {}
+
+    def read(self, tar: str, offset: int, size: int) -> bytes:
+        """`size` bytes at `offset`. Raises OSError where they are not there."""
+        if tar not in self._open:
+            if len(self._open) >= _MAX_OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[tar] = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+        data = os.pread(self._open[tar], size, offset)
+        if len(data) < size:
+            raise OSError(f"{size} bytes expected at byte {offset}, found {len(data)}: the tar was changed")
+        return data
+
+    def __getstate__(self) -> dict:
+        return {"_open": {}}  # a descriptor means nothing in another process
+
+    def __del__(self):
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+def open_index(tar: Path) -> TarIndex:
+    """The tar's index: the saved one if it still fits the tar, else a new one, which is saved.
+
+    Raises UserError where the tar is compressed, cut short or broken. Saving is atomic and may happen twice at once.
+    """
+    try:
+        status = tar.stat()
+        stamp = np.array([_FORMAT, status.st_size, status.st_mtime_ns])
+        for path in _places(tar):
+            index = _load(path, stamp)
+            if index is not None:
+                return index
+        index = _scan(tar)
+    except OSError as error:
+        raise UserError(f"tar ({tar}) must be readable; {error.strerror or error}") from error
+    _save(index, tar, stamp)
+    return index
+
+
+def _places(tar: Path) -> tuple[Path, Path]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moco-v3-engine"
+    return tar.with_name(f"{tar.name}.index"), cache / f"{hashlib.sha256(bytes(tar.resolve())).hexdigest()}.index"
+
+
+def _load(path: Path, stamp: np.ndarray) -> TarIndex | None:
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            index = TarIndex(Names(saved["text"], saved["ends"]), saved["offsets"], saved["sizes"])
+            fits = np.array_equal(saved["stamp"], stamp)
+    except Exception:  # absent or damaged in any way: the tar itself is the truth, and is read again
+        return None
+    return index if fits else None
+
+
+def _save(index: TarIndex, tar: Path, stamp: np.ndarray) -> None:
+    for path in _places(tar):
+        partial = path.with_name(f".{secrets.token_hex(8)}.index")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "xb") as file:
+                np.savez(
+                    file,
+                    stamp=stamp,
+                    text=index.names.text_U,
+                    ends=index.names.ends_N,
+                    offsets=index.offsets_N,
+                    sizes=index.sizes_N,
+                )
+            os.replace(partial, path)
+            return
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+    warnings.warn(f"the index of {tar} could not be saved: it is built again at each start", stacklevel=2)
+
+
+def _scan(tar: Path) -> TarIndex:
+    with open(tar, "rb") as file:
+        head = file.read(8)
+        for magic, kind in _COMPRESSED.items():
+            if head.startswith(magic):
+                raise UserError(f"tar ({tar}) must not be compressed ({kind}); unpack it to a plain .tar")
+        file.seek(0)
+        members = list(_members(tar, file))
+    names, offsets, sizes = zip(*members, strict=True) if members else ((), (), ())
+    return TarIndex(Names.of(names), np.array(offsets, np.int64), np.array(sizes, np.int64))
+
+
+def _members(path: Path, file) -> Iterator[tuple[bytes, int, int]]:
+    """Every image in an open tar. Raises UserError unless the tar ends as a tar must, so that none is lost unseen."""
+    tar, end = None, 0
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the caller closes the file)
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # tarfile would keep an object per member
+            if tar.offset <= end:
+                raise ValueError("a member ends before it begins")
+            end = tar.offset
+            name = _clean(os.fsencode(member.name))
+            if member.isreg() and name and is_image_name(name):
+                if member.issparse():
+                    raise ValueError(f"{member.name} is stored sparse")
+                yield name, member.offset_data, member.size
+    except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        raise _broken(path, f"at byte {tar.offset if tar else 0}: {' '.join(str(error).split())}") from error
+    # tarfile takes a damaged header for the end of the archive. The true end is a block of zeros.
+    file.seek(end)
+    if file.read(_BLOCK) != bytes(_BLOCK):
+        raise _broken(path, f"breaks off at byte {end}")
+
+
+def _broken(tar: Path, where: str) -> UserError:
+    return UserError(f"tar ({tar}) must be a whole, plain tar; {where}; fetch or pack it again")
+
+
+def _clean(name: bytes) -> bytes:
+    """The path without `.` and `..`, which is a name here and never a place on disk; empty if hidden."""
+    parts = [part for part in name.split(b"/") if part not in (b"", b".", b"..")]
+    return b"" if any(part.startswith(b".") for part in parts) else b"/".join(parts)

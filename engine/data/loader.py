@@ -1,0 +1,224 @@
+"""Batches of crops for training and of views for evaluation, made ahead of time by worker processes.
+
+What is in a batch depends on (source, seed, step) alone: not on workers, ranks or where the run was resumed.
+
+Shapes: B samples of one rank's batch, S side of an image in pixels.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from engine.data.decode import center_crop, crop_draws, two_crops
+from engine.data.sampler import samples_of_steps, steps_per_epoch
+from engine.data.sources import Source
+from engine.recipe import UserError
+
+_PREFETCH = 2  # batches that each worker has under way or waiting
+_NEIGHBOURS = 100  # how far to look for an image in place of an unreadable one
+_SHARED_MEMORY = "/dev/shm"
+_PR_SET_PDEATHSIG = 1
+
+
+class Bad(NamedTuple):
+    """An image that could not be read, and why."""
+
+    name: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """One rank's share of a training batch.
+
+    step is 0-based and global; crops uint8 [2, B, 3, S, S], one per view; sample_B int64, the samples' identity in the
+    source. For every entry of `bad` the crops of one sample show the next readable image in the source instead.
+    """
+
+    step: int
+    epoch: int
+    crops: Tensor
+    sample_B: Tensor
+    bad: list[Bad]
+
+
+class EvalBatch(NamedTuple):
+    """Images to evaluate: uint8 [B, 3, S, S], with id and label (int64 [B]; label -1 where there is none).
+
+    The first `valid` rows are real, the rest is padding: zeros, with id and label -1. Unreadable images are left out
+    and listed in `bad`.
+    """
+
+    images: Tensor
+    ids_B: Tensor
+    labels_B: Tensor
+    valid: int
+    bad: list[Bad]
+
+
+def train_batches(
+    source: Source,
+    *,
+    seed: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    first_step: int,
+    last_step: int,
+    workers: int,
+    image_size: int,
+    crop_min: float,
+    pin_memory: bool,
+) -> Iterator[Batch]:
+    """This rank's batches of the steps from first_step up to, not including, last_step.
+
+    The workers start at once and die with the thread that called this. At most 2 * workers batches are under way.
+    Raises UserError where the batch does not suit the source or memory, or where the source is unreadable.
+    """
+    if steps_per_epoch(len(source), global_batch_size) == 0 or global_batch_size % world_size:
+        raise UserError(
+            f"train.global_batch_size ({global_batch_size}) must be at most the number of images ({len(source)}) "
+            f"and a multiple of the number of ranks ({world_size}); change it"
+        )
+    _check_shared_memory(workers, 2 * global_batch_size // world_size * 3 * image_size**2)
+    samples = samples_of_steps(seed, len(source), global_batch_size, rank, world_size, first_step, last_step)
+    dataset = _TrainBatches(source, seed, image_size, crop_min)
+    return _run(dataset, samples, workers, pin_memory)
+
+
+def eval_batches(
+    source: Source, ids: np.ndarray, *, batch_size: int, image_size: int, workers: int, batches: int | None = None
+) -> Iterator[EvalBatch]:
+    """The images `ids` of the source in order, in batches of one shape.
+
+    `batches`: yield that many, empty ones at the end, so that every rank runs as many forwards as the others.
+    """
+    ids = np.asarray(ids, np.int64)
+    needed = -(-len(ids) // batch_size)
+    if batches is not None and batches < needed:
+        raise ValueError(f"{len(ids)} images do not fit into {batches} batches of {batch_size}")
+    _check_shared_memory(workers, batch_size * 3 * image_size**2)
+    chunks = [ids[k * batch_size : (k + 1) * batch_size] for k in range(needed if batches is None else batches)]
+    return _run(_EvalBatches(source, batch_size, image_size), chunks, workers, pin_memory=False)
+
+
+class _TrainBatches(Dataset):
+    def __init__(self, source: Source, seed: int, image_size: int, crop_min: float):
+        self.source, self.seed, self.image_size, self.crop_min = source, seed, image_size, crop_min
+
+    def __getitem__(self, at: tuple[int, int, np.ndarray]) -> Batch | UserError:
+        step, epoch, samples = at
+        sample_B = torch.from_numpy(samples)
+        # The draws belong to the sample, so an image that stands in for another one shifts nothing.
+        draw_2BD = [crop_draws(self.seed, epoch, sample_B, view).tolist() for view in (0, 1)]
+        crops = np.empty((2, len(samples), 3, self.image_size, self.image_size), np.uint8)
+        bad = []
+        for b, sample in enumerate(samples.tolist()):
+            image = _read(self.source, sample)
+            if isinstance(image, Bad):
+                bad.append(image)
+                image = _next_readable(self.source, sample)
+                if image is None:
+                    return _hopeless(self.source, bad[-1])
+            two_crops(image, [draw_BD[b] for draw_BD in draw_2BD], self.crop_min, self.image_size, crops[:, b])
+        return Batch(step, epoch, torch.from_numpy(crops), sample_B, bad)
+
+
+class _EvalBatches(Dataset):
+    def __init__(self, source: Source, batch_size: int, image_size: int):
+        self.source, self.batch_size, self.image_size = source, batch_size, image_size
+
+    def __getitem__(self, ids: np.ndarray) -> EvalBatch:
+        images = torch.zeros(self.batch_size, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        ids_B, labels_B = torch.full((2, self.batch_size), -1)
+        valid, bad = 0, []
+        for i in ids.tolist():
+            image = _read(self.source, i)
+            if isinstance(image, Bad):
+                bad.append(image)
+                continue
+            images[valid], ids_B[valid] = center_crop(image, self.image_size), i
+            if self.source.labels is not None:
+                labels_B[valid] = int(self.source.labels[i])
+            valid += 1
+        return EvalBatch(images, ids_B, labels_B, valid, bad)
+
+
+def _read(source: Source, i: int) -> Image.Image | Bad:
+    try:
+        return source.read(i)
+    except MemoryError:
+        raise
+    except Exception as error:  # broken files make Pillow raise nearly anything; all of it is reported
+        return Bad(source.name(i), " ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def _next_readable(source: Source, i: int) -> Image.Image | None:
+    for neighbour in range(i + 1, i + 1 + min(_NEIGHBOURS, len(source) - 1)):
+        image = _read(source, neighbour % len(source))
+        if not isinstance(image, Bad):
+            return image
+    return None
+
+
+def _hopeless(source: Source, bad: Bad) -> UserError:
+    after = min(_NEIGHBOURS, len(source) - 1)
+    return UserError(
+        f"data.root must hold readable images; {bad.name} ({bad.reason}) and the {after} after it are not; repair them"
+    )
+
+
+def _run(dataset: Dataset, at: Iterable, workers: int, pin_memory: bool) -> Iterator:
+    # Fork is fast and shares the source's arrays. Elsewhere than on Linux it is not safe.
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=at,
+        num_workers=workers,
+        prefetch_factor=_PREFETCH if workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=partial(_start_worker, os.getpid()),
+        multiprocessing_context=("fork" if sys.platform == "linux" else "spawn") if workers else None,
+        generator=torch.Generator(),  # else it would draw from the global one, and so move the training's numbers
+    )
+    return _unwrapped(iter(loader))
+
+
+def _unwrapped(items: Iterator) -> Iterator:
+    for item in items:
+        if isinstance(item, UserError):  # raised in the worker, it would arrive wrapped in a traceback
+            raise item
+        yield item
+
+
+def _start_worker(parent: int, _worker: int) -> None:
+    # Signals stop the training process, which stops its workers; a worker dead before it would look like a failure.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above took hold
+        os._exit(1)
+
+
+def _check_shared_memory(workers: int, batch_bytes: int) -> None:
+    """Workers hand batches over in /dev/shm; where it is full, they die of a bus error."""
+    if not workers or not os.path.isdir(_SHARED_MEMORY):
+        return
+    free, needed = shutil.disk_usage(_SHARED_MEMORY).free, _PREFETCH * workers * batch_bytes
+    if needed > free:
+        raise UserError(
+            f"data.workers ({workers}) must need no more of {_SHARED_MEMORY} than is free: {needed / 2**20:.0f} of "
+            f"{free / 2**20:.0f} MiB; lower it, or enlarge shared memory (docker run --shm-size)"
+        )

@@ -1,0 +1,48 @@
+"""Which images make up which step: pure functions of (seed, epoch, step), without state.
+
+Shapes: N images in the source, B samples of one rank's share of a batch.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from engine.data.philox import ORDER, random_bits
+
+_CHUNK = 2**14  # images drawn at a time: what the CPU's cache holds, four times as fast as a million at once
+
+
+def steps_per_epoch(images: int, global_batch_size: int) -> int:
+    """The last, partial batch of an epoch is dropped."""
+    return images // global_batch_size
+
+
+def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
+    """The order in which an epoch visits the images: int64 [N], a permutation.
+
+    Every image draws a random 64-bit number, and they go by size. So the order depends on no library's shuffle.
+    """
+    draws = [random_bits(seed, epoch, sample, 0, ORDER)[:, :2] for sample in torch.arange(images).split(_CHUNK)]
+    words_N2 = torch.cat(draws).numpy().astype(np.uint64)
+    return np.argsort(words_N2[:, 0] << np.uint64(32) | words_N2[:, 1], kind="stable")
+
+
+def batch_samples(order_N: np.ndarray, step_in_epoch: int, global_batch_size: int, rank: int, world_size: int):
+    """One rank's samples: int64 [B]. Rank r of W takes rows r*G/W to (r+1)*G/W of the global batch of G."""
+    batch_G = order_N[step_in_epoch * global_batch_size : (step_in_epoch + 1) * global_batch_size]
+    share = global_batch_size // world_size
+    return batch_G[rank * share : (rank + 1) * share]
+
+
+def samples_of_steps(
+    seed: int, images: int, global_batch_size: int, rank: int, world_size: int, first_step: int, last_step: int
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(step, epoch, samples [B]) for the steps from first_step up to, not including, last_step; both 0-based."""
+    per_epoch = steps_per_epoch(images, global_batch_size)
+    current, order_N = None, None
+    for step in range(first_step, last_step):
+        epoch, step_in_epoch = divmod(step, per_epoch)
+        if epoch != current:
+            current, order_N = epoch, epoch_order(seed, epoch, images)
+        yield step, epoch, batch_samples(order_N, step_in_epoch, global_batch_size, rank, world_size)

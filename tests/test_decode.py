@@ -1,0 +1,144 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+from torchvision import transforms
+from torchvision.transforms import functional as F
+
+from engine.data.decode import DRAWS, center_crop, crop_box, crop_draws, decode, to_rgb, two_crops
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_every_kind_of_file_becomes_rgb(kind):
+    image = decode(encoded(picture(9, 7), kind))
+    assert image.mode == "RGB" and image.size == (9, 7)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_every_mode_becomes_rgb(mode):
+    grey = Image.fromarray(np.full((2, 2), 200, np.uint16)) if mode == "I;16" else None
+    image = to_rgb(grey or picture(2, 2).convert(mode))
+    assert image.mode == "RGB" and image.size == (2, 2)
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped():
+    grey = Image.fromarray(np.array([[0, 257, 32768, 65535]], np.uint16))
+    expected = [[[v] * 3 for v in (0, 1, 128, 255)]]
+    assert np.asarray(decode(encoded(grey, "PNG"))).tolist() == expected
+    assert np.asarray(decode(encoded(grey, "TIFF"))).tolist() == expected
+    assert np.asarray(to_rgb(Image.fromarray(np.asarray(grey).astype(np.int32)))).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_without_a_known_range_are_refused(kind):
+    with pytest.raises(ValueError, match="range is unknown"):
+        to_rgb(Image.fromarray(np.full((2, 2), 1e6, kind)))
+
+
+def test_alpha_is_dropped_also_from_a_palette():
+    image = picture(4, 4).convert("RGBA")
+    image.putalpha(0)
+    assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(image)[:, :, :3])
+    palette = picture(4, 4).quantize(4)
+    data = encoded(palette, "PNG", transparency=b"\x00\x80\xff\xff")
+    assert np.array_equal(np.asarray(decode(data)), np.asarray(palette.convert("RGB")))
+
+
+def test_orientation_is_ignored():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert decode(encoded(picture(8, 4), "JPEG", exif=exif.tobytes())).size == (8, 4)
+
+
+def test_a_file_cut_short_is_refused():
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    data = encoded(picture(64, 64), "JPEG")
+    decode(data)
+    with pytest.raises(OSError, match="truncated"):
+        decode(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("data", [b"", b"text", encoded(picture(4, 4), "PPM")])
+def test_other_bytes_are_refused_in_words_that_repeat(data):
+    with pytest.raises(ValueError, match=r"^not an image of the kinds JPEG, PNG"):
+        decode(data)
+
+
+unit = st.floats(0, 1, exclude_max=True)
+
+
+@given(st.lists(unit, min_size=DRAWS, max_size=DRAWS), st.integers(1, 900), st.integers(1, 900), st.floats(0.01, 1))
+def test_a_crop_lies_inside_the_image(draw_D, height, width, crop_min):
+    top, left, h, w = crop_box(draw_D, height, width, crop_min)
+    assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h > 0 and w > 0
+
+
+@pytest.mark.parametrize("size", [(60, 60), (500, 375), (100, 400), (400, 100)])
+def test_crops_are_distributed_as_torchvisions(size):
+    width, height = size
+    torch.manual_seed(0)
+    n, image = 4000, Image.new("RGB", size)
+    theirs = [transforms.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]
+    ours = [crop_box(draw_D, height, width, 0.08) for draw_D in crop_draws(0, 0, torch.arange(n), 0).tolist()]
+    for a, b in zip(np.sort(np.array(theirs), 0).T, np.sort(np.array(ours), 0).T, strict=True):
+        values = np.union1d(a, b)
+        gap = np.abs(np.searchsorted(a, values, "right") - np.searchsorted(b, values, "right")).max() / n
+        assert gap < 1.95 * (2 / n) ** 0.5  # Kolmogorov-Smirnov, level 0.001; the draws are fixed
+
+
+def test_a_crop_that_never_fits_falls_back_to_torchvisions_centre():
+    for width, height in [(100, 10), (10, 100), (1, 1), (1, 50), (13, 12)]:
+        # crop_min 1 and an extreme aspect ratio never fit.
+        expected = None
+        for seed in range(50):
+            torch.manual_seed(seed)
+            box = transforms.RandomResizedCrop.get_params(Image.new("RGB", (width, height)), [9.0, 9.0], [3 / 4, 4 / 3])
+            assert expected in (None, tuple(box))
+            expected = tuple(box)
+        assert crop_box([0.5] * DRAWS, height, width, 9.0) == expected
+
+
+def test_draws_belong_to_the_sample():
+    sample_B = torch.tensor([5, 3, 900])
+    together = crop_draws(1, 2, sample_B, 0)
+    assert together.shape == (3, DRAWS)
+    for b, sample in enumerate(sample_B):
+        assert np.array_equal(together[b], crop_draws(1, 2, sample[None], 0)[0])
+    for other in (crop_draws(2, 2, sample_B, 0), crop_draws(1, 3, sample_B, 0), crop_draws(1, 2, sample_B, 1)):
+        assert not np.any(together == other)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (300, 200), (40, 500)])
+def test_crops_are_bit_for_bit_torchvisions(size):
+    image = picture(*size)
+    draw_2D = [crop_draws(0, 0, torch.tensor([4]), view)[0].tolist() for view in (0, 1)]
+    crops = np.empty((2, 3, 32, 32), np.uint8)
+    two_crops(image, draw_2D, 0.2, 32, crops)
+    for draw_D, crop in zip(draw_2D, crops, strict=True):
+        top, left, height, width = crop_box(draw_D, image.height, image.width, 0.2)
+        expected = F.resized_crop(image, top, left, height, width, [32, 32])
+        assert np.array_equal(crop, np.asarray(expected).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "resized"), [((500, 375), 224, 256), ((60, 90), 224, 256), ((28, 28), 28, 32)]
+)
+def test_the_centre_crop_is_bit_for_bit_torchvisions(size, side, resized):
+    image = picture(*size)
+    expected = transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(side), transforms.PILToTensor()])
+    assert torch.equal(center_crop(image, side), expected(image))
