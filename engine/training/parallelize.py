@@ -9,12 +9,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from engine.recipe import UserError
 from models.moco import MoCo, initial_values
 from models.norm import set_batch_norm_group
 from models.trunk import blocks
 
 Shard = Literal["full", "grad_op", "hybrid", "replicate"]
 Precision = Literal["bf16", "float32", "float64"]
+COMPILED_VARIANTS = 64  # graphs of one forward: its shapes, with and without gradient, in training and evaluation
 
 
 def parallelize(
@@ -63,13 +65,29 @@ def parallelize(
 
 def compile_forward(module: nn.Module) -> None:
     """Compile a module's forward into one graph, in place; FSDP's hooks stay outside, and names as they are."""
-    module.forward = torch.compile(module.forward, fullgraph=True)
+    # Modules of one class share a cache: each shape of a ResNet's bottleneck is an entry, with and without gradient.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
+    module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
 
 
 def _shard_head(head: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, resting: bool, compile: bool) -> None:
     if compile:
         compile_forward(head)
     fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=resting)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where compiled code for the device could not be built: on a CPU it is C++."""
+    from torch._inductor import cpp_builder, exc  # it looks where the compilation itself will; seconds to import
+
+    try:
+        if device.type == "cpu":
+            cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise UserError(
+            "parallel.compile (true) must have a C++ compiler on a CPU, and $CXX or g++ is none; "
+            "install g++ or pass parallel.compile=false"
+        ) from error
 
 
 @torch.no_grad()
