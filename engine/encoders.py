@@ -1,0 +1,140 @@
+"""Any CHECKPOINT opened, for every front door: as named weights, or as a trunk ready to use.
+
+A CHECKPOINT is a run directory, a checkpoint directory, an exported file or folder, a published .pth.tar or
+`timm/<name>`.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoint.layout import POINTERS, read_pointer
+from engine.checkpoint.load import read_tensors
+from engine.checkpoint.manifest import NAME as MANIFEST
+from engine.checkpoint.manifest import read_manifest
+from engine.recipe import UserError, loads
+from engine.schema import one_line
+from engine.weights.architecture import Architecture, moco_shapes, of_recipe
+from engine.weights.reading import read_weights
+from engine.weights.weights import About, EncoderName, Weights, check_names, fill_trunk
+from models.trunk import TIMM
+
+MODEL = "model."  # how the networks' tensors begin in a sharded checkpoint
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A trunk to take features from, and what is known about it (the images that it takes, its recipe).
+
+    trunk: [B, 3, S, S] -> [B, D], in eval mode, float32, on the CPU, without gradients.
+    """
+
+    trunk: nn.Module
+    about: About
+
+
+def open_encoder(checkpoint: str, encoder: EncoderName = "base") -> Encoder:
+    """The trunk of a CHECKPOINT's base or momentum encoder. Raises UserError."""
+    weights = open_weights(checkpoint)
+    return Encoder(fill_trunk(weights.trunk(encoder)), weights.known())
+
+
+def open_weights(checkpoint: str) -> Weights:
+    """The weights of a CHECKPOINT; no tensor is read yet. Raises UserError."""
+    if checkpoint.startswith(TIMM) and not Path(checkpoint).exists():
+        return _from_timm(checkpoint)
+    path = Path(checkpoint)
+    if not path.exists():
+        raise UserError(
+            f"CHECKPOINT ({checkpoint}) must exist; pass a run, a checkpoint, an export, a file or timm/<name>"
+        )
+    sharded = _sharded_folder(path)
+    return read_weights(path) if sharded is None else _from_shards(sharded)
+
+
+def _sharded_folder(path: Path) -> Path | None:
+    """The checkpoint that a path means; None where it is no sharded one."""
+    if path.name in POINTERS and path.is_file():
+        return path.parent / (read_pointer(path.parent, path.name) or "")
+    if (path / MANIFEST).exists():
+        return path
+    for checkpoints in (path / "checkpoints", path):
+        if name := read_pointer(checkpoints, "latest") if checkpoints.is_dir() else None:
+            return checkpoints / name
+    if (path / "checkpoints").is_dir() or (path / "recipe.yaml").exists():
+        raise UserError(
+            f"CHECKPOINT ({path}) must be a run with a checkpoint; it has none yet: run it, or pass another"
+        )
+    return None
+
+
+def _from_shards(folder: Path) -> Weights:
+    manifest = read_manifest(folder)
+    text = manifest.state.get("recipe")
+    recipe = loads(text if isinstance(text, str) else "", f"recipe of {folder}")
+    architecture = of_recipe(recipe.model)
+    expected = moco_shapes(architecture, recipe.model.projector_hidden_dim, recipe.model.output_dim)
+    found = {
+        name.removeprefix(MODEL): torch.Size(entry["shape"])
+        for name, entry in manifest.tensors.items()
+        if name.startswith(MODEL)
+    }
+    check_names(found, expected, str(folder))
+    rows = _metrics(folder.parent.parent / "metrics.jsonl", manifest.step)
+    about = About(
+        architecture,
+        recipe.model.image_size,
+        recipe.augment.mean,
+        recipe.augment.std,
+        recipe=text,
+        step=manifest.step,
+        epoch=int(rows["epoch"]) if "epoch" in rows else None,
+        knn_top1=rows.get("knn_top1"),
+        licence=manifest.state.get("licence"),
+    )
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in read_tensors(folder, [MODEL + name for name in names]):
+            yield name.removeprefix(MODEL), tensor
+
+    return Weights(about, expected, read, str(folder))
+
+
+def _metrics(file: Path, step: int) -> dict[str, float]:
+    """The newest value of every metric up to a step; empty where the run's metrics are not beside its checkpoints."""
+    newest: dict[str, float] = {}
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the line that a killed run did not finish
+                continue
+            if isinstance(row, dict) and row.get("step", step + 1) <= step:
+                newest |= row
+    return newest
+
+
+def _from_timm(checkpoint: str) -> Weights:
+    """A model of timm with its published weights."""
+    name = checkpoint.removeprefix(TIMM)
+    if not timm.is_model(name):
+        raise UserError(
+            f"CHECKPOINT ({checkpoint}) must be a timm model or a path; do `timm.list_models()` to see them"
+        )
+    try:
+        network = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # whatever the network, the hub or its cache has to say
+        raise UserError(
+            f"CHECKPOINT ({checkpoint}) must have published weights that can be fetched: {one_line(error)[:300]}"
+        ) from error
+    config = network.pretrained_cfg
+    architecture = Architecture("timm", {"name": name, "image_size": config["input_size"][-1]})
+    tensors = {f"base.trunk.{n}": t for n, t in network.state_dict().items()}
+    about = About(architecture, config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+    shapes = {n: t.shape for n, t in tensors.items()}
+    return Weights(about, shapes, lambda names: ((n, tensors[n]) for n in names), checkpoint)

@@ -1,0 +1,74 @@
+"""Fit weights to a recipe's network, to pre-train on from: other grids, fresh parts."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from engine.schema import UserError
+from engine.weights.architecture import Architecture, by_shape, moco_shapes, trunk_shapes
+from engine.weights.weights import Weights, check_names
+from models.vit import sincos_position
+
+POSITIONS = ("base.trunk.pos_embed", "momentum.trunk.pos_embed")
+SAME = 1e-5  # implementations of the sine differ by less; learned embeddings by far more
+
+
+def adopt(weights: Weights, architecture: Architecture, head_dims: tuple[int, int], *, interpolate: bool) -> Weights:
+    """`weights` for the network that a recipe declares; one trunk alone stays one.
+
+    Position embeddings of another grid are computed anew where they are MoCo v3's sines; learned ones are interpolated
+    where `interpolate` allows it.
+
+    Args:
+        head_dims: (hidden, output) of projector and predictor.
+
+    Raises:
+        UserError: the weights are of another network.
+    """
+    wanted = by_shape(architecture)
+    found = weights.about and by_shape(weights.about.architecture)
+    if found and (difference := found.differs_from(wanted)):
+        raise UserError(f"weights ({weights.origin}) must fit the recipe's model: {difference}; use its own recipe")
+    if weights.is_whole:
+        expected = moco_shapes(architecture, *head_dims)
+    else:
+        expected = {f"base.trunk.{name}": shape for name, shape in trunk_shapes(architecture).items()}
+    moved = [name for name in POSITIONS if _is_other_grid(name, weights, expected)]
+    check_names(weights.shapes | {name: expected[name] for name in moved}, expected, weights.origin)
+    regridded = {
+        name: _regrid(tensor, expected[name], weights.origin, interpolate) for name, tensor in weights.read(moved)
+    }
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights.read(names):
+            yield name, regridded.get(name, tensor)
+
+    return dataclasses.replace(weights, shapes=expected, read=read)
+
+
+def _is_other_grid(name: str, weights: Weights, expected: dict[str, torch.Size]) -> bool:
+    there, here = weights.shapes.get(name), expected.get(name)
+    if there is None or here is None or there == here:
+        return False
+    return len(there) == len(here) == 3 and there[2] == here[2] and _side(there) > 0 and _side(here) > 0
+
+
+def _side(shape: torch.Size) -> int:
+    """Patches along one side of a square grid beside CLS; 0 for anything else."""
+    side = round(max(shape[1] - 1, 0) ** 0.5)
+    return side if side * side == shape[1] - 1 else 0
+
+
+def _regrid(position: Tensor, shape: torch.Size, origin: str, interpolate: bool) -> Tensor:
+    old, new = _side(position.shape), _side(shape)
+    if shape[2] % 4 == 0 and (position - sincos_position(old, old, shape[2])).abs().max() <= SAME:
+        return sincos_position(new, new, shape[2]).to(position.dtype)
+    if not interpolate:
+        raise UserError(
+            f"weights ({origin}) must have positions of a {new} x {new} grid for this recipe; theirs are learned for "
+            f"{old} x {old}: pass --interpolate-positions, or another model.image_size"
+        )
+    return resample_abs_pos_embed(position, [new, new], num_prefix_tokens=1)

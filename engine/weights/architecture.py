@@ -1,0 +1,210 @@
+"""What a trunk is, told by a recipe, by the names and shapes of its tensors, or by what a file says of itself."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from engine.recipe import Model, UserError, shape
+from engine.schema import one_line
+from models.moco import MoCo
+from models.resnet import build_resnet
+from models.shapes import VIT_SHAPES
+from models.trunk import TIMM, build_trunk
+from models.vit import build_vit
+
+REFERENCE_HEADS = 12  # of every ViT in the reference's files, whatever its width
+RESNETS = {  # torchvision's bottleneck networks: blocks per stage, width
+    "resnet50": ([3, 4, 6, 3], 64),
+    "resnet101": ([3, 4, 23, 3], 64),
+    "resnet152": ([3, 8, 36, 3], 64),
+    "wide_resnet50_2": ([3, 4, 6, 3], 128),
+    "wide_resnet101_2": ([3, 4, 23, 3], 128),
+}
+MODEL_ARGS = {  # a ViT's shape in timm's words and in ours
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "embed_dim": "dim",
+    "depth": "depth",
+    "num_heads": "heads",
+}
+
+Shapes = Mapping[str, torch.Size]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A trunk in the words of its constructor, as JSON holds them.
+
+    kind: vit (models.vit.build_vit), resnet (models.resnet.build_resnet) or timm (`name`, `image_size`).
+    """
+
+    kind: str
+    arguments: dict[str, Any]
+
+    def build(self) -> nn.Module:
+        """The trunk, its values undefined. Raises UserError for arguments that no trunk has."""
+        makers = {"vit": build_vit, "resnet": build_resnet, "timm": _build_timm}
+        try:
+            return makers[self.kind](**self.arguments)
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
+            raise UserError(f"no trunk can be built of {self.kind} {self.arguments}: {one_line(error)}") from error
+
+    @property
+    def has_conv_stem(self) -> bool:
+        return self.kind == "vit" and self.arguments["conv_stem"]
+
+    @property
+    def name(self) -> str:
+        """The reference's or torchvision's name; `vit`, `vit_conv` or `resnet` for a shape without one."""
+        if self.kind == "timm":
+            return self.arguments["name"]
+        if self.kind == "resnet":
+            named = {n for n, (layers, width) in RESNETS.items() if self == resnet(layers, width)}
+            return next(iter(named), "resnet")
+        own = {key: value for key, value in self.arguments.items() if key != "image_size"}
+        named = [n for n, known in VIT_SHAPES.items() if known == own]
+        return next(iter(named), "vit_conv" if self.has_conv_stem else "vit")
+
+    def model_args(self) -> dict[str, Any]:
+        """A ViT's shape in timm's words, a ResNet's in torchvision's."""
+        if self.kind == "vit":
+            return {theirs: self.arguments[ours] for theirs, ours in MODEL_ARGS.items()}
+        return dict(self.arguments)
+
+    def differs_from(self, other: "Architecture") -> str | None:
+        """The first thing, beside the image size, in which two trunks of one kind differ; None if nothing does."""
+        if self.kind != other.kind:
+            return f"its trunk is a {self.name}, not a {other.name}"
+        for key, value in self.arguments.items():
+            if key != "image_size" and value != other.arguments[key]:
+                return f"its trunk has {key} {value}, not {other.arguments[key]}"
+        return None
+
+
+def _build_timm(name: str, image_size: int) -> nn.Module:
+    return build_trunk(TIMM + name, image_size=image_size, freeze_patch_projection=False)
+
+
+def vit(image_size: int, patch_size: int, dim: int, depth: int, heads: int, conv_stem: bool) -> Architecture:
+    sizes = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads}
+    return Architecture("vit", sizes | {"conv_stem": conv_stem})
+
+
+def resnet(layers: list[int], width_per_group: int) -> Architecture:
+    return Architecture("resnet", {"layers": list(layers), "width_per_group": width_per_group})
+
+
+def of_recipe(model: Model) -> Architecture:
+    """The trunk that a recipe's `model` section declares."""
+    if (own := shape(model)) is not None:
+        return vit(image_size=model.image_size, **own)
+    if model.name in RESNETS:
+        return resnet(*RESNETS[model.name])
+    return Architecture("timm", {"name": model.name.removeprefix(TIMM), "image_size": model.image_size})
+
+
+def of_shapes(shapes: Shapes, model_args: Mapping[str, Any] | None, heads: int | None) -> Architecture | None:
+    """The trunk whose tensors (names without prefix) have these shapes; None where the number of heads is unknown.
+
+    Args:
+        model_args: what the file says of itself; it decides heads and image size, and must fit the shapes.
+        heads: of a ViT whose file says nothing.
+
+    Raises:
+        UserError: names and shapes are those of no ViT and no bottleneck ResNet, or not those of `model_args`.
+    """
+    if "layer1.0.conv3.weight" in shapes:
+        stages = [len({n.split(".")[1] for n in shapes if n.startswith(f"layer{s}.")}) for s in (1, 2, 3, 4)]
+        return bounded(resnet(stages, _extent(shapes, "layer1.0.conv1.weight", 0)))
+    if "cls_token" not in shapes or "pos_embed" not in shapes:
+        raise UserError("its tensors must be those of a ViT (cls_token, pos_embed, ...) or a ResNet; neither is there")
+    facts = _vit_facts(shapes)
+    if model_args is None and heads is None:
+        return None
+    stated = _checked_arguments(model_args, facts) if model_args is not None else facts | {"heads": heads}
+    if not stated["heads"] or stated["dim"] % stated["heads"]:
+        raise UserError(f"its number of heads ({stated['heads']}) must divide its width ({stated['dim']})")
+    return bounded(vit(**stated))
+
+
+def bounded(architecture: Architecture) -> Architecture:
+    """The same; raises UserError where a file asks for a network of a size that nobody builds."""
+    plain = architecture.arguments
+    sizes = [v for value in plain.values() for v in (value if isinstance(value, list) else [value])]
+    if any(not isinstance(v, str | bool) and not (type(v) is int and 0 < v < 65536) for v in sizes):
+        raise UserError("the trunk's sizes must be integers from 1 to 65535")
+    if plain.get("depth", 1) > 1000 or sum(plain.get("layers", [])) > 1000:
+        raise UserError("the trunk must have no more than 1,000 blocks")
+    return architecture
+
+
+def _extent(shapes: Shapes, name: str, dimension: int) -> int:
+    """One extent of a convolution's kernel; 0 where it is none."""
+    return shapes[name][dimension] if len(shapes.get(name, ())) == 4 else 0
+
+
+def _vit_facts(shapes: Shapes) -> dict[str, Any]:
+    """All of a ViT's shape but its heads, which no tensor shows."""
+    if len(shapes["cls_token"]) != 3 or len(shapes["pos_embed"]) != 3:
+        raise UserError("cls_token and pos_embed must have three dimensions each")
+    dim, grid = shapes["cls_token"][-1], math.isqrt(max(shapes["pos_embed"][1] - 1, 0))
+    if grid * grid != shapes["pos_embed"][1] - 1:
+        raise UserError(f"pos_embed ({list(shapes['pos_embed'])}) must be of CLS and a square grid of patches")
+    stem = [n for n in shapes if re.fullmatch(r"patch_embed\.proj\.\d+\.weight", n) and len(shapes[n]) == 4]
+    patch_size = 2 ** (len(stem) - 1) if stem else _extent(shapes, "patch_embed.proj.weight", -1)
+    depth = len({n.split(".")[1] for n in shapes if n.startswith("blocks.")})
+    if not (dim and depth and patch_size):
+        raise UserError("its tensors must be those of a ViT with blocks and a patch projection")
+    sizes = {"image_size": grid * patch_size, "patch_size": patch_size, "dim": dim, "depth": depth}
+    return sizes | {"conv_stem": bool(stem)}
+
+
+def _checked_arguments(model_args: Any, facts: dict[str, Any]) -> dict[str, Any]:
+    """`model_args` under our names, where it says nothing that the shapes deny."""
+    if not isinstance(model_args, Mapping) or set(model_args) != set(MODEL_ARGS):
+        raise UserError(f"its model_args must have exactly {', '.join(MODEL_ARGS)}")
+    if any(type(value) is not int or value < 1 for value in model_args.values()):
+        raise UserError("its model_args must be integers >= 1")
+    stated = facts | {ours: model_args[theirs] for theirs, ours in MODEL_ARGS.items()}
+    for key in ("patch_size", "dim", "depth"):
+        if stated[key] != facts[key]:
+            raise UserError(f"its model_args must fit its tensors: {key} is {stated[key]} there, {facts[key]} here")
+    if -(-stated["image_size"] // stated["patch_size"]) * facts["patch_size"] != facts["image_size"]:
+        raise UserError(f"its model_args must fit its tensors: img_size {stated['image_size']} has another grid")
+    return stated
+
+
+def by_shape(architecture: Architecture) -> Architecture:
+    """The same trunk as vit or resnet where a timm model is one by all names and shapes; else unchanged.
+
+    What names and shapes do not show (an activation, an order) shows in an export's proof.
+    """
+    if architecture.kind != "timm":
+        return architecture
+    theirs = trunk_shapes(architecture)
+    with torch.device("meta"):
+        trunk = architecture.build()
+    heads = trunk.blocks[0].attn.num_heads if isinstance(trunk, VisionTransformer) else None
+    try:
+        plain = of_shapes(theirs, None, heads)
+    except UserError:  # neither of the two
+        return architecture
+    return plain if plain is not None and trunk_shapes(plain) == theirs else architecture
+
+
+def trunk_shapes(architecture: Architecture) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in architecture.build().state_dict().items()}
+
+
+def moco_shapes(architecture: Architecture, hidden_dim: int, output_dim: int) -> dict[str, torch.Size]:
+    """Every tensor of base, momentum and predictor on this trunk, in order. Allocates nothing."""
+    with torch.device("meta"):
+        moco = MoCo(architecture.build, hidden_dim, output_dim)
+    return {name: tensor.shape for name, tensor in moco.state_dict().items()}

@@ -1,0 +1,130 @@
+"""Named tensors of a MoCo, or of one trunk, and all that is known about them, wherever they lie."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from engine.recipe import UserError
+from engine.weights.architecture import Architecture
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of published files
+REFERENCE_LICENCE = "CC-BY-NC-4.0"
+LISTED = 10  # names that an error lists
+
+EncoderName = Literal["base", "momentum"]
+
+
+@dataclass(frozen=True)
+class About:
+    """What a source says of its tensors, as JSON holds it.
+
+    image_size, mean, std: of the images that the trunk takes. recipe: YAML. arch, epoch: as a published file has them.
+    knn_top1: the run's newest at or before the step. licence: of the weights, where it is known.
+    """
+
+    architecture: Architecture
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    recipe: str | None = None
+    step: int | None = None
+    epoch: int | None = None
+    arch: str | None = None
+    knn_top1: float | None = None
+    licence: str | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "About":
+        """Raises ValueError, TypeError or KeyError for anything that `to_json` did not write."""
+        content = json.loads(text)
+        content["architecture"] = Architecture(**content["architecture"])
+        about = cls(**content | {key: tuple(map(float, content[key])) for key in ("mean", "std")})
+        if type(about.image_size) is not int or len(about.mean) != 3 or len(about.std) != 3:
+            raise ValueError("image_size, mean and std must be an integer and three numbers each")
+        return about
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors under our names (engine.weights.tables), read when they are asked for.
+
+    about: None for a bare trunk of others, which does not say how many heads its attention has.
+    shapes: of every tensor that `read` can give.
+    read: the named tensors on the CPU, one at a time.
+    origin: where they lie, for messages. notes: lines for the user on what was not taken over.
+    """
+
+    about: About | None
+    shapes: dict[str, torch.Size]
+    read: Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]]
+    origin: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Both encoders, projectors and the predictor, not one trunk alone."""
+        return "predictor.0.weight" in self.shapes
+
+    def known(self) -> About:
+        """`about`; raises UserError where it is not known."""
+        if self.about is None:
+            raise UserError(
+                f"weights ({self.origin}) must say what network they are of and how many heads it has, and do not; "
+                "import them with engine.import_weights and a recipe that says it"
+            )
+        return self.about
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """(hidden, output) of projector and predictor."""
+        return self.shapes["predictor.0.weight"][0], self.shapes["predictor.0.weight"][1]
+
+    def trunk(self, encoder: EncoderName) -> "Weights":
+        """One encoder's trunk alone, as base.trunk.*. Raises UserError where it is not there."""
+        if encoder != "base" and not self.is_whole:
+            raise UserError(f"--encoder ({encoder}) must be base for {self.origin}, which holds one trunk alone")
+        theirs, ours = f"{encoder}.trunk.", "base.trunk."
+        names = {ours + n.removeprefix(theirs): n for n in self.shapes if n.startswith(theirs)}
+
+        def read(wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in self.read([names[n] for n in wanted]):
+                yield ours + name.removeprefix(theirs), tensor
+
+        return dataclasses.replace(self, shapes={n: self.shapes[old] for n, old in names.items()}, read=read)
+
+
+def check_names(found: dict[str, torch.Size], expected: dict[str, torch.Size], origin: str) -> None:
+    """Raises UserError that lists every name that is unknown, missing or of another shape."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in expected]
+    problems += [
+        f"{name} is {list(shape)} instead of {list(expected[name])}"
+        for name, shape in found.items()
+        if name in expected and shape != expected[name]
+    ]
+    if problems:
+        more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        raise UserError(f"weights ({origin}) must be those of the network: {'; '.join(problems[:LISTED])}{more}")
+
+
+def fill_trunk(weights: Weights) -> nn.Module:
+    """The trunk of `weights` (one trunk alone) in eval mode on the CPU, float32, one tensor read at a time."""
+    architecture = weights.known().architecture
+    # timm's networks may have buffers that no file holds, so those are built with values.
+    with torch.device("cpu" if architecture.kind == "timm" else "meta"):
+        trunk = architecture.build()
+    # Reals in float32, counters as they are.
+    tensors = {
+        name.removeprefix("base.trunk."): tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in weights.read(list(weights.shapes))
+    }
+    trunk.load_state_dict(tensors, strict=True, assign=True)
+    return trunk.eval().requires_grad_(False)
