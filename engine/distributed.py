@@ -2,8 +2,6 @@
 
 import os
 import signal
-import threading
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from engine.front_door import end_with_launcher
+
 TIMEOUT = timedelta(minutes=30)  # a rank may index millions of images while the others wait
-ORPHAN_CHECK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ def process_group():
 
     GPUs are used where there are any. Under torchrun a rank whose agent died exits within seconds.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    end_with_launcher()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
@@ -53,14 +51,6 @@ def process_group():
         dist.destroy_process_group()
 
 
-def _exit_with_parent(parent: int) -> None:
-    # A rank that outlives its agent would go on training beside the job that replaces it.
-    while os.getppid() == parent:
-        time.sleep(ORPHAN_CHECK_SECONDS)
-    os.write(2, b"the launcher is gone: this rank exits; the newest checkpoint is kept\n")
-    os._exit(1)
-
-
 def make_mesh(world: World, shard: str, replicate: int) -> DeviceMesh:
     """The ranks as a grid ("replicate", "shard"): a parameter is spread along the second, copied along the first."""
     copies = {"replicate": world.size, "hybrid": replicate}.get(shard, 1)
@@ -68,8 +58,9 @@ def make_mesh(world: World, shard: str, replicate: int) -> DeviceMesh:
 
 
 class StopSignal:
-    """SIGINT or SIGTERM on any rank, known to all ranks after the same step. A second signal ends the process at once.
+    """SIGINT or SIGTERM on any rank, known to all ranks after the same step. A second SIGINT ends the process at once.
 
+    A second SIGTERM changes nothing: schedulers send it to ranks and launcher alike, and the launcher passes it on.
     The ranks' answers travel while the next step runs, so nobody waits for them.
     """
 
@@ -88,7 +79,8 @@ class StopSignal:
 
     def _receive(self, signum: int, _frame: object) -> None:
         self.received[0] = signum
-        signal.signal(signum, signal.SIG_DFL)
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.SIG_DFL)
 
     def _start(self) -> None:
         self.message = self.received.clone()

@@ -1,11 +1,17 @@
-"""What every front door (`python -m engine.X`) does at its edge: turn exceptions into words and exit codes."""
+"""What every front door (`python -m engine.X`) does at its edge: exceptions become words and exit codes, and no
+process outlives its launcher."""
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable
-from typing import NoReturn
+from functools import cache
+from typing import NoReturn, TextIO
 
 from engine.schema import UserError
+
+ORPHAN_CHECK_SECONDS = 1.0
 
 
 class RunFailed(Exception):
@@ -22,6 +28,7 @@ class Interrupted(Exception):
 
 def enter(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a front door on the command line's arguments and exit: 0 done, 2 user error (one line), else failure."""
+    end_with_launcher()
     try:
         main(sys.argv[1:])
         code = 0
@@ -39,7 +46,25 @@ def enter(main: Callable[[list[str]], None]) -> NoReturn:
     sys.exit(code)
 
 
-def say_once(text: str) -> None:
-    """A line on stderr from one process of every node: the ranks fail alike, and one voice is enough."""
+def say_once(text: str, stream: TextIO | None = None) -> None:
+    """A line, on stderr unless told otherwise, from one process of every node: ranks fail alike, one voice will do."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=stream or sys.stderr, flush=True)
+
+
+@cache
+def end_with_launcher() -> None:
+    """From now on this process, if torchrun started it, exits within seconds of torchrun's death.
+
+    To be called early: PyTorch takes seconds to load, and a launcher that dies meanwhile would not be missed.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_with(parent: int) -> None:
+    # A rank that outlives its launcher would go on training beside the job that replaces it.
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_CHECK_SECONDS)
+    os.write(2, b"the launcher is gone: this rank exits; the newest checkpoint is kept\n")
+    os._exit(1)

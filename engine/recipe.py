@@ -136,7 +136,10 @@ class Log:
 
 @section
 class Evaluate:
+    """crop_fraction: side of the centre crop over the shorter side of the resized image; 1 sees the whole width."""
+
     knn_every_epochs: int = key(NOT_NEGATIVE)
+    crop_fraction: float = key(CROP, default=0.875)
 
 
 @section

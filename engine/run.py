@@ -5,6 +5,7 @@ The same command again resumes the run from its newest checkpoint, or says that 
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from engine.front_door import enter, say_once
@@ -21,7 +22,7 @@ def main(arguments: list[str]) -> None:
 
     recipe = load(options.recipe, options.overrides)
     check_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-    say_once(f"{options.recipe} -> {recipe.run.dir}: loading PyTorch")
+    say_once(f"{options.recipe} -> {recipe.run.dir}: loading PyTorch", sys.stdout)
     # These imports take seconds, and a mistake in the recipe should show before.
     from engine.distributed import process_group
     from engine.training.pretrain import pretrain

@@ -142,3 +142,9 @@ def test_the_centre_crop_is_bit_for_bit_torchvisions(size, side, resized):
     image = picture(*size)
     expected = transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(side), transforms.PILToTensor()])
     assert torch.equal(center_crop(image, side), expected(image))
+
+
+def test_a_crop_fraction_of_one_sees_the_whole_width():
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (28, 28, 3), dtype=np.uint8))
+    assert torch.equal(center_crop(image, 28, 1.0), torch.from_numpy(np.array(image).transpose(2, 0, 1)))
+    assert not torch.equal(center_crop(image, 28), center_crop(image, 28, 1.0))

@@ -94,7 +94,7 @@ def two_crops(
         out_3SS[...] = np.asarray(crop).transpose(2, 0, 1)
 
 
-def center_crop(image: Image.Image, size: int) -> Tensor:
-    """The view for evaluation: shorter side resized to size * 256/224, the centre kept. uint8 [3, S, S]."""
-    resized = F.resize(image, [round(size * 256 / 224)])
+def center_crop(image: Image.Image, size: int, fraction: float = 224 / 256) -> Tensor:
+    """The view for evaluation: shorter side resized to size / fraction, the centre kept. uint8 [3, S, S]."""
+    resized = F.resize(image, [round(size / fraction)])
     return torch.from_numpy(np.array(F.center_crop(resized, [size, size])).transpose(2, 0, 1))

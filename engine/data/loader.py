@@ -97,11 +97,19 @@ def train_batches(
 
 
 def eval_batches(
-    source: Source, ids: np.ndarray, *, batch_size: int, image_size: int, workers: int, batches: int | None = None
+    source: Source,
+    ids: np.ndarray,
+    *,
+    batch_size: int,
+    image_size: int,
+    workers: int,
+    crop_fraction: float = 224 / 256,
+    batches: int | None = None,
 ) -> Iterator[EvalBatch]:
     """The images `ids` of the source in order, in batches of one shape.
 
-    `batches`: yield that many, empty ones at the end, so that every rank runs as many forwards as the others.
+    `crop_fraction`: the side of the centre crop over the shorter side of the resized image. `batches`: yield that many,
+    empty ones at the end, so that every rank runs as many forwards as the others.
     """
     ids = np.asarray(ids, np.int64)
     needed = -(-len(ids) // batch_size)
@@ -109,7 +117,7 @@ def eval_batches(
         raise ValueError(f"{len(ids)} images do not fit into {batches} batches of {batch_size}")
     _check_shared_memory(workers, batch_size * 3 * image_size**2)
     chunks = [ids[k * batch_size : (k + 1) * batch_size] for k in range(needed if batches is None else batches)]
-    return _run(_EvalBatches(source, batch_size, image_size), chunks, workers, pin_memory=False)
+    return _run(_EvalBatches(source, batch_size, image_size, crop_fraction), chunks, workers, pin_memory=False)
 
 
 class _TrainBatches(Dataset):
@@ -135,8 +143,9 @@ class _TrainBatches(Dataset):
 
 
 class _EvalBatches(Dataset):
-    def __init__(self, source: Source, batch_size: int, image_size: int):
-        self.source, self.batch_size, self.image_size = source, batch_size, image_size
+    def __init__(self, source: Source, batch_size: int, image_size: int, crop_fraction: float):
+        self.source, self.batch_size = source, batch_size
+        self.image_size, self.crop_fraction = image_size, crop_fraction
 
     def __getitem__(self, ids: np.ndarray) -> EvalBatch:
         images = torch.zeros(self.batch_size, 3, self.image_size, self.image_size, dtype=torch.uint8)
@@ -147,7 +156,7 @@ class _EvalBatches(Dataset):
             if isinstance(image, Bad):
                 bad.append(image)
                 continue
-            images[valid], ids_B[valid] = center_crop(image, self.image_size), i
+            images[valid], ids_B[valid] = center_crop(image, self.image_size, self.crop_fraction), i
             if self.source.labels is not None:
                 labels_B[valid] = int(self.source.labels[i])
             valid += 1

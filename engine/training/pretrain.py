@@ -26,7 +26,7 @@ from engine.recipe import Pretrain, UserError, dump, fingerprint, loads, resume_
 from engine.training import report
 from engine.training.health import health
 from engine.training.metrics import MetricsLog
-from engine.training.parallelize import materialize, parallelize
+from engine.training.parallelize import check_compiler, materialize, parallelize
 from engine.training.run_directory import RunDirectory
 from engine.training.schedule import Schedule
 from engine.training.sources import Sources, open_sources
@@ -48,6 +48,7 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
         UserError, RunFailed, Interrupted: engine.front_door turns them into words and exit codes.
     """
     started = time.perf_counter()
+    check(recipe, world)
     with RunDirectory(Path(recipe.run.dir), world) as directory:
         sources = open_sources(recipe, recipe_file, world)
         schedule = make_schedule(recipe, len(sources.train))
@@ -58,7 +59,8 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
         found = newest_valid(directory.checkpoints, world.host_group)
         step = 0 if found is None else check_resume(found, recipe, sources.train, world)
         directory.write_recipe(recipe)
-        log = MetricsLog(directory.path, step if found else -1, enabled=world.is_first)
+        with agreement(world.host_group):
+            log = MetricsLog(directory.path, step if found else -1, enabled=world.is_first)
 
         task = Pretraining(recipe, world, sources, build_state(recipe, world, schedule))
         if found is not None:
@@ -68,7 +70,15 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
         trainer.seconds["start-up"] = time.perf_counter() - started
         trainer.run()
         log.close()
-        report.closing(world, recipe_file, directory.path, plan, trainer.seconds)
+        report.closing(world, recipe_file, directory.path, trainer.seconds)
+
+
+def check(recipe: Pretrain, world: World) -> None:
+    """Raises UserError, on every rank, for what only the networks and the machine know. Nothing is written yet."""
+    with agreement(world.host_group):
+        make_networks(recipe)
+        if recipe.parallel.compile:
+            check_compiler(world.device)
 
 
 def make_schedule(recipe: Pretrain, images: int) -> Schedule:
@@ -123,9 +133,13 @@ def check_resume(checkpoint: Path, recipe: Pretrain, train: Source, world: World
     return step
 
 
-def build_state(recipe: Pretrain, world: World, schedule: Schedule) -> TrainState:
-    """Networks and optimizer as the recipe declares them, sharded, with their initial weights."""
-    model, parallel = recipe.model, recipe.parallel
+def make_networks(recipe: Pretrain) -> MoCo:
+    """The networks that the recipe declares, on the meta device: no memory, no weights.
+
+    Raises:
+        UserError: for what only the network itself knows.
+    """
+    model = recipe.model
     make_trunk = partial(
         build_trunk,
         model.name,
@@ -135,9 +149,14 @@ def build_state(recipe: Pretrain, world: World, schedule: Schedule) -> TrainStat
     )
     with torch.device("meta"):
         try:
-            moco = MoCo(make_trunk, model.projector_hidden_dim, model.output_dim)
-        except ValueError as error:  # what only the network itself knows
+            return MoCo(make_trunk, model.projector_hidden_dim, model.output_dim)
+        except ValueError as error:
             raise UserError(str(error)) from error
+
+
+def build_state(recipe: Pretrain, world: World, schedule: Schedule) -> TrainState:
+    """Networks and optimizer as the recipe declares them, sharded, with their initial weights."""
+    parallel, moco = recipe.parallel, make_networks(recipe)
     mesh = make_mesh(world, parallel.shard, parallel.replicate)
     parallelize(moco, mesh, world.group, shard=parallel.shard, precision=parallel.precision, compile=parallel.compile)
     materialize(moco, world.device, recipe.run.seed)
@@ -199,10 +218,11 @@ class Pretraining:
     def views(self, batch: Batch) -> Tensor:
         """Both augmented views [2B, 3, H, W] of a batch, on the device."""
         crops, sample_B = (t.to(self.world.device, non_blocking=True) for t in (batch.crops, batch.sample_B))
-        return self.augment(crops, sample_B, torch.tensor(batch.epoch, device=self.world.device))
+        return self.augment(crops, sample_B, torch.full((), batch.epoch, device=self.world.device))
 
     def describe(self, output: StepOutput) -> dict[str, float]:
         self._check_skips()
+        self._count_bad_images()
         self._check_bad_images()
         row = health(output, self.state)
         row["rankme"] = rankme_from_gram(feature_gram(output.features, self.world.group))
@@ -217,11 +237,14 @@ class Pretraining:
                 "anew with a lower optimizer.base_lr or a longer train.warmup_epochs in another run.dir"
             )
 
-    def _check_bad_images(self) -> None:
+    def _count_bad_images(self) -> None:
+        """Add what the ranks met since the last time. All ranks call it together."""
         bad = torch.tensor(self.bad_images)
         dist.all_reduce(bad, group=self.world.host_group)
         self.all_bad_images += int(bad)
         self.bad_images = 0
+
+    def _check_bad_images(self) -> None:
         bearable, seen = self.recipe.data.max_bad_fraction, self.step * self.images_per_step
         if self.all_bad_images > bearable * seen:
             raise RunFailed(
@@ -251,6 +274,7 @@ class Pretraining:
             ids,
             batch_size=EVALUATION_BATCH,
             image_size=self.recipe.model.image_size,
+            crop_fraction=self.recipe.evaluate.crop_fraction,
             workers=self.recipe.data.workers,
             batches=batches,
         ):
@@ -259,13 +283,14 @@ class Pretraining:
 
     def picture(self, batch: Batch) -> Tensor:
         """uint8 [3, H, W]: what the networks see, view 1 above view 2, one column per image."""
-        few = batch._replace(crops=batch.crops[:, :PICTURED], sample_B=batch.sample_B[:PICTURED])
-        views = self.views(few).float().cpu().unflatten(0, (2, -1))
+        # The whole batch again: another shape would be compiled anew.
+        views = self.views(batch).float().cpu().unflatten(0, (2, -1))[:, :PICTURED]
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.recipe.augment.mean, self.recipe.augment.std))
         pixels = ((views * std + mean) * 255).clamp(0, 255).byte()  # [2, N, 3, H, W]
         return pixels.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
     def checkpoint(self) -> dict[str, Any]:
+        self._count_bad_images()  # those since the last logged step, too
         state = {
             "step": self.step,
             "recipe": dump(self.recipe),
@@ -295,4 +320,4 @@ def make_augment(recipe: Pretrain, dtype: torch.dtype):
         seed=recipe.run.seed,
         dtype=dtype,
     )
-    return torch.compile(augment.__call__, fullgraph=True) if recipe.parallel.compile else augment
+    return torch.compile(augment.__call__, fullgraph=True, dynamic=False) if recipe.parallel.compile else augment

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.layout import step_name
+from engine.checkpoint.layout import read_pointer
 from engine.data.loader import Bad
 from engine.distributed import World
 from engine.recipe import Pretrain
@@ -52,18 +52,28 @@ def bad_images(bad: Sequence[Bad], consequence: str) -> None:
         print(f"warning: {image.name} could not be read ({image.reason}); {consequence}", file=sys.stderr)
 
 
-def closing(world: World, recipe_file: Path, directory: Path, plan: Plan, seconds: Mapping[str, float]) -> None:
+def closing(world: World, recipe_file: Path, directory: Path, seconds: Mapping[str, float]) -> None:
     """Result, where the time went, where the files are, and what to do next."""
     if not world.is_first:
         return
     with (directory / "metrics.jsonl").open() as file:
         rows = [json.loads(line) for line in file]
-    knn = [row["knn_top1"] for row in rows if "knn_top1" in row]
-    last = [row for row in rows if "loss" in row][-1]
-    loss = f"loss {last['loss']:.3f} ({last['chance_share']:.0%} of chance), rankme {last['rankme']:.1f}"
-    print(f"result    {f'kNN top-1 {knn[0]:.1%} -> {knn[-1]:.1%}, ' if knn else ''}{loss} at step {last['step']:,}")
+    newest = read_pointer(directory / "checkpoints", "latest")
+    print(f"result    {_result(rows)}")
     print(f"time      {', '.join(f'{what} {spent:.0f} s' for what, spent in seconds.items())}")
-    print(f"files     {directory}: recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/{step_name(plan.last_step)}/")
+    print(f"files     {directory}: recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/{newest}/")
     print(f"next      tensorboard --logdir {directory}")
     print(f"          the same command with run.dir=... and data.root=/path/to/your/images: {recipe_file} on your own")
     sys.stdout.flush()
+
+
+def _result(rows: list[dict]) -> str:
+    """The rows of metrics.jsonl in words; null stands there for a number that is not finite."""
+    knn = [f"{row['knn_top1']:.1%}" for row in rows if "knn_top1" in row]
+    last = next((row for row in reversed(rows) if "loss" in row), None)
+    if last is None:  # someone took the file away
+        return "unknown: metrics.jsonl has no rows"
+    nan = float("nan")
+    loss, share, rankme = (nan if last[key] is None else last[key] for key in ("loss", "chance_share", "rankme"))
+    numbers = f"loss {loss:.3f} ({share:.0%} of chance), rankme {rankme:.1f} at step {last['step']:,}"
+    return ", ".join([*([f"kNN top-1 {knn[0]} -> {knn[-1]}"] if knn else []), numbers])

@@ -175,3 +175,4 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.world.is_first:
             tqdm.write(text)
+            sys.stdout.flush()  # a log file shows the step when it is done
