@@ -17,6 +17,7 @@ from engine.checkpoint.layout import POINTERS, read_pointer
 from engine.checkpoint.load import read_tensors
 from engine.checkpoint.manifest import NAME as MANIFEST
 from engine.checkpoint.manifest import read_manifest
+from engine.front_door import say_once
 from engine.recipe import UserError, loads
 from engine.schema import one_line
 from engine.weights.architecture import Architecture, moco_shapes, of_recipe
@@ -41,6 +42,8 @@ class Encoder:
 def open_encoder(checkpoint: str, encoder: EncoderName = "base") -> Encoder:
     """The trunk of a CHECKPOINT's base or momentum encoder. Raises UserError."""
     weights = open_weights(checkpoint)
+    for note in weights.notes:
+        say_once(note)
     return Encoder(fill_trunk(weights.trunk(encoder)), weights.known())
 
 

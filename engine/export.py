@@ -10,7 +10,7 @@ import shlex
 from functools import partial
 from pathlib import Path
 
-from engine.front_door import enter, say_once
+from engine.front_door import enter
 
 FORMATS = ("timm", "torchvision", "moco_v3", "deit", "safetensors", "transformers", "onnx")
 
@@ -26,7 +26,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--force", action="store_true", help="replace what is at OUT")
     options = parser.parse_args(arguments)
 
-    say_once(f"{options.checkpoint} -> {options.out}: loading PyTorch")
     from engine.encoders import open_weights  # takes seconds, and a mistake in the arguments should show before
     from engine.weights.exporting import export
 

@@ -28,7 +28,6 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
 
     recipe = load(options.recipe, [*options.overrides, f"run.dir={json.dumps(str(options.run_dir))}"])
-    say_once(f"{options.file} -> {options.run_dir}: loading PyTorch")
     print(json.dumps(import_weights(options.file, recipe, interpolate=options.interpolate_positions)))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from functools import partial
@@ -9,13 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from engine.checkpoint.save import save
 from engine.encoders import open_encoder, open_weights
 from engine.export import main
-from engine.recipe import UserError
+from engine.front_door import RunFailed
+from engine.recipe import UserError, dump, fingerprint, load
+from engine.training.pretrain import make_networks
 from engine.weights.exporting import export
 from engine.weights.formats import FORMATS, is_file
+from models.moco import initial_values
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -23,8 +28,8 @@ TOLERANCE = 1e-5
 FEW_STEPS = ["train.max_steps=3", "evaluate.knn_every_epochs=0", "data.workers=0"]
 
 
-def run(*command: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -166,6 +171,85 @@ def test_a_checkpoint_opens_under_every_name_of_it(trained):
     assert {open_weights(str(name)).origin for name in names} == {str(checkpoints / "step_0000003")}
 
 
+def fresh_checkpoint(folder: Path, *overrides: str) -> Path:
+    """A run at step 0, with random weights and BatchNorm statistics that are not those of a fresh network."""
+    recipe = load(ROOT / "recipes" / "quickstart.yaml", [f"run.dir={folder}", *overrides])
+    torch.manual_seed(0)
+    tensors = {f"model.{name}": value for name, value in initial_values(make_networks(recipe), 0)}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 1 and name.endswith("weight"):  # zero where a fresh network's blocks do nothing
+            tensor += 0.5
+        if name.endswith(("running_mean", "running_var")):
+            tensor += 0.1 * torch.rand(tensor.shape)
+    state = {"step": 0, "recipe": dump(recipe), "data": None, "bad_images": 0}
+    save(folder / "checkpoints", 0, tensors, state, recipe_sha256=fingerprint(recipe))
+    return folder
+
+
+NO_SHAPE = ["model.patch_size=null", "model.dim=null", "model.depth=null", "model.heads=null"]
+
+
+@pytest.fixture(scope="module")
+def other_runs(tmp_path_factory):
+    """Checkpoints of trunks by their model.name."""
+    made = {}
+
+    def get(name: str, size: int) -> Path:
+        if name not in made:
+            overrides = [f"model.name={name}", f"model.image_size={size}", "model.freeze_patch_projection=false"]
+            made[name] = fresh_checkpoint(tmp_path_factory.mktemp("run"), *overrides, *NO_SHAPE)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("format", ["torchvision", "moco_v3"])
+def test_a_resnet_exports_to_every_format_that_fits(format, other_runs, tmp_path, here):
+    result = export_here(other_runs("resnet50", 64), tmp_path / "out", format)
+    assert result["max_feature_difference"] <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "formats", "refused"),
+    [
+        ("timm/vit_tiny_patch16_224", "timm deit transformers", "torchvision"),
+        ("timm/test_resnet", "timm safetensors onnx", "torchvision deit moco_v3 transformers"),
+        ("timm/test_convnext", "timm", "torchvision deit moco_v3 transformers"),
+    ],
+)
+def test_a_timm_trunk_exports_to_every_format_that_fits(name, formats, refused, other_runs, tmp_path, here):
+    source = other_runs(name, 64)
+    for format in formats.split():
+        assert export_here(source, tmp_path / format, format)["max_feature_difference"] <= TOLERANCE
+    for format in refused.split():
+        with pytest.raises(UserError, match="must get"):
+            export_here(source, tmp_path / "refused", format)
+
+
+def test_timm_s_published_weights_are_a_checkpoint_too(tmp_path):
+    """From the cache of downloads, as timm itself finds them there."""
+    import timm
+
+    network = timm.create_model("test_vit")
+    folder = tmp_path / "hub" / f"models--{network.pretrained_cfg['hf_hub_id'].rstrip('/').replace('/', '--')}"
+    if folder.name == "models--timm":
+        folder = folder.with_name(
+            f"models--timm--{network.pretrained_cfg['architecture']}.{network.pretrained_cfg['tag']}"
+        )
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    save_file(network.state_dict(), folder / "snapshots" / ("0" * 40) / "model.safetensors")
+
+    cached = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = run("engine.export", "timm/test_vit", str(tmp_path / "out.safetensors"), "--format", "timm", **cached)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["cls_token"], network.state_dict()["cls_token"])
+
+    with pytest.raises(UserError, match="must be a timm model"):
+        open_weights("timm/nothing")
+
+
 # ---- whole or not at all ---------------------------------------------------------------------------------------------
 
 
@@ -235,31 +319,26 @@ def test_one_trunk_alone_cannot_become_a_whole(trained, tmp_path, here):
     assert export_here(tmp_path / "timm", tmp_path / "out", "deit")["max_feature_difference"] <= TOLERANCE
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(trained, tmp_path, here):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for out, name in (("a.safetensors", "timm"), ("a.pt", "timm"), ("folder", "moco_v3"), ("a.onnx", "onnx")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            with pytest.raises(RunFailed, match="could not be written") as caught:
+                export_here(trained, tmp_path / out, name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "\n" not in str(caught.value)
+        assert not list(tmp_path.iterdir())
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
-
-MAKE_HUGE = """
-import sys
-from pathlib import Path
-from functools import partial
-import torch
-from engine.checkpoint.save import save
-from engine.recipe import dump, fingerprint, load, shape
-from models.moco import MoCo, initial_values
-from models.trunk import build_trunk
-
-recipe = load("recipes/vit_h.yaml")
-make = partial(build_trunk, recipe.model.name, image_size=224, freeze_patch_projection=True, shape=shape(recipe.model))
-with torch.device("meta"):
-    moco = MoCo(make, recipe.model.projector_hidden_dim, recipe.model.output_dim)
-tensors = {f"model.{name}": value for name, value in initial_values(moco, 0)}
-state = {"step": 0, "recipe": dump(recipe), "data": None, "bad_images": 0}
-save(Path(sys.argv[1]) / "checkpoints", 0, tensors, state, recipe_sha256=fingerprint(recipe))
-"""
 
 
 @pytest.mark.slow
 def test_the_largest_vit_needs_little_more_memory_than_its_file(tmp_path):
-    subprocess.run([sys.executable, "-c", MAKE_HUGE, str(tmp_path / "run")], cwd=ROOT, check=True)
+    huge = ["model.name=vit_huge", "model.image_size=224", "model.projector_hidden_dim=4096", "model.output_dim=256"]
+    fresh_checkpoint(tmp_path / "run", *huge, *NO_SHAPE)
     for name, out in (("timm", "timm"), ("safetensors", "a.safetensors"), ("moco_v3", "a.pth.tar")):
         done = run("engine.export", str(tmp_path / "run"), str(tmp_path / out), "--format", name)
         assert done.returncode == 0, done.stderr

@@ -90,6 +90,7 @@ def test_round_trips_are_the_identity(file, tmp_path):
     assert content["model_args"]["num_heads"] == 12
     note = "optimizer, scaler" if original["optimizer"] else "scaler"
     assert [n.rpartition(": ")[2] for n in read_weights(file).notes] == [note]
+    assert "ImageNet" in read_weights(back).notes[0]
 
 
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.name)

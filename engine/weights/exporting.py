@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from engine.front_door import RunFailed, say_once
-from engine.schema import UserError
+from engine.schema import UserError, one_line
 from engine.weights.card import model_card
 from engine.weights.formats import FORMATS, check_out, fitting_architecture, is_file
 from engine.weights.memory import peak_bytes, reset_peak, resident_bytes
@@ -72,8 +74,8 @@ def _write(weights: Weights, target: Path, name: str, encoder: str, command: str
     reset_peak()
     try:
         WRITERS[name](weights, file)
-    except OSError as error:
-        raise RunFailed(f"{target.name} could not be written ({error.strerror or error}); nothing was left") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a full disk
+        raise RunFailed(f"{target.name} could not be written ({one_line(error)[:300]}); nothing was left") from error
     size = sum(f.stat().st_size for f in file.parent.glob(f"{file.name}*"))
     peak = peak_bytes() - start
     say_once(f"reading and writing: {peak / GIGA:.2f} GB of memory at most, {peak / size:.2f} x the file")

@@ -32,6 +32,8 @@ def prove(
     size = trunk.about.image_size
     images = torch.randn(BATCH, 3, size, size, generator=torch.Generator().manual_seed(0))
     ours_ND = _run(fill_trunk(trunk), images)
+    if not (ours_ND[0] - ours_ND[1]).abs().max() > 0:
+        raise RunFailed("the source's features are the same for every image, or not finite: an export proves nothing")
     try:
         theirs_ND = LOADERS[name](path, architecture, images)
         if name in ("moco_v3", "safetensors"):

@@ -121,7 +121,7 @@ def _reference(origin: str, content: Mapping, get: Get, shapes: Mapping[str, tor
     weights = _whole(weights, architecture)
     left = [key for key in ("optimizer", "scaler") if content.get(key) is not None]
     notes = (f"not taken over from {origin}: {', '.join(left)}",) if left else ()
-    return dataclasses.replace(weights, about=about, notes=notes)
+    return dataclasses.replace(weights, about=about, notes=(*notes, *_notes_on_images(origin, content)))
 
 
 def _whole(weights: Weights, architecture: Architecture) -> Weights:
@@ -164,7 +164,14 @@ def _trunk(
     left += dropped
     more = " and others" if len(left) > 5 else ""
     notes = (f"not taken over from {origin}, for no trunk has it: {', '.join(left[:5])}{more}",) if left else ()
-    return dataclasses.replace(weights, notes=notes)
+    return dataclasses.replace(weights, notes=(*notes, *_notes_on_images(origin, content)))
+
+
+def _notes_on_images(origin: str, content: Mapping) -> tuple[str, ...]:
+    """Published weights are of ImageNet; our own files in their forms may be of anything, and cannot say it."""
+    if "model_args" not in content or MARK in content:
+        return ()
+    return (f"{origin} does not say the mean and std of its images: ImageNet's are taken",)
 
 
 def _about_bare(weights: Weights, content: Mapping, heads: int | None) -> About | None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import NoneType
 from typing import Literal
 
 import torch
@@ -49,6 +50,11 @@ class About:
         about = cls(**content | {key: tuple(map(float, content[key])) for key in ("mean", "std")})
         if type(about.image_size) is not int or len(about.mean) != 3 or len(about.std) != 3:
             raise ValueError("image_size, mean and std must be an integer and three numbers each")
+        texts, counts = (about.recipe, about.arch, about.licence), (about.step, about.epoch)
+        if any(not isinstance(t, str | None) for t in texts) or any(type(c) not in (int, NoneType) for c in counts):
+            raise ValueError("recipe, arch and licence must be text, step and epoch integers")
+        if not isinstance(about.knn_top1, float | None) or not (about.licence or "-").isprintable():
+            raise ValueError("knn_top1 must be a number and licence a name")
         return about
 
 
