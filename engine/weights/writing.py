@@ -34,14 +34,10 @@ def collect(weights: Weights, form: tables.Form, keep_dtype: bool = False) -> di
         if tensor.dtype == torch.float64 and not keep_dtype:
             tensor = tensor.float()
         parts = [tensor] if len(theirs) == 1 else tensor.chunk(len(theirs))
-        tensors |= dict(zip(theirs, (_own_memory(part) for part in parts), strict=True))
+        # Copies: torch.save writes the whole memory behind a view, and safetensors refuses tensors that share theirs.
+        copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+        tensors |= dict(zip(theirs, copies, strict=True))
     return tensors
-
-
-def _own_memory(tensor: Tensor) -> Tensor:
-    # torch.save writes the whole memory behind a view, and safetensors refuses tensors that share it.
-    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor.contiguous() if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _metadata(weights: Weights) -> dict[str, str]:
