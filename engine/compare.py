@@ -1,0 +1,47 @@
+"""Compare runs: `python -m engine.compare RUN RUN ... OUT`.
+
+A table and curves (loss, kNN, RankMe, images per second) against steps and time, from the metrics.jsonl of run
+directories; runs may be in progress. OUT ends in .png, .svg, .pdf or .html (one file that needs no other) and is
+replaced if it is there. The table is printed too, as Markdown.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from engine.evaluation.runs import AXES, METRICS, alone, by_recipe, check_metrics, read_runs, table
+from engine.front_door import enter
+from engine.recipe import UserError
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="engine.compare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run directory")
+    parser.add_argument("out", metavar="OUT", type=Path)
+    parser.add_argument("--metrics", help=f"keys of metrics.jsonl, comma between (default: {','.join(METRICS)})")
+    parser.add_argument("--against", default="step,time", help=f"of {','.join(AXES)} (default: step,time)")
+    parser.add_argument("--merge-seeds", action="store_true", help="runs that differ only in run.seed as one line")
+    options = parser.parse_args(arguments)
+
+    from engine.evaluation.canvas import SUFFIXES, check_out
+    from engine.evaluation.curves import Comparison, draw_comparison
+
+    check_out(options.out, (*SUFFIXES, ".html"))
+    axes = options.against.split(",")
+    for axis in axes:
+        if axis not in AXES:
+            raise UserError(f"--against ({axis}) must be of {', '.join(AXES)}; with a comma between several")
+    runs = read_runs(options.runs)
+    metrics = check_metrics(runs, options.metrics and options.metrics.split(","))
+    groups = by_recipe(runs) if options.merge_seeds else alone(runs)
+    draw_comparison(Comparison(groups, metrics, axes), options.out)
+    head, *rows = table(groups, metrics)
+    for cells in (head, ["---"] * len(head), *rows):
+        print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    print(json.dumps({"file": str(options.out)}))
+
+
+if __name__ == "__main__":
+    enter(main)
