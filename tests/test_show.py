@@ -20,8 +20,8 @@ from engine.data.sources import open_source
 from engine.encoders import open_encoder
 from engine.evaluation.attention import check_attention, class_attention
 from engine.evaluation.canvas import HEADER, MARGIN, RIGHT, WRONG
-from engine.evaluation.geometry import flat_map, nearest, spread
-from engine.evaluation.pictures import VIEW_COLOURS
+from engine.evaluation.geometry import Map, flat_map, nearest, spread
+from engine.evaluation.pictures import OTHERS, VIEW_COLOURS, draw_map
 from engine.recipe import UserError, load
 from engine.show import main
 from engine.training.pretrain import make_augment
@@ -148,6 +148,14 @@ def test_nearest_are_those_of_largest_cosine(seed, count, data):
         assert found == sorted(others, key=lambda i: -cosine[i])[:k]
 
 
+def test_diverged_features_are_refused():
+    feature_ND = torch.ones(6, 3)
+    feature_ND[4, 1] = torch.nan
+    for look in (lambda: nearest(feature_ND, torch.tensor([0]), 2), lambda: flat_map(feature_ND, "pca")):
+        with pytest.raises(UserError, match="CHECKPOINT must give finite features"):
+            look()
+
+
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.data())
 def test_queries_are_spread_over_the_classes(labels, data):
     count = data.draw(st.integers(1, len(labels)))
@@ -228,6 +236,19 @@ def test_embedding_picture(images, tmp_path):
     labels = open_source("folder", images, "all").labels[np.linspace(0, 11, 9).round().astype(int)]
     for label, colour in enumerate(("#1f77b4", "#ff7f0e")):
         assert points.count(f"fill: {colour}") == (labels == label).sum()
+
+
+def test_many_classes_share_a_grey(tmp_path):
+    label_N = np.repeat(np.arange(25), 2)
+    label_N[:4] = 24  # classes 0 and 1 have no image, class 24 has the most
+    places = Map(torch.randn(50, 2), ("", ""))
+    with_names = [f"class {i}" for i in range(25)]
+    draw_map(places, label_N, with_names, "title", "", tmp_path / "m.svg")
+    text = (tmp_path / "m.svg").read_text()
+    shown = [name for name in with_names if f"<!-- {name} -->" in text]
+    assert shown == [f"class {i}" for i in (*range(2, 19), 24)] and "<!-- 5 more -->" in text
+    points = text[text.index('<g id="PathCollection_1">') :].split("</g>\n  </g>")[0]
+    assert points.count(f"fill: {OTHERS}") == 10
 
 
 # ---- views -----------------------------------------------------------------------------------------------------------

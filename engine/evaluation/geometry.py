@@ -35,11 +35,11 @@ def spread(label_N: Tensor, count: int) -> Tensor:
 def nearest(feature_ND: Tensor, query_Q: Tensor, k: int) -> Tensor:
     """The k images nearest to each query image, nearest first, itself apart: int64 [Q, K].
 
-    query_Q: the queries' rows. Raises UserError where there are no k others.
+    query_Q: the queries' rows. Raises UserError where there are no k others, or features that are not finite.
     """
     if k > len(feature_ND) - 1:
         raise UserError(f"--k ({k}) must be at most {len(feature_ND) - 1}, the number of other images; lower it")
-    unit_ND = F.normalize(feature_ND.double(), dim=1)
+    unit_ND = _unit(feature_ND)
     similarity_QN = unit_ND[query_Q] @ unit_ND.T
     similarity_QN[torch.arange(len(query_Q)), query_Q] = -torch.inf
     return similarity_QN.topk(k, dim=1).indices
@@ -56,10 +56,13 @@ def flat_map(feature_ND: Tensor, method: str) -> Map:
     """The images on a plane. Raises UserError for fewer than 5 images or features that are not finite."""
     if len(feature_ND) < _SMALLEST:
         raise UserError(f"--data must hold at least {_SMALLEST} readable images for a map, and has {len(feature_ND)}")
+    return _tsne(_unit(feature_ND)) if method == "tsne" else _pca(_unit(feature_ND))
+
+
+def _unit(feature_ND: Tensor) -> Tensor:
     if not feature_ND.isfinite().all():
-        raise UserError("CHECKPOINT must have finite features, and has not: its weights have diverged")
-    unit_ND = F.normalize(feature_ND.double(), dim=1)
-    return _tsne(unit_ND) if method == "tsne" else _pca(unit_ND)
+        raise UserError("CHECKPOINT must give finite features, and does not: its weights have diverged; pass another")
+    return F.normalize(feature_ND.double(), dim=1)
 
 
 def _pca(unit_ND: Tensor) -> Map:

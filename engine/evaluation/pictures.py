@@ -18,7 +18,7 @@ GAP = 6
 VIEW_COLOURS = COLOURS[:2]
 HEAT = "inferno"
 OTHERS = "#c8cdd3"  # classes that a map does not tell apart
-LEGEND_ROWS = 20  # classes that a map tells apart
+LEGEND_ROWS = 18  # classes that a map tells apart
 
 
 class Sample(NamedTuple):
@@ -167,7 +167,10 @@ def _most_frequent(label_N: np.ndarray) -> np.ndarray:
 
 
 def _distinct(count: int) -> list[tuple[float, float, float]]:
-    return list(colormaps["tab10" if count <= 10 else "tab20"].colors[:count])
+    if count <= 10:
+        return list(colormaps["tab10"].colors[:count])
+    # Without its greys, which would look like the other classes.
+    return [colour for colour in colormaps["tab20"].colors if np.ptp(colour) > 0][:count]
 
 
 def _legend(sheet: Sheet, x: float, label_N: np.ndarray, shown: np.ndarray, classes: Sequence[str]) -> None:
