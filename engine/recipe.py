@@ -9,168 +9,29 @@ import difflib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-from engine.schema import Rule, UserError, key, one_line, parse, read_section, show, unparse, wrong
+from engine.schema import UserError, one_line, parse, read_section, show, unparse, wrong
+from engine.tasks import (
+    CONV_VITS,
+    PLAIN_VITS,
+    SHAPE_KEYS,
+    TASKS,
+    TIMM_VIT,
+    Checkpoint,
+    Data,
+    Evaluate,
+    Log,
+    Model,
+    Parallel,
+    Pretrain,
+    Recipe,
+)
 from models.shapes import VIT_SHAPES
 
-PLAIN_VITS = ("vit", "vit_small", "vit_base", "vit_large", "vit_huge")
-CONV_VITS = ("vit_conv", "vit_conv_small", "vit_conv_base")
-SHAPE_KEYS = ("patch_size", "dim", "depth", "heads")
-# How timm's plain vision transformers begin; whoever builds a timm trunk looks at the network itself.
-TIMM_VIT = re.compile(r"timm/(aimv2|beit3|deit|eva|flexivit|test_vit|vit)")
-
-POSITIVE = Rule(" > 0", lambda value: value > 0)
-NOT_NEGATIVE = Rule(" >= 0", lambda value: value >= 0)
-AT_LEAST_1 = Rule(" >= 1", lambda value: value >= 1)
-AT_LEAST_2 = Rule(" >= 2", lambda value: value >= 2)
-FRACTION = Rule(" from 0 to 1", lambda value: 0 <= value <= 1)
-HUE = Rule(" from 0 to 0.5", lambda value: 0 <= value <= 0.5)
-CROP = Rule(" > 0 and <= 1", lambda value: 0 < value <= 1)
-TEXT = Rule(", in quotes if it looks like a number", lambda value: bool(value) and value.isprintable())
-NETWORK = Rule(
-    f": {', '.join((*PLAIN_VITS, *CONV_VITS))}, resnet50 or timm/<name>",
-    lambda value: value in (*PLAIN_VITS, *CONV_VITS, "resnet50") or re.fullmatch(r"timm/[\w.-]+", value) is not None,
-)
-ARGUMENTS = Rule(", each a keyword argument", lambda value: all(name.isidentifier() for name in value))
-
-section = dataclasses.dataclass(frozen=True, kw_only=True)
-
-
-@section
-class Run:
-    dir: str = key(TEXT)
-    seed: int = key(NOT_NEGATIVE)
-
-
-@section
-class Model:
-    """null for patch_size, dim, depth and heads means the named network's own; `shape` resolves them."""
-
-    name: str = key(NETWORK)
-    image_size: int = key(AT_LEAST_1)
-    patch_size: int | None = key(AT_LEAST_1, default=None)
-    dim: int | None = key(AT_LEAST_1, default=None)
-    depth: int | None = key(AT_LEAST_1, default=None)
-    heads: int | None = key(AT_LEAST_1, default=None)
-    freeze_patch_projection: bool = key()
-    projector_hidden_dim: int = key(AT_LEAST_1, default=4096)
-    output_dim: int = key(AT_LEAST_1, default=256)
-
-
-@section
-class Moco:
-    """momentum: m0, where the cosine schedule of the momentum encoder starts on its way to 1."""
-
-    temperature: float = key(POSITIVE)
-    momentum: float = key(FRACTION)
-
-
-@section
-class Optimizer:
-    """base_lr: per 256 images; the peak lr is base_lr * global batch / 256."""
-
-    name: Literal["adamw", "lars"] = key()
-    base_lr: float = key(POSITIVE)
-    weight_decay: float = key(NOT_NEGATIVE)
-
-
-@section
-class Train:
-    """max_steps ends the run early and changes nothing else: schedules follow epochs.
-
-    A batch has two images or more: BatchNorm in training and a loss with negatives need them.
-    """
-
-    global_batch_size: int = key(AT_LEAST_2)
-    epochs: int = key(AT_LEAST_1)
-    warmup_epochs: float = key(NOT_NEGATIVE)
-    max_steps: int | None = key(AT_LEAST_1, default=None)
-
-
-@section
-class Data:
-    """val_root null: look for `train` and `val` inside root. max_bad_fraction: unreadable images that a run bears."""
-
-    source: Literal["folder", "shards", "torchvision"] = key()
-    root: str = key(TEXT)
-    val_root: str | None = key(TEXT, default=None)
-    dataset: str | None = key(TEXT, default=None)
-    dataset_options: dict = key(ARGUMENTS, default_factory=dict)
-    workers: int = key(NOT_NEGATIVE)
-    max_bad_fraction: float = key(FRACTION)
-
-
-@section
-class Augment:
-    """Pairs of probabilities are [view 1, view 2]; sigma in pixels; mean and std per channel of images in 0..1."""
-
-    crop_min: float = key(CROP)
-    brightness: float = key(NOT_NEGATIVE)
-    contrast: float = key(NOT_NEGATIVE)
-    saturation: float = key(NOT_NEGATIVE)
-    hue: float = key(HUE)
-    jitter_probability: float = key(FRACTION)
-    grayscale_probability: float = key(FRACTION)
-    blur_sigma: tuple[float, float] = key(POSITIVE)
-    blur_probability: tuple[float, float] = key(FRACTION)
-    solarize_probability: tuple[float, float] = key(FRACTION)
-    flip_probability: float = key(FRACTION)
-    mean: tuple[float, float, float] = key()
-    std: tuple[float, float, float] = key(POSITIVE)
-
-
-@section
-class Checkpoint:
-    every_steps: int = key(AT_LEAST_1)
-    keep: int = key(AT_LEAST_1)
-
-
-@section
-class Log:
-    every_steps: int = key(AT_LEAST_1)
-
-
-@section
-class Evaluate:
-    """crop_fraction: side of the centre crop over the shorter side of the resized image; 1 sees the whole width."""
-
-    knn_every_epochs: int = key(NOT_NEGATIVE)
-    crop_fraction: float = key(CROP, default=0.875)
-
-
-@section
-class Parallel:
-    """replicate: number of replicas under hybrid; 1 in the other modes."""
-
-    compile: bool = key()
-    precision: Literal["bf16", "float32", "float64"] = key()
-    shard: Literal["full", "grad_op", "hybrid", "replicate"] = key()
-    replicate: int = key(AT_LEAST_1)
-
-
-@section
-class Pretrain:
-    """The recipe of `task: pretrain`. `load` checks it; one that is put together by hand is not checked."""
-
-    task: Literal["pretrain"] = "pretrain"
-    run: Run
-    model: Model
-    moco: Moco
-    optimizer: Optimizer
-    train: Train
-    data: Data
-    augment: Augment
-    checkpoint: Checkpoint
-    log: Log
-    evaluate: Evaluate
-    parallel: Parallel
-
-
-TASKS = {"pretrain": Pretrain}
+Task = TypeVar("Task", bound=Recipe)
 
 FREE_ON_RESUME = frozenset(
     ["run.dir", "data.root", "data.val_root", "data.workers", "train.max_steps"]
@@ -185,21 +46,21 @@ FREE_ON_RESUME = frozenset(
 # ---- reading and writing ---------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Pretrain:
+def load(path: str | Path, overrides: Sequence[str] = (), kind: type[Task] = Pretrain) -> Task:
     """The checked recipe of a YAML file, after `dotted.key=value` overrides (value: YAML; of equal keys the last).
 
-    Raises UserError for a file that cannot be read, is not YAML or not a mapping, for an unknown or missing key, and
-    for a value of a wrong type, out of range or at odds with another.
+    Raises UserError for a file that cannot be read, is not YAML or not a mapping, for a task other than `kind`, for an
+    unknown or missing key, and for a value of a wrong type, out of range or at odds with another.
     """
     try:
         text = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         reason = one_line(getattr(error, "strerror", None) or error)
         raise UserError(f"recipe ({one_line(path)}) must be a readable file: {reason}; pass the path of one") from None
-    return loads(text, f"recipe ({one_line(path)})", overrides)
+    return loads(text, f"recipe ({one_line(path)})", overrides, kind)
 
 
-def loads(text: str | bytes, origin: str, overrides: Sequence[str] = ()) -> Pretrain:
+def loads(text: str | bytes, origin: str, overrides: Sequence[str] = (), kind: type[Task] = Pretrain) -> Task:
     """`load` for YAML text; `origin` names it in errors."""
     raw = parse(text, origin)
     if not isinstance(raw, dict) or not raw:
@@ -207,12 +68,12 @@ def loads(text: str | bytes, origin: str, overrides: Sequence[str] = ()) -> Pret
         raise UserError(f"{origin} must be a mapping of keys to values; found {found}")
     for override in overrides:
         _apply(raw, override)
-    recipe = _build(raw)
+    recipe = _build(raw, kind)
     _check_combinations(recipe)
     return recipe
 
 
-def dump(recipe: Pretrain) -> str:
+def dump(recipe: Recipe) -> str:
     """YAML that loads back to an equal recipe."""
     return unparse(dataclasses.asdict(recipe))
 
@@ -229,20 +90,23 @@ def _apply(raw: dict, override: str) -> None:
     raw[leaf] = parse(text, f"override ({one_line(override)})")
 
 
-def _build(raw: dict) -> Pretrain:
+def _build(raw: dict, kind: type[Task]) -> Task:
     task = raw.get("task")
     if not isinstance(task, str) or task not in TASKS:
         found = show(task) if "task" in raw else "missing"
         raise UserError(f"task ({found}) must be one of {', '.join(TASKS)}; set it at the top of the recipe")
+    if TASKS[task] is not kind:
+        wanted = next(name for name, other in TASKS.items() if other is kind)
+        raise UserError(f"task ({task}) must be {wanted} for this command; pass a recipe of that task")
     kinds = {field.name: field.type for field in dataclasses.fields(TASKS[task]) if field.name != "task"}
-    known = [f"{name}.{field.name}" for name, kind in kinds.items() for field in dataclasses.fields(kind)]
+    known = [f"{name}.{field.name}" for name, part in kinds.items() for field in dataclasses.fields(part)]
     for name in _keys(raw):
         if name not in known and name not in kinds and name != "task":
             raise UserError(f"{one_line(name)} is no key of the recipe; {_advice(name, known)}")
     for name in kinds:
         if not isinstance(raw.get(name, {}), dict):
             raise wrong(name, raw[name], "a mapping", f"write its keys below it, as {name}: {{key: value}}")
-    return TASKS[task](task=task, **{name: read_section(name, kind, raw.get(name, {})) for name, kind in kinds.items()})
+    return kind(task=task, **{name: read_section(name, part, raw.get(name, {})) for name, part in kinds.items()})
 
 
 def _keys(raw: dict) -> Iterable[str]:
@@ -267,9 +131,14 @@ def _advice(dotted: str, known: list[str]) -> str:
 # ---- values at odds with each other ----------------------------------------------------------------------------------
 
 
-def _check_combinations(recipe: Pretrain) -> None:
-    _check_model(recipe.model)
+def _check_combinations(recipe: Recipe) -> None:
     _check_data(recipe.data)
+    if isinstance(recipe, Pretrain):
+        _check_pretrain(recipe)
+
+
+def _check_pretrain(recipe: Pretrain) -> None:
+    _check_model(recipe.model)
     train, sigma, parallel = recipe.train, recipe.augment.blur_sigma, recipe.parallel
     if train.warmup_epochs > train.epochs:
         raise wrong("train.warmup_epochs", train.warmup_epochs, f"at most train.epochs ({train.epochs})")
@@ -329,12 +198,13 @@ def shape(model: Model) -> dict[str, Any] | None:
     return named | {name: getattr(model, name) for name in SHAPE_KEYS if getattr(model, name) is not None}
 
 
-def check_world(recipe: Pretrain, world_size: int) -> None:
+def check_world(recipe: Recipe, world_size: int) -> None:
     """Raises UserError where `world_size` processes cannot run the recipe. For before any process group is made."""
-    batch, replicas = recipe.train.global_batch_size, recipe.parallel.replicate
+    batch = recipe.train.global_batch_size
     if batch % world_size:
         do = f"start another number of processes or pass train.global_batch_size={-(-batch // world_size) * world_size}"
         raise wrong("train.global_batch_size", batch, f"divisible by the number of processes ({world_size})", do)
+    replicas = recipe.parallel.replicate if isinstance(recipe, Pretrain) else 1
     if world_size % replicas:
         raise wrong("parallel.replicate", replicas, f"a divisor of the number of processes ({world_size})")
 
@@ -342,22 +212,24 @@ def check_world(recipe: Pretrain, world_size: int) -> None:
 # ---- identity and files ----------------------------------------------------------------------------------------------
 
 
-def flatten(recipe: Pretrain) -> dict[str, Any]:
+def flatten(recipe: Recipe) -> dict[str, Any]:
     """{dotted key: value} of the whole recipe, `task` included; data.dataset_options is one value."""
     sections = dataclasses.asdict(recipe)
     task = sections.pop("task")
     return {"task": task} | {f"{name}.{leaf}": value for name, part in sections.items() for leaf, value in part.items()}
 
 
-def fingerprint(recipe: Pretrain) -> str:
+def fingerprint(recipe: Recipe) -> str:
     """sha256, in hex, of every key that a resume may not change."""
     bound = {name: value for name, value in flatten(recipe).items() if name not in FREE_ON_RESUME}
     return hashlib.sha256(json.dumps(bound, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def resume_differences(old: Pretrain, new: Pretrain) -> list[str]:
+def resume_differences(old: Recipe, new: Recipe) -> list[str]:
     """`key (old -> new)` for each key that differs though a resume may not change it; empty: it may go on."""
     before, after = flatten(old), flatten(new)
+    if old.task != new.task:
+        return [f"task ({old.task} -> {new.task})"]
     return [
         f"{name} ({show(before[name])} -> {show(after[name])})"
         for name in before

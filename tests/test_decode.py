@@ -9,7 +9,7 @@ from PIL import Image, ImageFile
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from engine.data.decode import DRAWS, center_crop, crop_box, crop_draws, decode, to_rgb, two_crops
+from engine.data.decode import DRAWS, center_crop, crop_box, crop_draws, decode, random_crops, to_rgb
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -128,7 +128,7 @@ def test_crops_are_bit_for_bit_torchvisions(size):
     image = picture(*size)
     draw_2D = [crop_draws(0, 0, torch.tensor([4]), view)[0].tolist() for view in (0, 1)]
     crops = np.empty((2, 3, 32, 32), np.uint8)
-    two_crops(image, draw_2D, 0.2, 32, crops)
+    random_crops(image, draw_2D, 0.2, 32, crops)
     for draw_D, crop in zip(draw_2D, crops, strict=True):
         top, left, height, width = crop_box(draw_D, image.height, image.width, 0.2)
         expected = F.resized_crop(image, top, left, height, width, [32, 32])

@@ -58,13 +58,13 @@ class Augment:
     dtype: torch.dtype = torch.float32
 
     def __call__(self, crops_VBCSS: Tensor, sample_B: Tensor, epoch: int | Tensor) -> Tensor:
-        """uint8 crops [2, B, 3, S, S] to images [2B, 3, S, S] in `dtype`: view 1's batch, then view 2's.
+        """uint8 crops [V, B, 3, S, S] to images [V*B, 3, S, S] in `dtype`: view 1's batch, then view 2's.
 
         In compiled code pass the epoch as a 0-d int64 tensor, so that the next epoch compiles nothing.
         """
-        first, second = self.draw(sample_B, epoch, 0), self.draw(sample_B, epoch, 1)
-        both = Draw(*(torch.cat(values) for values in zip(first, second, strict=True)))
-        return self._apply(crops_VBCSS.flatten(0, 1), both)
+        draws = [self.draw(sample_B, epoch, view) for view in range(len(crops_VBCSS))]
+        every = Draw(*(torch.cat(values) for values in zip(*draws, strict=True)))
+        return self._apply(crops_VBCSS.flatten(0, 1), every)
 
     def draw(self, sample_B: Tensor, epoch: int | Tensor, view: int) -> Draw:
         """The parameters of each sample in one view (0 or 1). What a sample draws for one operation does not depend

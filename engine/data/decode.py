@@ -1,6 +1,6 @@
-"""What the CPU does to an image: decode it and cut two random crops out of it. All else happens on the device.
+"""What the CPU does to an image: decode it and cut random crops out of it. All else happens on the device.
 
-Shapes: B samples, D random numbers per sample and view, S side of a crop in pixels.
+Shapes: V views, B samples, D random numbers per sample and view, S side of a crop in pixels.
 """
 
 import io
@@ -83,11 +83,11 @@ def crop_box(draw_D: Sequence[float], height: int, width: int, crop_min: float) 
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def two_crops(
-    image: Image.Image, draw_2D: Sequence[Sequence[float]], crop_min: float, size: int, out_23SS: np.ndarray
+def random_crops(
+    image: Image.Image, draw_VD: Sequence[Sequence[float]], crop_min: float, size: int, out_V3SS: np.ndarray
 ) -> None:
-    """Write both views' crops of an RGB image into uint8 [2, 3, S, S]: bilinear, antialiased."""
-    for draw_D, out_3SS in zip(draw_2D, out_23SS, strict=True):
+    """Write each view's crop of an RGB image into uint8 [V, 3, S, S]: bilinear, antialiased."""
+    for draw_D, out_3SS in zip(draw_VD, out_V3SS, strict=True):
         top, left, height, width = crop_box(draw_D, image.height, image.width, crop_min)
         # Cut, then resize: resize(box=...) would let pixels around the box bleed into its border.
         crop = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)

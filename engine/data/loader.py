@@ -2,14 +2,16 @@
 
 What is in a batch depends on (source, seed, step) alone: not on workers, ranks or where the run was resumed.
 
-Shapes: B samples of one rank's batch, S side of an image in pixels.
+Shapes: V views, B samples of one rank's batch, S side of an image in pixels.
 """
 
 import ctypes
+import gc
 import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from engine.data.decode import center_crop, crop_draws, two_crops
+from engine.data.decode import center_crop, crop_draws, random_crops
 from engine.data.sampler import samples_of_steps, steps_per_epoch
 from engine.data.sources import Source
 from engine.recipe import UserError
@@ -41,14 +43,16 @@ class Bad(NamedTuple):
 class Batch(NamedTuple):
     """One rank's share of a training batch.
 
-    step is 0-based and global; crops uint8 [2, B, 3, S, S], one per view; sample_B int64, the samples' identity in the
-    source. For every entry of `bad` the crops of one sample show the next readable image in the source instead.
+    step is 0-based and global; crops uint8 [V, B, 3, S, S], one per view; sample_B int64, the samples' identity in the
+    source. For every entry of `bad` the crops of one sample show the next readable image in the source instead: shown_B
+    is whose image they show.
     """
 
     step: int
     epoch: int
     crops: Tensor
     sample_B: Tensor
+    shown_B: Tensor
     bad: list[Bad]
 
 
@@ -79,20 +83,25 @@ def train_batches(
     image_size: int,
     crop_min: float,
     pin_memory: bool,
+    views: int = 2,
+    keep_partial: bool = False,
 ) -> Iterator[Batch]:
     """This rank's batches of the steps from first_step up to, not including, last_step.
 
+    keep_partial: an epoch ends with the batch of what is left, of which ranks may have different numbers, or none.
     The workers start at once and die with the thread that called this. At most 2 * workers batches are under way.
     Raises UserError where the batch does not suit the source or memory, or where the source is unreadable.
     """
-    if steps_per_epoch(len(source), global_batch_size) == 0 or global_batch_size % world_size:
+    if steps_per_epoch(len(source), global_batch_size, keep_partial) == 0 or global_batch_size % world_size:
         raise UserError(
             f"train.global_batch_size ({global_batch_size}) must be at most the number of images ({len(source)}) "
             f"and a multiple of the number of ranks ({world_size}); change it"
         )
-    _check_shared_memory(workers, 2 * global_batch_size // world_size * 3 * image_size**2)
-    samples = samples_of_steps(seed, len(source), global_batch_size, rank, world_size, first_step, last_step)
-    dataset = _TrainBatches(source, seed, image_size, crop_min)
+    _check_shared_memory(workers, views * global_batch_size // world_size * 3 * image_size**2)
+    samples = samples_of_steps(
+        seed, len(source), global_batch_size, rank, world_size, first_step, last_step, keep_partial
+    )
+    dataset = _TrainBatches(source, seed, image_size, crop_min, views)
     return _run(dataset, samples, workers, pin_memory)
 
 
@@ -121,25 +130,26 @@ def eval_batches(
 
 
 class _TrainBatches(Dataset):
-    def __init__(self, source: Source, seed: int, image_size: int, crop_min: float):
+    def __init__(self, source: Source, seed: int, image_size: int, crop_min: float, views: int):
         self.source, self.seed, self.image_size, self.crop_min = source, seed, image_size, crop_min
+        self.views = views
 
     def __getitem__(self, at: tuple[int, int, np.ndarray]) -> Batch | UserError:
         step, epoch, samples = at
         sample_B = torch.from_numpy(samples)
         # The draws belong to the sample, so an image that stands in for another one shifts nothing.
-        draw_2BD = [crop_draws(self.seed, epoch, sample_B, view).tolist() for view in (0, 1)]
-        crops = np.empty((2, len(samples), 3, self.image_size, self.image_size), np.uint8)
-        bad = []
+        draw_VBD = [crop_draws(self.seed, epoch, sample_B, view).tolist() for view in range(self.views)]
+        crops = np.empty((self.views, len(samples), 3, self.image_size, self.image_size), np.uint8)
+        shown_B, bad = sample_B.clone(), []
         for b, sample in enumerate(samples.tolist()):
             image = _read(self.source, sample)
             if isinstance(image, Bad):
                 bad.append(image)
-                image = _next_readable(self.source, sample)
+                shown_B[b], image = _next_readable(self.source, sample)
                 if image is None:
                     return _hopeless(self.source, bad[-1])
-            two_crops(image, [draw_BD[b] for draw_BD in draw_2BD], self.crop_min, self.image_size, crops[:, b])
-        return Batch(step, epoch, torch.from_numpy(crops), sample_B, bad)
+            random_crops(image, [draw_BD[b] for draw_BD in draw_VBD], self.crop_min, self.image_size, crops[:, b])
+        return Batch(step, epoch, torch.from_numpy(crops), sample_B, shown_B, bad)
 
 
 class _EvalBatches(Dataset):
@@ -172,12 +182,13 @@ def _read(source: Source, i: int) -> Image.Image | Bad:
         return Bad(source.name(i), " ".join(f"{type(error).__name__}: {error}".split()))
 
 
-def _next_readable(source: Source, i: int) -> Image.Image | None:
+def _next_readable(source: Source, i: int) -> tuple[int, Image.Image | None]:
+    """Number and image of the first after i that can be read; (-1, None) where there is none nearby."""
     for neighbour in range(i + 1, i + 1 + min(_NEIGHBOURS, len(source) - 1)):
         image = _read(source, neighbour % len(source))
         if not isinstance(image, Bad):
-            return image
-    return None
+            return neighbour % len(source), image
+    return -1, None
 
 
 def _hopeless(source: Source, bad: Bad) -> UserError:
@@ -200,25 +211,44 @@ def _run(dataset: Dataset, at: Iterable, workers: int, pin_memory: bool) -> Iter
         multiprocessing_context=("fork" if sys.platform == "linux" else "spawn") if workers else None,
         generator=torch.Generator(),  # else it would draw from the global one, and so move the training's numbers
     )
-    return _unwrapped(iter(loader))
+    return _unwrapped(iter(loader), workers)
 
 
-def _unwrapped(items: Iterator) -> Iterator:
-    for item in items:
-        if isinstance(item, UserError):  # raised in the worker, it would arrive wrapped in a traceback
-            raise item
-        yield item
+def _unwrapped(items: Iterator, workers: int) -> Iterator:
+    try:
+        for item in items:
+            if isinstance(item, UserError):  # raised in the worker, it would arrive wrapped in a traceback
+                raise item
+            yield item
+    except (EOFError, ConnectionError, FileNotFoundError) as error:  # what torch makes of a death in mid-delivery
+        raise RuntimeError("a loader worker died while it handed over a batch; was it out of memory?") from error
+    finally:
+        if workers:
+            # Else a traceback that still refers to `items` keeps the workers, and torch's handler of dead children goes
+            # on raising wherever the process then is.
+            items._shutdown_workers()
 
 
 def _start_worker(parent: int, _worker: int) -> None:
-    # Signals stop the training process, which stops its workers; a worker dead before it would look like a failure.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # Garbage of the training process is not this process's to collect: the finalizer of another loader's iterator would
+    # take locks that both share, and die with them. Not touching inherited objects also leaves their pages shared.
+    gc.freeze()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(parent,), daemon=True).start()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above took hold
         os._exit(1)
+
+
+def _obey(parent: int) -> None:
+    """End this worker when its parent says so, and at nobody else's word: a SIGTERM to the whole process group asks the
+    parent to stop in good order, for which it may still need batches."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _check_shared_memory(workers: int, batch_bytes: int) -> None:

@@ -13,9 +13,9 @@ from engine.data.philox import ORDER, random_bits
 _CHUNK = 2**14  # images drawn at a time: what the CPU's cache holds, four times as fast as a million at once
 
 
-def steps_per_epoch(images: int, global_batch_size: int) -> int:
-    """The last, partial batch of an epoch is dropped."""
-    return images // global_batch_size
+def steps_per_epoch(images: int, global_batch_size: int, keep_partial: bool = False) -> int:
+    """The last, partial batch of an epoch is dropped, or kept."""
+    return -(-images // global_batch_size) if keep_partial else images // global_batch_size
 
 
 def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
@@ -29,17 +29,26 @@ def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
 
 
 def batch_samples(order_N: np.ndarray, step_in_epoch: int, global_batch_size: int, rank: int, world_size: int):
-    """One rank's samples: int64 [B]. Rank r of W takes rows r*G/W to (r+1)*G/W of the global batch of G."""
+    """One rank's samples: int64 [B]. Rank r of W takes rows r*G/W to (r+1)*G/W, rounded down, of the global batch of G.
+
+    Of a partial batch ranks may so have one sample more or fewer than others, or none.
+    """
     batch_G = order_N[step_in_epoch * global_batch_size : (step_in_epoch + 1) * global_batch_size]
-    share = global_batch_size // world_size
-    return batch_G[rank * share : (rank + 1) * share]
+    return batch_G[rank * len(batch_G) // world_size : (rank + 1) * len(batch_G) // world_size]
 
 
 def samples_of_steps(
-    seed: int, images: int, global_batch_size: int, rank: int, world_size: int, first_step: int, last_step: int
+    seed: int,
+    images: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    first_step: int,
+    last_step: int,
+    keep_partial: bool = False,
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """(step, epoch, samples [B]) for the steps from first_step up to, not including, last_step; both 0-based."""
-    per_epoch = steps_per_epoch(images, global_batch_size)
+    per_epoch = steps_per_epoch(images, global_batch_size, keep_partial)
     current, order_N = None, None
     for step in range(first_step, last_step):
         epoch, step_in_epoch = divmod(step, per_epoch)

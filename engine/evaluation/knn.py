@@ -50,7 +50,7 @@ def knn_accuracy(
     """
     form = {"mean": mean, "std": std, "device": device, "dtype": dtype}
     bank_ND, bank_id_N, bank_label_N = extract(trunk, train, **form)
-    query_QD, _, label_Q = _gather_queries(*(rows.to(device) for rows in extract(trunk, val, **form)), group)
+    query_QD, _, label_Q = gather_rows(*(rows.to(device) for rows in extract(trunk, val, **form)), group)
     top_label = F.pad(bank_label_N, (0, 1), value=-1).max().to(device)
     predictions = classify(
         bank_ND,
@@ -231,7 +231,7 @@ def _check(
         )
 
 
-def _gather_queries(
+def gather_rows(
     feature_ND: torch.Tensor, id_N: torch.Tensor, label_N: torch.Tensor, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The rows of all ranks, in the order of their ids. Ranks may hold different numbers of rows."""

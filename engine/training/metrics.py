@@ -24,10 +24,12 @@ class MetricsLog:
     No step gets a second loss row or a second kNN row. A run may stop between a checkpoint and the kNN row of the same
     step: `has_knn_row` tells the resumed run whether that row is still to be made. `sync` before a checkpoint is
     committed keeps the log from being behind it after a power failure.
+
+    monitor: the key by which a row is known as the monitor's; a linear classifier's is not kNN's.
     """
 
-    def __init__(self, run_dir: str | Path, resume_step: int, *, enabled: bool = True):
-        self.enabled = enabled
+    def __init__(self, run_dir: str | Path, resume_step: int, *, monitor: str = "knn_top1", enabled: bool = True):
+        self.enabled, self.monitor = enabled, monitor
         self._directory = Path(run_dir)
         self._resume_step = resume_step
         self._steps: dict[str, set[int]] = {"loss": set(), "knn": set()}
@@ -42,9 +44,9 @@ class MetricsLog:
         self._row("loss", "train", step, values)
 
     def knn_row(self, step: int, values: dict[str, float | str]) -> None:
-        """One line for a kNN result, with `knn_top1`; `evaluate/<key>` in TensorBoard. Nothing if the step has one."""
-        if "knn_top1" not in values:
-            raise ValueError(f"a kNN row needs knn_top1; it has {sorted(values)}")
+        """One line for the monitor's result; `evaluate/<key>` in TensorBoard. Nothing if the step has one."""
+        if self.monitor not in values:
+            raise ValueError(f"a row of the monitor needs {self.monitor}; it has {sorted(values)}")
         self._row("knn", "evaluate", step, values)
 
     def has_knn_row(self, step: int) -> bool:
@@ -100,7 +102,7 @@ class MetricsLog:
             row = _parse(line, f"{path.name} line {number}")
             if row["step"] <= self._resume_step:
                 kept.append(line)
-                self._steps["knn" if "knn_top1" in row else "loss"].add(row["step"])
+                self._steps["knn" if self.monitor in row else "loss"].add(row["step"])
         if len(kept) < len(lines):
             _replace(path, b"".join(kept))
 

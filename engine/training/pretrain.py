@@ -117,7 +117,7 @@ def check_resume(checkpoint: Path, recipe: Pretrain, train: Source, world: World
     with agreement(world.host_group):
         manifest = read_manifest(checkpoint)
         step = manifest.step
-        begun = loads(manifest.state["recipe"], f"recipe of {checkpoint}")
+        begun = loads(manifest.state["recipe"], f"recipe of {checkpoint}", kind=type(recipe))
         differences = resume_differences(begun, recipe)
         if differences:
             raise UserError(

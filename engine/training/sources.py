@@ -1,5 +1,6 @@
 """The recipe's images, opened on every rank and found to be the same there."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,15 +23,25 @@ def open_sources(recipe: Pretrain, recipe_file: Path, world: World) -> Sources:
     Raises:
         UserError: on every rank, where data is missing, differs between ranks, or is less than one batch.
     """
+
+    def find() -> Sources:
+        sources = _open(recipe, recipe_file)
+        _check_size(recipe, sources.train)
+        return sources
+
+    return open_together(find, world, f"data.root ({recipe.data.root})")
+
+
+def open_together(find: Callable[[], Sources], world: World, name: str) -> Sources:
+    """What `find` opens, on rank 0 first; `name` begins the UserError's line where ranks found different images."""
     sources = None
     for turn in (world.is_first, not world.is_first):
         with agreement(world.host_group):
             if turn:
-                sources = _open(recipe, recipe_file)
-                _check_size(recipe, sources.train)
+                sources = find()
     fingerprints = gather(tuple(s.fingerprint for s in sources if s is not None), world.host_group)
     if len(set(fingerprints)) > 1:
-        raise UserError(f"data.root ({recipe.data.root}) must hold the same images on every node; copy them anew")
+        raise UserError(f"{name} must hold the same images on every node; copy them anew")
     return sources
 
 

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from engine.evaluation.features import extract, rank_slice
-from engine.evaluation.knn import _gather_queries, classify, knn_accuracy
+from engine.evaluation.knn import classify, gather_rows, knn_accuracy
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.recipe import UserError
 from tests.test_knn import padded_batch
@@ -77,12 +77,12 @@ def worker(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store_{world}", rank=rank, world_size=world)
     trunk = sharded_trunk()
     bank, ids, label = extract(trunk, batches_of(TRAIN, 1), **FORM)
-    query, query_id, query_label = _gather_queries(*extract(trunk, batches_of(VAL, 2), **FORM), None)
+    query, query_id, query_label = gather_rows(*extract(trunk, batches_of(VAL, 2), **FORM), None)
     assert torch.equal(query_id, readable(torch.arange(VAL))) and torch.equal(
         query_label, pictures(VAL, 2)[1][query_id]
     )
     options = {"classes": CLASSES, "ks": (1, 5, 20, BANK)}
-    whole, whole_id, whole_label = _gather_queries(bank, ids, label, None)
+    whole, whole_id, whole_label = gather_rows(bank, ids, label, None)
     held = slice(None) if rank == world - 1 else slice(0)  # all on the last rank, nothing on the others
     result = {
         "query": query,

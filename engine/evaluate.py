@@ -1,0 +1,233 @@
+"""Evaluate a frozen network: `python -m engine.evaluate COMMAND CHECKPOINT ...`, or torchrun with any number of ranks.
+
+  knn     how many validation images their nearest training images classify rightly
+  rankme  the effective rank of the features; needs no labels
+  linear  a linear classifier on the features: the paper's protocol, or --fast, which is not
+
+CHECKPOINT is a run directory, a checkpoint directory, an exported file or folder, a published .pth.tar or timm/<name>.
+Each command says more with --help. The last line on stdout is the result as JSON.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from engine.front_door import enter, say_once
+from engine.recipe import UserError, check_world, load
+from engine.tasks import Linear
+
+WORKERS_AT_MOST = 12  # processes per rank that decode, where --workers does not say
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="engine.evaluate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    COMMANDS[parser.parse_args(arguments[:1]).command](arguments[1:])
+
+
+def knn(arguments: list[str]) -> None:
+    """Weighted k-nearest-neighbour classification: val's images by the labels of the nearest of train's."""
+    parser = _parser("knn", knn.__doc__)
+    _add_images(parser, "--train", "--val")
+    _add_network(parser)
+    parser.add_argument("--k", default="20", help="neighbours that vote; several as 10,20,100 (default: 20)")
+    options = parser.parse_args(arguments)
+    ks = _read_ks(options.k)
+
+    _say_loading(options)
+    from engine.distributed import process_group
+    from engine.evaluation.images import open_labelled
+    from engine.evaluation.measure import measure_knn
+    from engine.evaluation.subject import open_subject
+
+    with process_group() as world:
+        sources = open_labelled(
+            options.train, options.val, world, kind=_kind(options.train, options), dataset=options.dataset
+        )
+        subject = open_subject(options.checkpoint, world, **_network(options))
+        results = measure_knn(subject, sources, ks, world, _workers(options))
+    if len(ks) > 1:
+        rows = [f"{r['k']:>6} {100 * r['top1']:>7.2f} {100 * r['top5']:>7.2f}" for r in results]
+        _say("\n".join(["     k   top-1   top-5", *rows]))
+    _say(json.dumps(results[0]))
+
+
+def rankme(arguments: list[str]) -> None:
+    """RankMe (Garrido et al. 2023): how many directions the features really use."""
+    parser = _parser("rankme", rankme.__doc__)
+    _add_images(parser, "--data")
+    _add_network(parser)
+    options = parser.parse_args(arguments)
+
+    _say_loading(options)
+    from engine.distributed import process_group
+    from engine.evaluation.images import open_unlabelled
+    from engine.evaluation.measure import measure_rankme
+    from engine.evaluation.subject import open_subject
+
+    with process_group() as world:
+        source = open_unlabelled(options.data, world, kind=_kind(options.data, options), dataset=options.dataset)
+        subject = open_subject(options.checkpoint, world, **_network(options))
+        result = measure_rankme(subject, source, world, _workers(options))
+    _say(json.dumps({"rankme": result}))
+
+
+def linear(arguments: list[str]) -> None:
+    """A linear classifier on frozen features.
+
+    With --recipe the paper's protocol: augmented images, 90 epochs, a run directory that the same command resumes.
+    With --fast features are taken once, of the centre crop, and many learning rates and weight decays are trained on
+    them at once. That takes minutes, is not the paper's protocol, and reports the best on val of many, so its number is
+    a little too good.
+    """
+    parser = _parser("linear", linear.__doc__)
+    _add_images(parser, "--train", "--val")
+    _add_network(parser)
+    parser.add_argument("--fast", action="store_true", help="minutes, and not the paper's protocol")
+    parser.add_argument("--recipe", type=Path, help="recipes/linear_vit.yaml or recipes/linear_resnet50.yaml")
+    parser.add_argument("--out", type=Path, metavar="RUN_DIR", help="instead of the recipe's run.dir")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. train.epochs=30")
+    options = parser.parse_intermixed_args(arguments)
+    _check_belongs(options)
+    _fast_linear(options) if options.fast else _paper_linear(options)
+
+
+def _fast_linear(options: argparse.Namespace) -> None:
+    _say_loading(options)
+    from engine.distributed import process_group
+    from engine.evaluation.fast_linear import best, table
+    from engine.evaluation.images import open_labelled
+    from engine.evaluation.measure import measure_fast_linear
+    from engine.evaluation.subject import open_subject
+
+    with process_group() as world:
+        sources = open_labelled(
+            options.train, options.val, world, kind=_kind(options.train, options), dataset=options.dataset
+        )
+        subject = open_subject(options.checkpoint, world, **_network(options))
+        scores = measure_fast_linear(subject, sources, world, _workers(options))
+    _say("top-1 on val by learning rate and weight decay (wd), in per cent:")
+    _say(table(scores))
+    _say("This is not the paper's protocol: centre crops alone, and the best of these is chosen on val.")
+    top = best(scores)
+    _say(json.dumps({"top1": top.top1, "top5": top.top5, **top.candidate._asdict()}))
+
+
+def _paper_linear(options: argparse.Namespace) -> None:
+    # JSON is YAML: no path is taken for another kind of value.
+    given = {"data.root": options.train, "data.val_root": options.val, "data.dataset": options.dataset}
+    given |= {"data.source": _kind(options.train, options), "data.workers": options.workers}
+    given |= {"run.dir": options.out and str(options.out)}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    recipe = load(options.recipe, [*overrides, *options.overrides], Linear)
+    check_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+
+    _say_loading(options)
+    from engine.distributed import process_group
+    from engine.evaluation.probe import probe
+
+    with process_group() as world:
+        result = probe(recipe, options.checkpoint, options.encoder, world)
+    _say(json.dumps(result))
+
+
+COMMANDS = {"knn": knn, "rankme": rankme, "linear": linear}
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _parser(command: str, text: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"engine.evaluate {command}", description=text, formatter_class=argparse.RawTextHelpFormatter
+    )
+
+
+def _add_images(parser: argparse.ArgumentParser, *roots: str) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    for root in roots:
+        parser.add_argument(root, required=True, metavar="ROOT", help="a folder of images, tars or one tar")
+    parser.add_argument("--source", choices=("folder", "shards", "torchvision"), help="guessed from ROOT when absent")
+    parser.add_argument("--dataset", help="a class of torchvision.datasets, for --source torchvision")
+    parser.add_argument("--workers", type=int, help="processes per rank that decode (default: as many as cores)")
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--encoder", choices=("base", "momentum"), default="base", help="default: base")
+    parser.add_argument("--features", help="of a ViT: cls, mean (of the patches) or last4 (CLS of four blocks)")
+    parser.add_argument(
+        "--baseline", choices=("initial", "pixels"), help="measure the untrained network, or no network, instead"
+    )
+    parser.add_argument("--crop-fraction", type=float, help="of the resized shorter side (default: as it was trained)")
+
+
+def _network(options: argparse.Namespace) -> dict[str, Any]:
+    """What `open_subject` is to know."""
+    fraction = options.crop_fraction
+    if fraction is not None and not 0 < fraction <= 1:
+        raise UserError(f"--crop-fraction ({fraction}) must be > 0 and <= 1; 0.875 is usual")
+    if options.baseline == "pixels" and options.features:
+        raise UserError(f"--features ({options.features}) must be left out for --baseline pixels, which has none")
+    if options.baseline and options.encoder == "momentum":
+        raise UserError(f"--encoder (momentum) must be left out for --baseline {options.baseline}")
+    names = ("encoder", "features", "baseline", "crop_fraction")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def _check_belongs(options: argparse.Namespace) -> None:
+    """Raises UserError for what only the other of linear's two ways takes."""
+    if options.fast:
+        given = {"--recipe": options.recipe, "--out": options.out, "dotted.key=value": options.overrides}
+        do = "; leave out --fast for the paper's protocol"
+    else:
+        given = {name: getattr(options, name[2:].replace("-", "_")) for name in ("--features", "--baseline")}
+        given["--crop-fraction"] = options.crop_fraction
+        do = "; the recipe's evaluate.crop_fraction is the crop" if options.crop_fraction else ", or pass --fast"
+    for name, value in given.items():
+        if value:
+            shown = " ".join(value) if isinstance(value, list) else value
+            raise UserError(f"{name} ({shown}) must be left out {'with' if options.fast else 'without'} --fast{do}")
+    if not options.fast and options.recipe is None:
+        raise UserError("--recipe (missing) must be recipes/linear_vit.yaml or another of task linear; or pass --fast")
+
+
+def _read_ks(text: str) -> list[int]:
+    ks = text.split(",")
+    if not all(k.isascii() and k.isdigit() and 0 < int(k) < 2**31 for k in ks):
+        raise UserError(f"--k ({text}) must be a number >= 1, or several as 10,20,100; 20 is usual")
+    return [int(k) for k in ks]
+
+
+def _kind(root: str, options: argparse.Namespace) -> str:
+    """--source; where it is absent `shards` for a tar or a folder with tars in it, else `folder`."""
+    path = Path(root)
+    tars = path.is_file() or (path.is_dir() and any(path.glob("[!.]*.tar")))
+    return options.source or ("torchvision" if options.dataset else "shards" if tars else "folder")
+
+
+def _workers(options: argparse.Namespace) -> int:
+    """Processes per rank that decode: as asked for, else the cores that the ranks of this machine leave."""
+    if options.workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(WORKERS_AT_MOST, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1) if cores > 1 else 0
+    if options.workers < 0:
+        raise UserError(f"--workers ({options.workers}) must be >= 0; leave it out for as many as there are cores")
+    return options.workers
+
+
+def _say_loading(options: argparse.Namespace) -> None:
+    """These imports take seconds, and a mistake in the arguments should show before."""
+    say_once(f"{options.checkpoint}: loading PyTorch")
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    enter(main)

@@ -1,0 +1,130 @@
+"""Many linear classifiers on features that were taken once, trained at once: minutes instead of the paper's protocol.
+
+All candidates (a learning rate and a weight decay each) see the same batches in the same order and share one matrix
+product per step. They are dealt out to the ranks in groups of one fixed size, so that a candidate's product has one
+shape, and with it the same bits, on any number of ranks.
+
+Shapes: N training rows, Q validation rows, B rows of a batch, D features, C classes, L candidates of a group.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+WEIGHT_DECAYS = (0.0, 1e-4, 1e-3, 1e-2)
+GROUP = 8  # candidates in one product
+EPOCHS = 100
+BATCH = 1024
+MOMENTUM = 0.9
+TOP = 5
+
+
+class Candidate(NamedTuple):
+    learning_rate: float
+    weight_decay: float
+
+
+class Score(NamedTuple):
+    """Fractions of validation rows, from 0 to 1; 0 where training diverged."""
+
+    candidate: Candidate
+    top1: float
+    top5: float
+
+
+def candidates() -> list[Candidate]:
+    return [Candidate(*pair) for pair in itertools.product(LEARNING_RATES, WEIGHT_DECAYS)]
+
+
+def groups_of_rank(rank: int, world: int) -> list[list[Candidate]]:
+    """The groups that one rank trains; every candidate is in one group of one rank."""
+    everyone = candidates()
+    return [everyone[start : start + GROUP] for start in range(0, len(everyone), GROUP)][rank::world]
+
+
+def standardise(train_ND: Tensor, val_QD: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with train's mean and standard deviation per column taken out; a column that is constant becomes zero."""
+    mean_D = train_ND.double().mean(0)
+    std_D = train_ND.double().std(0, correction=0)
+    scale_D = torch.where(std_D > 1e-6 * mean_D.abs().clamp(min=1e-6), 1 / std_D, 0)
+    return ((train_ND.double() - mean_D) * scale_D).float(), ((val_QD.double() - mean_D) * scale_D).float()
+
+
+@torch.no_grad()
+def train_group(
+    group: Sequence[Candidate],
+    train_ND: Tensor,
+    label_N: Tensor,
+    val_QD: Tensor,
+    val_label_Q: Tensor,
+    *,
+    classes: int,
+    seed: int = 0,
+    epochs: int = EPOCHS,
+) -> list[Score]:
+    """Train the candidates of a group together by SGD from zero, cosine per step, and score each on val.
+
+    Features are standardised ones, on the device that computes; the order of the rows is a function of `seed`.
+    """
+    candidates_L, features = len(group), train_ND.shape[1]
+    rate_L11 = train_ND.new_tensor([c.learning_rate for c in group])[:, None, None]
+    decay_L11 = train_ND.new_tensor([c.weight_decay for c in group])[:, None, None]
+    # The bias is the last column; decay leaves it alone.
+    weight_LCE = train_ND.new_zeros(candidates_L, classes, features + 1)
+    momentum_LCE = torch.zeros_like(weight_LCE)
+    generator = torch.Generator().manual_seed(seed)
+    total = epochs * math.ceil(len(train_ND) / BATCH)
+    step = 0
+    for _ in range(epochs):
+        for row_B in torch.randperm(len(train_ND), generator=generator).to(label_N.device).split(BATCH):
+            gradient_LCE = _gradient(weight_LCE, _with_one(train_ND[row_B]), label_N[row_B])
+            gradient_LCE[..., :-1].addcmul_(weight_LCE[..., :-1], decay_L11)
+            momentum_LCE.mul_(MOMENTUM).add_(gradient_LCE)
+            weight_LCE.addcmul_(momentum_LCE, rate_L11, value=-0.5 * (1 + math.cos(math.pi * step / total)))
+            step += 1
+    return [Score(c, *_score(w, val_QD, val_label_Q)) for c, w in zip(group, weight_LCE, strict=True)]
+
+
+def best(scores: Sequence[Score]) -> Score:
+    """The highest top-1; of equals the higher top-5, then the first."""
+    return max(scores, key=lambda score: (score.top1, score.top5))
+
+
+def table(scores: Sequence[Score]) -> str:
+    """Top-1 in per cent, a row for each learning rate and a column for each weight decay, as text."""
+    top1 = {score.candidate: score.top1 for score in scores}
+    head = "learning rate  " + "".join(f"{f'wd {decay:g}':>9}" for decay in WEIGHT_DECAYS)
+    rows = [
+        f"{rate:<15g}" + "".join(f"{100 * top1[Candidate(rate, decay)]:>9.2f}" for decay in WEIGHT_DECAYS)
+        for rate in LEARNING_RATES
+    ]
+    return "\n".join([head, *rows])
+
+
+def _with_one(x_BD: Tensor) -> Tensor:
+    return F.pad(x_BD, (0, 1), value=1.0)
+
+
+def _gradient(weight_LCE: Tensor, x_BE: Tensor, label_B: Tensor) -> Tensor:
+    """Of the mean cross entropy, for all candidates: softmax minus one-hot, times the features."""
+    L, C, _ = weight_LCE.shape
+    error_BLC = (x_BE @ weight_LCE.flatten(0, 1).T).view(-1, L, C).softmax(2)
+    error_BLC.scatter_add_(2, label_B[:, None, None].expand(-1, L, 1), error_BLC.new_full((len(label_B), L, 1), -1.0))
+    return (error_BLC.flatten(1).T @ x_BE).div_(len(label_B)).view_as(weight_LCE)
+
+
+def _score(weight_CE: Tensor, val_QD: Tensor, label_Q: Tensor) -> tuple[float, float]:
+    if not weight_CE.isfinite().all():
+        return 0.0, 0.0
+    right = torch.zeros(TOP, dtype=torch.int64, device=label_Q.device)
+    for x_BD, label_B in zip(val_QD.split(BATCH), label_Q.split(BATCH), strict=True):
+        logit_BC = _with_one(x_BD) @ weight_CE.T
+        hit_BT = logit_BC.topk(min(TOP, logit_BC.shape[1])).indices == label_B[:, None]
+        right += F.pad(hit_BT.sum(0), (0, TOP - hit_BT.shape[1]))
+    return right[0].item() / len(label_Q), right.sum().item() / len(label_Q)
