@@ -28,16 +28,24 @@ TIMM_VITS = {
 
 def collect(weights: Weights, form: tables.Form, keep_dtype: bool = False) -> dict[str, Tensor]:
     """Every tensor under the form's names, each in memory of its own; float64 becomes float32 unless it is kept."""
-    tensors = {}
+    tensors, taken = {}, set()
     for name, tensor in weights.read(list(weights.shapes)):
         theirs = form.theirs(name)
         if tensor.dtype == torch.float64 and not keep_dtype:
             tensor = tensor.float()
         parts = [tensor] if len(theirs) == 1 else tensor.chunk(len(theirs))
-        # Copies: torch.save writes the whole memory behind a view, and safetensors refuses tensors that share theirs.
-        copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
-        tensors |= dict(zip(theirs, copies, strict=True))
+        tensors |= dict(zip(theirs, (_own_memory(part, taken) for part in parts), strict=True))
     return tensors
+
+
+def _own_memory(tensor: Tensor, taken: set[int]) -> Tensor:
+    """The tensor, or a copy where its memory is larger than itself or `taken` (addresses) by another tensor."""
+    # torch.save writes the whole memory behind a view, and safetensors refuses tensors that share theirs.
+    memory = tensor.untyped_storage()
+    if memory.nbytes() != tensor.nbytes or memory.data_ptr() in taken or not tensor.is_contiguous():
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    taken.add(tensor.untyped_storage().data_ptr())
+    return tensor
 
 
 def _metadata(weights: Weights) -> dict[str, str]:
