@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from engine.evaluation.runs import AXES, METRICS, alone, by_recipe, check_metrics, read_runs, table
+from engine.evaluation.runs import AXES, METRICS, alone, by_recipe, check_metrics, read_runs
 from engine.front_door import enter
 from engine.recipe import UserError
 
@@ -36,8 +36,9 @@ def main(arguments: list[str]) -> None:
     runs = read_runs(options.runs)
     metrics = check_metrics(runs, options.metrics and options.metrics.split(","))
     groups = by_recipe(runs) if options.merge_seeds else alone(runs)
-    draw_comparison(Comparison(groups, metrics, axes), options.out)
-    head, *rows = table(groups, metrics)
+    shown = Comparison(groups, metrics, axes)
+    draw_comparison(shown, options.out)
+    head, *rows = shown.cells
     for cells in (head, ["---"] * len(head), *rows):
         print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     print(json.dumps({"file": str(options.out)}))

@@ -195,8 +195,8 @@ def _open(options: argparse.Namespace) -> "tuple[Encoder, Source]":
     from engine.data.sources import open_source
     from engine.encoders import open_encoder
 
-    if options.dataset is not None and options.source != "torchvision":
-        raise UserError(f"--dataset ({options.dataset}) must go with --source torchvision; add it, or leave both out")
+    if (options.dataset is not None) != (options.source == "torchvision"):
+        raise UserError(f"--dataset ({options.dataset}) must go with --source torchvision; pass both, or neither")
     kind = options.source or ("shards" if _holds_tars(options.data) else "folder")
     where = {"dataset": options.dataset, "key": "--data"}
     source = open_source(kind, options.data, "val", **where) or open_source(kind, options.data, "train", **where)

@@ -309,6 +309,7 @@ def test_refusals(images, tmp_path):
         r"--queries \(13\) must be at most 12": ("neighbours", VIT, *few, "--queries", 13),
         r"--k \(12\) must be at most 11": ("neighbours", VIT, *few, "--k", 12),
         r"--dataset \(CIFAR10\) must go with --source torchvision": ("embedding", VIT, *few, "--dataset", "CIFAR10"),
+        r"--dataset \(None\) must go with --source torchvision": ("embedding", VIT, *few, "--source", "torchvision"),
         r"data.root \(.*none\) must exist": ("views", QUICKSTART, out, f"data.root={tmp_path}/none"),
         r"recipe \(.*none.yaml\) must be a readable file": ("views", tmp_path / "none.yaml", out),
         r"did you mean augment.crop_min": ("views", QUICKSTART, out, "augment.crop_minn=1"),

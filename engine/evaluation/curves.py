@@ -41,6 +41,10 @@ class Comparison(NamedTuple):
         return note + (" Time: that of training steps alone." if "time" in self.axes else "")
 
     @property
+    def cells(self) -> list[list[str]]:
+        return table(self.groups, self.metrics, timed="time" in self.axes)
+
+    @property
     def unit(self) -> tuple[int, str]:
         """Seconds in the unit that suits the longest run, and its name."""
         longest = max(max(run.seconds.values()) for group in self.groups for run in group.runs)
@@ -49,7 +53,7 @@ class Comparison(NamedTuple):
 
 def draw_comparison(shown: Comparison, out: Path) -> None:
     """Raises UserError where the file cannot be written."""
-    cells = table(shown.groups, shown.metrics)
+    cells = shown.cells
     with style():
         if out.suffix.lower() == ".html":
             drawing = Sheet(MARGIN + _panels_height(shown))

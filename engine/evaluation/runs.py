@@ -195,15 +195,18 @@ def check_metrics(runs: Sequence[Run], metrics: Sequence[str] | None) -> list[st
     return list(metrics or [name for name in METRICS if name in known])
 
 
-def table(groups: Sequence[Group], metrics: Sequence[str]) -> list[list[str]]:
-    """Cells, the head first: each metric's last value (speed: the median), over seeds mean and standard deviation."""
-    rows = [["run", "epochs", *(NAMES.get(name, name) for name in metrics), "training"]]
+def table(groups: Sequence[Group], metrics: Sequence[str], *, timed: bool) -> list[list[str]]:
+    """Cells, the head first: each metric's last value (speed: the median), over seeds mean and standard deviation.
+
+    timed: with the time of training, too.
+    """
+    rows = [["run", "epochs", *(NAMES.get(name, name) for name in metrics), *["training"] * timed]]
     for group in groups:
         epochs = max(run.epochs for run in group.runs)
         total = group.runs[0].recipe.get("train.epochs", "?")
         values = [_cell(name, [_summary(run, name) for run in group.runs]) for name in metrics]
         seconds = np.mean([max(run.seconds.values()) for run in group.runs])
-        rows.append([group.name, f"{epochs:.4g} of {total}", *values, duration(seconds)])
+        rows.append([group.name, f"{epochs:.4g} of {total}", *values, *[duration(seconds)] * timed])
     return rows
 
 
