@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from engine.front_door import end_with_launcher
+from engine.schema import UserError
 
 TIMEOUT = timedelta(minutes=30)  # a rank may index millions of images while the others wait
 
@@ -38,17 +39,33 @@ def process_group():
     """
     end_with_launcher()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    device = _own_gpu() if cuda else torch.device("cpu")
     launched = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if cuda else None, **launched)
     try:
         host_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         yield World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, host_group)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL's farewell waits for kernels whose peers may never come: after a failure the process just ends.
+        if not cuda:
+            dist.destroy_process_group()
+        raise
+    dist.barrier(host_group)  # a rank that leaves early would take the store with it
+    dist.destroy_process_group()
+
+
+def _own_gpu() -> torch.device:
+    """This rank's GPU, set to compute the same bits every time, in the precision that it is asked for."""
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise UserError(f"--nproc-per-node must be at most {gpus}, the number of GPUs of this node; start fewer ranks")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # only wanted for finding bugs, and slow
+    torch.backends.cudnn.allow_tf32 = False
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def make_mesh(world: World, shard: str, replicate: int) -> DeviceMesh:
@@ -66,7 +83,7 @@ class StopSignal:
 
     def __init__(self, world: World):
         self.world = world
-        self.received = torch.zeros(1, dtype=torch.int32)
+        self.received = 0  # a plain number: a handler may run in the middle of a compilation, which forbids tensors
         self._start()
 
     def __enter__(self) -> "StopSignal":
@@ -78,12 +95,12 @@ class StopSignal:
             signal.signal(signum, handler)
 
     def _receive(self, signum: int, _frame: object) -> None:
-        self.received[0] = signum
+        self.received = signum
         if signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
 
     def _start(self) -> None:
-        self.message = self.received.clone()
+        self.message = torch.tensor([self.received], dtype=torch.int32)
         self.work = dist.all_reduce(self.message, dist.ReduceOp.MAX, group=self.world.host_group, async_op=True)
 
     def agreed(self) -> int:

@@ -12,6 +12,7 @@ from typing import NoReturn, TextIO
 from engine.schema import UserError
 
 ORPHAN_CHECK_SECONDS = 1.0
+FIRST_WORD_SECONDS = 10.0
 
 
 class RunFailed(Exception):
@@ -33,21 +34,36 @@ def enter(main: Callable[[list[str]], None]) -> NoReturn:
         main(sys.argv[1:])
         code = 0
     except UserError as error:
-        say_once(f"error: {error}")
+        _complain(f"error: {error}")
         code = 2
     except RunFailed as failure:
-        say_once(f"failed: {failure}")
+        _complain(f"failed: {failure}")
         code = 1
     except Interrupted as stop:
         code = 128 + stop.signum
     except KeyboardInterrupt:
         code = 130
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
     sys.stdout.flush()
-    sys.exit(code)
+    sys.stderr.flush()
+    if code:
+        # At once: Python's own way out would wait for loader workers, which heed no signal but die with this process.
+        os._exit(code)
+    sys.exit()
+
+
+def _complain(text: str) -> None:
+    # torchrun ends a node's ranks as soon as one has ended: the others wait until the first, which mostly failed alike,
+    # has spoken. One that is still there after that failed alone.
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(FIRST_WORD_SECONDS)
+    print(text, file=sys.stderr, flush=True)
 
 
 def say_once(text: str, stream: TextIO | None = None) -> None:
-    """A line, on stderr unless told otherwise, from one process of every node: ranks fail alike, one voice will do."""
+    """A line, on stderr unless told otherwise, from one process of every node."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(text, file=stream or sys.stderr, flush=True)
 

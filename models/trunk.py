@@ -1,5 +1,6 @@
 """Trunks by name: any network that turns images into one feature vector each."""
 
+import copy
 from functools import partial
 
 import timm
@@ -44,6 +45,7 @@ def _build_timm(name: str, image_size: int, freeze_patch_projection: bool) -> nn
         if (isinstance(module, nn.Dropout) and module.p > 0) or (isinstance(module, DropPath) and module.drop_prob > 0):
             raise ValueError(f"model.name (timm/{name}) must have no dropout, for one run on any ranks; {path} has")
     replace_batch_norm(trunk)
+    trunk.num_features = _output_width(trunk, name, image_size)
     if freeze_patch_projection:
         if not isinstance(trunk, VisionTransformer):
             raise ValueError(f"model.freeze_patch_projection (true) must be false for timm/{name}: it is no plain ViT")
@@ -56,6 +58,18 @@ def _create_timm(name: str, image_size: int) -> nn.Module:
         return timm.create_model(name, num_classes=0, img_size=image_size)
     except TypeError:  # only networks with fixed positions take an image size
         return timm.create_model(name, num_classes=0)
+    except RuntimeError as error:  # an unknown tag, say
+        raise ValueError(f"model.name (timm/{name}) must be a timm model: {error}") from error
+
+
+def _output_width(trunk: nn.Module, name: str, image_size: int) -> int:
+    # Some networks end in a layer that is wider than the `num_features` they state: ask for an output.
+    probe = copy.deepcopy(trunk).to("meta")
+    try:
+        with torch.no_grad():
+            return probe(torch.empty(2, 3, image_size, image_size, device="meta")).shape[-1]
+    except RuntimeError as error:
+        raise ValueError(f"model.image_size ({image_size}) must suit timm/{name}: {error}") from error
 
 
 def _initial_timm_values(name: str, image_size: int, seed: int) -> Draw:

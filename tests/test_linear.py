@@ -1,11 +1,13 @@
 """Linear classification: the golden trace, the protocol against plain torch, and what a run refuses."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from sklearn.linear_model import LogisticRegression
 from torch import nn
@@ -23,6 +25,7 @@ from engine.evaluation.readout import readout
 from engine.front_door import RunFailed
 from engine.recipe import UserError, load
 from engine.tasks import Linear
+from tests.test_house import recording
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
@@ -144,6 +147,33 @@ def test_the_result_is_the_best_epochs(finished):
     assert sum(float(row.split(",")[2]) for row in table[1:]) / 10 == pytest.approx(result["top1"], abs=1e-6)
     assert (directory / "confusion.png").read_bytes()[:4] == b"\x89PNG"
     assert run(small_recipe(directory)) == result  # a finished run says it again
+
+
+def test_an_early_end_inside_an_epoch_is_no_epoch():
+    rows = [{"epoch": 0.5, "linear_top1": 0.9}, {"epoch": 1.0, "linear_top1": 0.3}, {"epoch": 2.0, "linear_top1": 0.3}]
+    assert probes.best(rows) is rows[1] and probes.best(rows[:1]) is rows[0]
+
+
+def test_every_key_of_the_recipe_is_read(tmp_path):
+    recipe = small_recipe(tmp_path, "train.max_steps=1")
+    sections = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name != "task"}
+    read = {name: set() for name in sections}
+    watched = dataclasses.replace(recipe, **{n: recording(part, read[n]) for n, part in sections.items()})
+    run(watched)
+    for name, part in sections.items():
+        assert {leaf.name for leaf in dataclasses.fields(part)} == read[name], name
+
+
+def test_an_unreadable_image_is_shown_with_the_label_of_the_one_in_its_place(tmp_path):
+    for i, name in enumerate(("a/0.png", "b/1.png")):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name) if i else (tmp_path / name).write_bytes(b"")
+    source = open_source("folder", tmp_path, "train")
+    options = {"seed": 0, "global_batch_size": 2, "rank": 0, "world_size": 1, "first_step": 0, "last_step": 1}
+    options |= {"workers": 0, "image_size": 8, "crop_min": 1, "pin_memory": False}
+    (batch,) = train_batches(source, **options, views=1)
+    assert sorted(batch.sample_B.tolist()) == [0, 1] and batch.shown_B.tolist() == [1, 1]
+    assert batch.crops.shape == (1, 2, 3, 8, 8)
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path):

@@ -1,4 +1,5 @@
 import gc
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -299,7 +300,9 @@ def test_workers_leave_the_garbage_that_they_inherit(tmp_path):
 
 
 def hold_workers(pipe):
-    iterator = batches(Slow(lambda: time.sleep(0.01)), workers=2, last=1000)
+    reads = itertools.count()  # each worker counts for itself
+    # Stuck in a read, a worker cannot look whether its parent lives.
+    iterator = batches(Slow(lambda: time.sleep(120 if next(reads) >= 8 else 0)), workers=2, last=1000)
     next(iterator)
     pipe.send(workers_now())
     time.sleep(60)

@@ -55,3 +55,15 @@ def test_steps_run_through_the_epochs():
     assert np.array_equal(
         np.concatenate([samples for _, epoch, samples in rows if epoch == 1]), epoch_order(7, 1, 11)[:8]
     )
+
+
+@given(images=st.integers(1, 40), batch=st.integers(1, 16), world=st.integers(1, 5))
+def test_with_the_partial_batch_an_epoch_is_every_image_dealt_out_evenly(images, batch, world):
+    steps = steps_per_epoch(images, batch, keep_partial=True)
+    ranks = [samples_of_steps(7, images, batch, rank, world, 0, steps, keep_partial=True) for rank in range(world)]
+    seen = []
+    for parts in zip(*ranks, strict=True):
+        sizes = [len(samples) for _, _, samples in parts]
+        assert max(sizes) - min(sizes) <= 1 and {epoch for _, epoch, _ in parts} == {0}
+        seen += [sample for _, _, samples in parts for sample in samples.tolist()]
+    assert seen == epoch_order(7, 0, images).tolist()

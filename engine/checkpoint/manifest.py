@@ -26,6 +26,13 @@ class Damaged(UserError):
         self.reason = reason
 
 
+class Unreadable(UserError):
+    """A checkpoint that could not be read now, for a reason that is not its own: a network, a permission."""
+
+    def __init__(self, path: Path, error: OSError):
+        super().__init__(f"checkpoint ({path}) must be readable: {error.strerror or error}; run the same command again")
+
+
 @dataclass(frozen=True)
 class Manifest:
     """step counts finished updates; files: {name: {"bytes", "sha256"}}; tensors: {name: {"shape", "dtype"}} of whole
@@ -63,7 +70,7 @@ def own_checksum(content: dict[str, Any]) -> str:
 def read_manifest(path: Path) -> Manifest:
     """The manifest of one checkpoint folder, after the checks that cost nothing: names, presence and size of files.
 
-    Contents of files are compared by `verify`. Raises UserError (Damaged).
+    Contents of files are compared by `verify`. Raises Damaged or Unreadable, both UserError.
     """
     path = Path(path)
     manifest = _parse(path)
@@ -85,7 +92,9 @@ def _parse(path: Path) -> Manifest:
         content = json.loads((path / NAME).read_bytes())
     except FileNotFoundError:
         raise Damaged(path, f"it has no {NAME}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise Unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
         raise Damaged(path, f"{NAME} cannot be read ({error})") from error
     if not isinstance(content, dict) or any(type(content.get(key)) is not kind for key, kind in _TYPES.items()):
         raise Damaged(path, f"{NAME} lacks {', '.join(_TYPES)} or holds something else there")
@@ -105,7 +114,9 @@ def _check_file(path: Path, name: str, entry: Any) -> None:
         found = _regular(path / name)
     except FileNotFoundError:
         raise Damaged(path, f"{name} is missing") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise Unreadable(path, error) from error
+    except ValueError as error:
         raise Damaged(path, f"{name} cannot be read ({error})") from error
     if found != entry["bytes"]:
         raise Damaged(path, f"{name} has {found} bytes instead of {entry['bytes']}")
@@ -120,13 +131,13 @@ def _regular(file: Path) -> int:
 
 
 def verify(path: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Compare the contents of all files (or of those named) with their checksums. Raises UserError (Damaged)."""
+    """Compare the contents of all files (or of those named) with their checksums. Raises Damaged or Unreadable."""
     path, names = Path(path), list(manifest.files if names is None else names)
     try:
         with ThreadPoolExecutor(_READERS) as readers:
             found = list(readers.map(lambda name: checksum(path / name), names))
     except OSError as error:
-        raise Damaged(path, f"it cannot be read ({error})") from error
+        raise Unreadable(path, error) from error
     for name, entry in zip(names, found, strict=True):
         if entry != manifest.files[name]:
             raise Damaged(path, f"{name} does not match its checksum")

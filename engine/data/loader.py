@@ -256,6 +256,7 @@ def _check_shared_memory(workers: int, batch_bytes: int) -> None:
     if not workers or not os.path.isdir(_SHARED_MEMORY):
         return
     free, needed = shutil.disk_usage(_SHARED_MEMORY).free, _PREFETCH * workers * batch_bytes
+    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # all ranks of the node do the same at the same time
     if needed > free:
         raise UserError(
             f"data.workers ({workers}) must need no more of {_SHARED_MEMORY} than is free: {needed / 2**20:.0f} of "

@@ -224,7 +224,7 @@ class Probing:
                 f"the loss at step {self.step} is not finite; the newest checkpoint is kept: start anew with a lower "
                 "optimizer.base_lr in another --out"
             )
-        bad_images = self.bad_images.check(self.step * self.images_per_step)
+        bad_images = self.bad_images.check(max(self.step * self.images_per_step, len(self.sources.train)))
         return {"epoch": self.step / self.probe.steps_per_epoch, "loss": loss, "lr": lr, "bad_images": bad_images}
 
     def evaluate(self) -> dict[str, float] | None:
@@ -234,12 +234,13 @@ class Probing:
         prediction_QT, label_Q = self.predict()
         right_QT = prediction_QT == label_Q[:, None]
         row = {
+            "epoch": self.step / self.probe.steps_per_epoch,
             "linear_top1": right_QT[:, 0].double().mean().item(),
             "linear_top5": right_QT.any(1).double().mean().item(),
         }
-        if self.world.is_first and row["linear_top1"] > best_row(self.directory)["linear_top1"]:
+        if self.world.is_first and best([*monitor_rows(self.directory), row]) is row:
             self.show_classes(prediction_QT[:, 0], label_Q)
-        return {"epoch": self.step / self.probe.steps_per_epoch, **row}
+        return row
 
     @cached_property
     def val_features(self) -> tuple[Tensor, Tensor]:
@@ -300,25 +301,31 @@ def opening(task: Probing, checkpoint: str) -> None:
 
 def closing(task: Probing, seconds: Mapping[str, float]) -> dict[str, float]:
     """Result and files; the best epoch's row, from rank 0, on every rank."""
-    best: dict[str, float] = {}
+    row: dict[str, float] = {}
     with agreement(task.world.host_group):
         if task.world.is_first:
-            best = best_row(task.directory)
-            if "linear_top5" not in best:
+            rows = monitor_rows(task.directory)
+            if not rows:
                 raise UserError(f"{task.directory / 'metrics.jsonl'} must have the rows of the run; start it anew")
-            epoch, top1, top5 = (best[key] for key in ("epoch", "linear_top1", "linear_top5"))
+            row = best(rows)
+            epoch, top1, top5 = (row[key] for key in ("epoch", "linear_top1", "linear_top5"))
             print(f"result    top-1 {top1:.2%}, top-5 {top5:.2%} at epoch {epoch:g}, the best")
             print(f"time      {', '.join(f'{what} {spent:.0f} s' for what, spent in seconds.items())}")
             print(f"files     {task.directory}: classes.csv, confusion.png, metrics.jsonl, tensorboard/", flush=True)
-    best = share(best, task.world.host_group)
-    return {"top1": best["linear_top1"], "top5": best["linear_top5"], "learning_rate": task.probe.peak_lr}
+    row = share(row, task.world.host_group)
+    return {"top1": row["linear_top1"], "top5": row["linear_top5"], "learning_rate": task.probe.peak_lr}
 
 
-def best_row(directory: Path) -> dict[str, float]:
-    """The first of those with the highest top-1 on validation images in metrics.jsonl."""
+def monitor_rows(directory: Path) -> list[dict[str, float]]:
+    """What metrics.jsonl says of validation images, oldest first."""
     with (directory / "metrics.jsonl").open() as file:
-        rows = [row for row in map(json.loads, file) if "linear_top1" in row]
-    return max(rows, key=lambda row: row["linear_top1"], default={"linear_top1": -1.0})
+        return [row for row in map(json.loads, file) if "linear_top1" in row]
+
+
+def best(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The first of those with the highest top-1. An early end inside an epoch counts where no epoch was finished."""
+    finished = [row for row in rows if row["epoch"] % 1 == 0]
+    return max(finished or rows, key=lambda row: row["linear_top1"])
 
 
 def replace_file(path: Path, content: bytes) -> None:

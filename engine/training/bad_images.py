@@ -34,10 +34,14 @@ class BadImages:
         return self.total
 
     def check(self, seen: int) -> int:
-        """`count`; raises RunFailed where that is more than the run bears, of `seen` images on all ranks so far."""
+        """`count`; raises RunFailed where that is more than the run bears.
+
+        seen: images that all ranks have read so far, or the number of all images if that is more: in the first steps
+        one bad image would otherwise be a large share.
+        """
         if self.count() > self.bearable * seen:
             raise RunFailed(
-                f"data.max_bad_fraction ({self.bearable}) was exceeded: {self.total} of {seen} images so far could not "
+                f"data.max_bad_fraction ({self.bearable}) was exceeded: {self.total} of {seen} images could not "
                 "be read (named above); give the run the images that it began with, or raise it in another run"
             )
         return self.total

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from engine.agree import agreement
@@ -24,6 +23,7 @@ from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.front_door import RunFailed
 from engine.recipe import Pretrain, UserError, dump, fingerprint, loads, resume_differences, shape
 from engine.training import report
+from engine.training.bad_images import BadImages
 from engine.training.health import health
 from engine.training.metrics import MetricsLog
 from engine.training.parallelize import check_compiler, materialize, parallelize
@@ -57,15 +57,17 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
 
         clean(directory.checkpoints, world.host_group)
         found = newest_valid(directory.checkpoints, world.host_group)
+        if found is None:
+            check_fresh(directory, world)
         step = 0 if found is None else check_resume(found, recipe, sources.train, world)
-        directory.write_recipe(recipe)
-        with agreement(world.host_group):
-            log = MetricsLog(directory.path, step if found else -1, enabled=world.is_first)
-
         task = Pretraining(recipe, world, sources, build_state(recipe, world, schedule))
         if found is not None:
             task.resume(load(found, task.state.tensors(), group=world.host_group))
             report.resumed(world, found, step, plan)
+        directory.write_recipe(recipe)
+        with agreement(world.host_group):
+            log = MetricsLog(directory.path, step if found else -1, enabled=world.is_first)
+
         trainer = Trainer(task, plan, world=world, directory=directory.path, log=log)
         trainer.seconds["start-up"] = time.perf_counter() - started
         trainer.run()
@@ -107,6 +109,17 @@ def make_plan(recipe: Pretrain, schedule: Schedule, *, has_monitor: bool) -> Pla
     )
 
 
+def check_fresh(directory: RunDirectory, world: World) -> None:
+    """Raises UserError, on every rank, where a start from nothing would bury a run whose checkpoints are damaged."""
+    with agreement(world.host_group):
+        damaged = sorted(path.name for path in directory.checkpoints.glob("step_*.damaged-*"))
+        if damaged:
+            raise UserError(
+                f"run.dir ({directory.path}) must hold a valid checkpoint, and all are damaged ({', '.join(damaged)}): "
+                f"move {directory.checkpoints} away to start anew, or pass another run.dir"
+            )
+
+
 def check_resume(checkpoint: Path, recipe: Pretrain, train: Source, world: World) -> int:
     """The step of a checkpoint that this recipe and these images may go on from.
 
@@ -123,6 +136,13 @@ def check_resume(checkpoint: Path, recipe: Pretrain, train: Source, world: World
             raise UserError(
                 f"run.dir ({recipe.run.dir}) holds a run with other values: {', '.join(differences)}; "
                 "go on with its own, or pass another run.dir"
+            )
+        wide = any(tensor["dtype"] == "float64" for tensor in manifest.tensors.values())
+        if wide != (recipe.parallel.precision == "float64"):
+            kept = "float64" if wide else "bf16 or float32"
+            raise UserError(
+                f"parallel.precision ({recipe.parallel.precision}) must be {kept}, in which the run in "
+                f"{recipe.run.dir} keeps its weights; pass it, or another run.dir"
             )
         # Imported weights (step 0) have seen no images yet.
         if manifest.state["data"] not in (None, train.fingerprint):
@@ -178,8 +198,7 @@ class Pretraining:
         self.recipe, self.world, self.sources, self.state = recipe, world, sources, state
         self.dtype = torch.float64 if recipe.parallel.precision == "float64" else torch.float32
         self.augment = make_augment(recipe, self.dtype)
-        self.bad_images = 0  # unreadable ones on this rank since the last description
-        self.all_bad_images = 0  # on all ranks since the run began
+        self.bad_images = BadImages(recipe.data.max_bad_fraction, world)
         self.licence: str | None = None  # of imported weights, which binds what is made of them
 
     @property
@@ -192,7 +211,7 @@ class Pretraining:
 
     def resume(self, saved: dict[str, Any]) -> None:
         self.state.step = saved["step"]
-        self.all_bad_images = saved["bad_images"]
+        self.bad_images.total = saved["bad_images"]
         self.licence = saved.get("licence")
 
     def batches(self, last_step: int) -> Iterator[Batch]:
@@ -211,8 +230,7 @@ class Pretraining:
         )
 
     def train_step(self, batch: Batch) -> StepOutput:
-        self.bad_images += len(batch.bad)
-        report.bad_images(batch.bad, "its neighbour took its place")
+        self.bad_images.meet(batch.bad)
         return train_step(self.state, self.views(batch))
 
     def views(self, batch: Batch) -> Tensor:
@@ -222,12 +240,11 @@ class Pretraining:
 
     def describe(self, output: StepOutput) -> dict[str, float]:
         self._check_skips()
-        self._count_bad_images()
-        self._check_bad_images()
+        bad_images = self.bad_images.check(max(self.step * self.images_per_step, len(self.sources.train)))
         row = health(output, self.state)
         row["rankme"] = rankme_from_gram(feature_gram(output.features, self.world.group))
         place = {"epoch": self.step / self.state.schedule.steps_per_epoch, "loss": row.pop("loss")}
-        return place | {"lr": output.lr, "momentum": output.momentum} | row | {"bad_images": self.all_bad_images}
+        return place | {"lr": output.lr, "momentum": output.momentum} | row | {"bad_images": bad_images}
 
     def _check_skips(self) -> None:
         if int(self.state.skipped_in_a_row) >= SKIPS_IN_A_ROW:
@@ -237,33 +254,22 @@ class Pretraining:
                 "anew with a lower optimizer.base_lr or a longer train.warmup_epochs in another run.dir"
             )
 
-    def _count_bad_images(self) -> None:
-        """Add what the ranks met since the last time. All ranks call it together."""
-        bad = torch.tensor(self.bad_images)
-        dist.all_reduce(bad, group=self.world.host_group)
-        self.all_bad_images += int(bad)
-        self.bad_images = 0
-
-    def _check_bad_images(self) -> None:
-        bearable, seen = self.recipe.data.max_bad_fraction, self.step * self.images_per_step
-        if self.all_bad_images > bearable * seen:
-            raise RunFailed(
-                f"data.max_bad_fraction ({bearable}) was exceeded: {self.all_bad_images} of {seen} images up to step "
-                f"{self.step} could not be read (named above); mend them, or raise it, and run the same command"
+    def evaluate(self) -> dict[str, float] | None:
+        try:
+            result = knn_accuracy(
+                self.state.moco.base.trunk,
+                self._evaluation_batches(self.sources.train),
+                self._evaluation_batches(self.sources.val),
+                mean=self.recipe.augment.mean,
+                std=self.recipe.augment.std,
+                device=self.world.device,
+                dtype=self.dtype,
+                k=K,
+                group=self.world.group,
             )
-
-    def evaluate(self) -> dict[str, float]:
-        result = knn_accuracy(
-            self.state.moco.base.trunk,
-            self._evaluation_batches(self.sources.train),
-            self._evaluation_batches(self.sources.val),
-            mean=self.recipe.augment.mean,
-            std=self.recipe.augment.std,
-            device=self.world.device,
-            dtype=self.dtype,
-            k=K,
-            group=self.world.group,
-        )
+        except (UserError, ValueError, FloatingPointError) as error:  # raised on all ranks alike
+            report.no_monitor(self.world, self.step, error)
+            return None
         epoch = self.step / self.state.schedule.steps_per_epoch
         return {"epoch": epoch, "knn_top1": result["top1"], "knn_top5": result["top5"]}
 
@@ -290,12 +296,11 @@ class Pretraining:
         return pixels.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
     def checkpoint(self) -> dict[str, Any]:
-        self._count_bad_images()  # those since the last logged step, too
         state = {
             "step": self.step,
             "recipe": dump(self.recipe),
             "data": self.sources.train.fingerprint,
-            "bad_images": self.all_bad_images,
+            "bad_images": self.bad_images.count(),
             "licence": self.licence,
         }
         return {"tensors": self.state.tensors(), "state": state, "recipe_sha256": fingerprint(self.recipe)}

@@ -46,6 +46,11 @@ def resumed(world: World, checkpoint: Path, step: int, plan: Plan) -> None:
         print(f"resumed   {checkpoint} at step {step:,}{done}", flush=True)
 
 
+def no_monitor(world: World, step: int, reason: Exception) -> None:
+    if world.is_first:
+        print(f"warning: kNN after step {step} was left out: {reason}", file=sys.stderr)
+
+
 def bad_images(bad: Sequence[Bad], consequence: str) -> None:
     """Each unreadable image, from the rank that met it."""
     for image in bad:

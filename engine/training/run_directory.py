@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from engine.agree import agreement, share
+from engine.checkpoint.layout import write_durably
 from engine.distributed import World
 from engine.recipe import Pretrain, UserError, dump
 
@@ -45,7 +46,8 @@ class RunDirectory:
         """Leave what runs, resolved, in recipe.yaml."""
         with agreement(self.world.host_group):
             if self.world.is_first:
-                (self.path / "recipe.yaml").write_text(dump(recipe))
+                write_durably(self.path / ".recipe.yaml", dump(recipe))
+                (self.path / ".recipe.yaml").replace(self.path / "recipe.yaml")
 
     def _make(self) -> None:
         try:

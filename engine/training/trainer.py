@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.agree import agreement, share
 from engine.checkpoint.retain import retain
 from engine.checkpoint.save import save
 from engine.distributed import StopSignal, World
@@ -95,7 +96,8 @@ class Trainer:
                     output = self.task.train_step(batch)
                     self._log_if_due(output, batch)
                 signum = stop.agreed()
-                if signum or self.plan.saves_after(self.task.step):
+                # An evaluation takes minutes on large data, and a scheduler's grace is short: save before it.
+                if signum or self.plan.saves_after(self.task.step) or self.plan.evaluates_after(self.task.step):
                     self._save()
                 if signum and self.task.step < self.plan.last_step:
                     self._say(
@@ -123,7 +125,8 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         step = self.task.step
-        if not self.plan.evaluates_after(step) or self.log.has_knn_row(step):
+        # Only the rank that writes the log knows what is in it.
+        if not self.plan.evaluates_after(step) or share(self.log.has_knn_row(step), self.world.host_group):
             return
         with self._time("evaluation"):
             row = self.task.evaluate()
@@ -136,7 +139,8 @@ class Trainer:
 
     def _save(self) -> None:
         with self._time("checkpoints"):
-            self.log.sync()
+            with agreement(self.world.host_group):
+                self.log.sync()
             save(self.checkpoints, self.task.step, **self.task.checkpoint(), group=self.world.host_group)
             if self.world.is_first:
                 retain(self.checkpoints, self.plan.keep)
