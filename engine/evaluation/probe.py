@@ -28,12 +28,11 @@ from engine.evaluation.linear import LinearProbe, linear_step
 from engine.evaluation.measure import features
 from engine.evaluation.subject import Subject, open_subject
 from engine.front_door import RunFailed
-from engine.recipe import UserError, dump, fingerprint
+from engine.recipe import UserError, dump, fingerprint, loads, resume_differences
 from engine.tasks import Linear
 from engine.training import report
 from engine.training.bad_images import BadImages
 from engine.training.metrics import MetricsLog
-from engine.training.pretrain import check_resume
 from engine.training.run_directory import RunDirectory
 from engine.training.sources import Sources
 from engine.training.trainer import Plan, Trainer
@@ -66,13 +65,12 @@ def probe(recipe: Linear, checkpoint: str, encoder: EncoderName, world: World) -
     with RunDirectory(Path(recipe.run.dir), world) as directory:
         clean(directory.checkpoints, world.host_group)
         found = newest_valid(directory.checkpoints, world.host_group)
-        step = 0 if found is None else check_resume(found, recipe, sources.train, world)
+        step = 0 if found is None else check_resume(found, recipe, sources, frozen, world)
         directory.write_recipe(recipe)
         with agreement(world.host_group):
             log = MetricsLog(directory.path, step if found else -1, monitor="linear_top1", enabled=world.is_first)
         task = Probing(recipe, world, sources, subject, frozen, directory.path, log)
         if found is not None:
-            task.check_same(found)
             task.resume(load(found, task.probe.tensors(), group=world.host_group))
         opening(task, checkpoint)
         if found is not None:
@@ -83,6 +81,29 @@ def probe(recipe: Linear, checkpoint: str, encoder: EncoderName, world: World) -
         log.close()
         check_frozen(subject.network, frozen, world)
         return closing(task, trainer.seconds)
+
+
+def check_resume(checkpoint: Path, recipe: Linear, sources: Sources, frozen: str, world: World) -> int:
+    """The step of a checkpoint that this recipe, these images and this network (its digest) may go on from.
+
+    Raises:
+        UserError: on every rank, where the run was begun with others.
+    """
+    step, run = 0, f"run.dir ({recipe.run.dir})"
+    with agreement(world.host_group):
+        manifest = read_manifest(checkpoint)
+        step, state = manifest.step, manifest.state
+        begun = loads(state["recipe"], f"recipe of {checkpoint}", kind=Linear)
+        differences = resume_differences(begun, recipe)
+        if differences:
+            other = ", ".join(differences)
+            raise UserError(f"{run} holds a run with other values: {other}; go on with its own, or pass another --out")
+        if state["network"] != frozen:
+            raise UserError(f"{run} holds a run on another network; give it its own CHECKPOINT, or pass another --out")
+        for name, source in (("train", sources.train), ("val", sources.val)):
+            if state[name] != source.fingerprint:
+                raise UserError(f"--{name} must hold the images that {run} began with; or pass another --out")
+    return step
 
 
 def digest(network: nn.Module) -> str:
@@ -160,21 +181,6 @@ class Probing:
             keep=recipe.checkpoint.keep,
             evaluate_every=self.probe.steps_per_epoch,
         )
-
-    def check_same(self, checkpoint: Path) -> None:
-        """Raises UserError, on every rank, where the run was begun with another network or other validation images."""
-        with agreement(self.world.host_group):
-            state = read_manifest(checkpoint).state
-            if state["network"] != self.frozen:
-                raise UserError(
-                    f"run.dir ({self.recipe.run.dir}) holds a run on another network; "
-                    "give it the CHECKPOINT that it began with, or pass another --out"
-                )
-            if state["val"] != self.sources.val.fingerprint:
-                raise UserError(
-                    f"--val ({self.recipe.data.val_root}) must hold the images that the run in {self.recipe.run.dir} "
-                    "began with; give it those, or pass another --out"
-                )
 
     def resume(self, saved: dict[str, Any]) -> None:
         self.probe.step = saved["step"]
@@ -276,7 +282,7 @@ class Probing:
         state = {
             "step": self.step,
             "recipe": dump(self.recipe),
-            "data": self.sources.train.fingerprint,
+            "train": self.sources.train.fingerprint,
             "val": self.sources.val.fingerprint,
             "network": self.frozen,
             "bad_images": self.bad_images.count(),

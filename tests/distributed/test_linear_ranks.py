@@ -1,0 +1,59 @@
+"""Linear classification, kNN and RankMe from the command line: on 1, 2 and 3 or 4 ranks what one rank finds."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import ROOT, results, torchrun
+
+CHECKPOINT = ROOT / "tests/golden/I_vit_small_shape.pth.tar"
+VAL = ROOT / "recipes/data/fashion_mnist/val.tar"
+ROOTS = ("--train", VAL, "--val", VAL)
+EPOCHS = 2
+
+
+def linear(ranks: int, directory: Path, *overrides: str) -> dict:
+    """1,000 images in batches of 333: an epoch ends with a batch of one, which all ranks but one have nothing of."""
+    recipe = ("--recipe", ROOT / "recipes/linear_vit.yaml", "--out", directory, "--workers", 0)
+    small = ("train.global_batch_size=333", f"train.epochs={EPOCHS}", "optimizer.base_lr=0.5", "log.every_steps=1")
+    (found,) = results(ranks, "engine.evaluate", "linear", CHECKPOINT, *ROOTS, *recipe, *small, *overrides)
+    return found
+
+
+def rows(directory: Path, key: str) -> list[dict]:
+    return [row for row in map(json.loads, (directory / "metrics.jsonl").open()) if key in row]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> tuple[Path, dict]:
+    directory = tmp_path_factory.mktemp("alone")
+    return directory, linear(1, directory)
+
+
+def test_three_ranks_train_the_classifier_of_one_and_go_on_from_its_checkpoint(alone, tmp_path):
+    """Three ranks divide 333; the loss is that of the global batch, the last partial one too."""
+    linear(1, tmp_path, "train.max_steps=3")  # before the batch of one
+    found = linear(3, tmp_path)
+    ours, theirs = rows(tmp_path, "loss"), rows(alone[0], "loss")
+    assert [row["step"] for row in ours] == list(range(1, 4 * EPOCHS + 1))
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-5)
+    assert found["top1"] == pytest.approx(alone[1]["top1"], abs=0.002)
+    assert len(rows(tmp_path, "linear_top1")) == EPOCHS + 1  # the early end is evaluated too
+
+
+def test_knn_rankme_and_fast_have_the_same_digits(tmp_path):
+    commands = [("knn", *ROOTS, "--k", "10,50"), ("rankme", "--data", VAL), ("linear", *ROOTS, "--fast")]
+    for name, *options in commands:
+        found = []
+        for ranks in (1, 2, 4):
+            done = torchrun(ranks, "engine.evaluate", name, CHECKPOINT, *options, "--workers", 0)
+            assert done.returncode == 0, done.stderr[-3000:]
+            found.append(done.stdout)
+        assert found[0] == found[1] == found[2] and json.loads(found[0].splitlines()[-1])
+
+
+def test_a_mistake_is_one_line_from_one_rank():
+    done = torchrun(2, "engine.evaluate", "knn", CHECKPOINT, *ROOTS, "--k", "5000")
+    assert done.returncode == 1 and done.stderr.count("error: --k (5000) must be at most 1000") == 1
+    assert 'File "engine' not in done.stderr and done.stdout == ""
