@@ -1,6 +1,7 @@
 """Checkpoints in one process: what goes in comes out, and nothing damaged or hostile is ever loaded."""
 
 import copy
+import errno
 import json
 import os
 import pickle
@@ -562,3 +563,17 @@ def test_state_is_not_changed_by_saving(tmp_path):
     path = save(tmp_path, 1, {}, state, recipe_sha256=SHA)
     assert state["pair"] == (1, 2)
     assert load(path, {}) == STATE | {"pair": [1, 2]}
+
+
+def test_what_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch):
+    """A network file system that stumbles costs no checkpoint."""
+    folder = save(tmp_path, 3, {"x": torch.ones(2)}, {}, recipe_sha256="r")
+
+    def stumble(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("engine.checkpoint.manifest.checksum", stumble)
+        with pytest.raises(UserError, match="must be readable: Stale file handle; run the same command again"):
+            newest_valid(tmp_path)
+    assert newest_valid(tmp_path) == folder

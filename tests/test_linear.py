@@ -230,6 +230,14 @@ def clusters(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return centre_CD[label_N] + 1.2 * torch.randn(rows, 12, generator=generator), label_N
 
 
+def test_the_gradient_of_all_candidates_is_autograds_of_each():
+    feature_BE, label_B = torch.randn(9, 4), torch.randint(3, (9,))
+    weight_LCE = torch.randn(5, 3, 4, requires_grad=True)
+    losses = [nn.functional.cross_entropy(feature_BE @ weight_CE.T, label_B) for weight_CE in weight_LCE]
+    (expected,) = torch.autograd.grad(sum(losses), weight_LCE)
+    torch.testing.assert_close(fast_linear.gradient(weight_LCE.detach(), feature_BE, label_B), expected)
+
+
 def test_candidates_trained_together_are_those_trained_alone():
     (train_ND, label_N), (val_QD, val_label_Q) = clusters(700, 1), clusters(300, 2)
     train_ND, val_QD = fast_linear.standardise(train_ND, val_QD)

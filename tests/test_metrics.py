@@ -23,7 +23,7 @@ def log_steps(log: MetricsLog, steps: range) -> None:
         if step:
             log.loss_row(step, {"loss": step / 7, "lr": 1e-3})
         if step % 2 == 0:
-            log.knn_row(step, {"knn_top1": step / 100, "knn_k": 20})
+            log.monitor_row(step, {"knn_top1": step / 100, "knn_k": 20})
 
 
 def test_rows_are_lines_with_step_first_and_json_numbers(tmp_path):
@@ -81,8 +81,8 @@ def test_a_knn_row_lost_between_checkpoint_and_log_is_made_once(tmp_path):
     log.close()
     for expected in (False, True):
         log = MetricsLog(tmp_path, 4)
-        assert log.has_knn_row(2) and log.has_knn_row(4) is expected
-        log.knn_row(4, {"knn_top1": 0.5})
+        assert log.has_monitor_row(2) and log.has_monitor_row(4) is expected
+        log.monitor_row(4, {"knn_top1": 0.5})
         log.sync()
         log.close()
     assert [row["step"] for row in rows_of(tmp_path) if "knn_top1" in row] == [0, 2, 4]
@@ -101,7 +101,7 @@ def test_a_line_that_is_no_row_is_named_and_nothing_is_lost(tmp_path):
 def test_a_knn_row_is_known_by_its_top1(tmp_path):
     log = MetricsLog(tmp_path, -1)
     with pytest.raises(ValueError, match="knn_top1"):
-        log.knn_row(1, {"top1": 0.1})
+        log.monitor_row(1, {"top1": 0.1})
     log.close()
 
 

@@ -154,7 +154,16 @@ def test_any_timm_model_is_a_trunk(name):
     assert blocks(moco.base.trunk)
 
 
+def test_the_width_of_a_timm_trunk_is_that_of_its_output():
+    """timm's `num_features` leaves out a last layer that some networks have."""
+    with torch.device("meta"):
+        trunk = build_trunk("timm/mobilenetv3_small_050", image_size=64, freeze_patch_projection=False)
+        assert trunk.num_features == trunk(torch.empty(2, 3, 64, 64)).shape[1] == 1024
+
+
 def test_impossible_trunks_say_why():
+    with pytest.raises(ValueError, match=r"model.name \(timm/resnet18.no_such_tag\) must be a timm model: Invalid"):
+        build_trunk("timm/resnet18.no_such_tag", image_size=64, freeze_patch_projection=False)
     with pytest.raises(ValueError, match=r"model.name \(timm/no_such_net\) must be a timm model"):
         build_trunk("timm/no_such_net", image_size=64, freeze_patch_projection=False)
     with pytest.raises(ValueError, match=r"freeze_patch_projection \(true\) must be false"):

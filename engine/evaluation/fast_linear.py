@@ -83,7 +83,7 @@ def train_group(
     step = 0
     for _ in range(epochs):
         for row_B in torch.randperm(len(train_ND), generator=generator).to(label_N.device).split(BATCH):
-            gradient_LCE = _gradient(weight_LCE, _with_one(train_ND[row_B]), label_N[row_B])
+            gradient_LCE = gradient(weight_LCE, _with_one(train_ND[row_B]), label_N[row_B])
             gradient_LCE[..., :-1].addcmul_(weight_LCE[..., :-1], decay_L11)
             momentum_LCE.mul_(MOMENTUM).add_(gradient_LCE)
             weight_LCE.addcmul_(momentum_LCE, rate_L11, value=-0.5 * (1 + math.cos(math.pi * step / total)))
@@ -111,7 +111,7 @@ def _with_one(x_BD: Tensor) -> Tensor:
     return F.pad(x_BD, (0, 1), value=1.0)
 
 
-def _gradient(weight_LCE: Tensor, x_BE: Tensor, label_B: Tensor) -> Tensor:
+def gradient(weight_LCE: Tensor, x_BE: Tensor, label_B: Tensor) -> Tensor:
     """Of the mean cross entropy, for all candidates: softmax minus one-hot, times the features."""
     L, C, _ = weight_LCE.shape
     error_BLC = (x_BE @ weight_LCE.flatten(0, 1).T).view(-1, L, C).softmax(2)

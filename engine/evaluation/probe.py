@@ -230,7 +230,8 @@ class Probing:
                 f"the loss at step {self.step} is not finite; the newest checkpoint is kept: start anew with a lower "
                 "optimizer.base_lr in another --out"
             )
-        bad_images = self.bad_images.check(max(self.step * self.images_per_step, len(self.sources.train)))
+        epochs = -(-self.step // self.probe.steps_per_epoch)  # begun
+        bad_images = self.bad_images.check(epochs * len(self.sources.train))
         return {"epoch": self.step / self.probe.steps_per_epoch, "loss": loss, "lr": lr, "bad_images": bad_images}
 
     def evaluate(self) -> dict[str, float] | None:

@@ -33,15 +33,14 @@ class BadImages:
         self.total, self.met = self.total + int(met), 0
         return self.total
 
-    def check(self, seen: int) -> int:
+    def check(self, images: int) -> int:
         """`count`; raises RunFailed where that is more than the run bears.
 
-        seen: images that all ranks have read so far, or the number of all images if that is more: in the first steps
-        one bad image would otherwise be a large share.
+        images: those of all epochs begun so far. Against those seen, one bad image of the first batch is a large share.
         """
-        if self.count() > self.bearable * seen:
+        if self.count() > self.bearable * images:
             raise RunFailed(
-                f"data.max_bad_fraction ({self.bearable}) was exceeded: {self.total} of {seen} images could not "
+                f"data.max_bad_fraction ({self.bearable}) was exceeded: {self.total} of {images} images could not "
                 "be read (named above); give the run the images that it began with, or raise it in another run"
             )
         return self.total

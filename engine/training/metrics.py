@@ -22,7 +22,7 @@ class MetricsLog:
     torn by a crash, are dropped; all others stay byte for byte. A run that starts from nothing passes -1: none stays.
 
     No step gets a second loss row or a second kNN row. A run may stop between a checkpoint and the kNN row of the same
-    step: `has_knn_row` tells the resumed run whether that row is still to be made. `sync` before a checkpoint is
+    step: `has_monitor_row` tells the resumed run whether that row is still to be made. `sync` before a checkpoint is
     committed keeps the log from being behind it after a power failure.
 
     monitor: the key by which a row is known as the monitor's; a linear classifier's is not kNN's.
@@ -43,13 +43,13 @@ class MetricsLog:
         """One line for a logged step, and `train/<key>` in TensorBoard. Nothing if the step has a loss row."""
         self._row("loss", "train", step, values)
 
-    def knn_row(self, step: int, values: dict[str, float | str]) -> None:
+    def monitor_row(self, step: int, values: dict[str, float | str]) -> None:
         """One line for the monitor's result; `evaluate/<key>` in TensorBoard. Nothing if the step has one."""
         if self.monitor not in values:
             raise ValueError(f"a row of the monitor needs {self.monitor}; it has {sorted(values)}")
         self._row("knn", "evaluate", step, values)
 
-    def has_knn_row(self, step: int) -> bool:
+    def has_monitor_row(self, step: int) -> bool:
         return step in self._steps["knn"]
 
     def images(self, tag: str, image: torch.Tensor, step: int) -> None:

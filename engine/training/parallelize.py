@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine.recipe import UserError
@@ -61,6 +61,20 @@ def parallelize(
         fully_shard(encoder.trunk, mesh=mesh, mp_policy=outer, reshard_after_forward=resting)
         _shard_head(encoder.projector, mesh, exact, resting, compile)
     _shard_head(moco.predictor, mesh, exact, shard in ("full", "hybrid"), compile)
+    for root in (moco.momentum.trunk, moco.momentum.projector):
+        root.register_forward_hook(forget_forward)
+
+
+def forget_forward(root: nn.Module, *_: object) -> None:
+    """Clear what FSDP notes of a forward for the backward to come: after the momentum encoder's none comes, and the
+    notes of a long run would fill the memory. No public call does it."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            state._comm_ctx.post_forward_order.clear()
+            # One group until torch 2.13, several from then on.
+            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+                group._post_forward_indices.clear()
 
 
 def compile_forward(module: nn.Module) -> None:

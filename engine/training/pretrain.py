@@ -240,7 +240,8 @@ class Pretraining:
 
     def describe(self, output: StepOutput) -> dict[str, float]:
         self._check_skips()
-        bad_images = self.bad_images.check(max(self.step * self.images_per_step, len(self.sources.train)))
+        epochs = -(-self.step // self.state.schedule.steps_per_epoch)  # begun
+        bad_images = self.bad_images.check(epochs * len(self.sources.train))
         row = health(output, self.state)
         row["rankme"] = rankme_from_gram(feature_gram(output.features, self.world.group))
         place = {"epoch": self.step / self.state.schedule.steps_per_epoch, "loss": row.pop("loss")}

@@ -126,12 +126,12 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         step = self.task.step
         # Only the rank that writes the log knows what is in it.
-        if not self.plan.evaluates_after(step) or share(self.log.has_knn_row(step), self.world.host_group):
+        if not self.plan.evaluates_after(step) or share(self.log.has_monitor_row(step), self.world.host_group):
             return
         with self._time("evaluation"):
             row = self.task.evaluate()
         if row is not None:
-            self.log.knn_row(step, row)
+            self.log.monitor_row(step, row)
             self._say(
                 f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items() if key != "epoch")
             )

@@ -5,6 +5,7 @@ import json
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from engine.distributed import World, make_mesh, process_group
@@ -89,6 +90,19 @@ def momentum_shards_are_what_keys_see(world: World) -> None:
         after = state.moco.keys(x)
         assert not torch.allclose(before, after), shard
         assert after.abs().max().item() == 0, shard  # a network of zeros answers zero
+
+
+def nothing_grows_with_the_steps(world: World) -> None:
+    """FSDP keeps no record of forwards whose backward never comes."""
+    trace, state = built(world, "A_vit_adamw")
+    for step in range(3):
+        train_step(state, images(trace, world, step))
+    for module in state.moco.modules():
+        if isinstance(module, FSDPModule):
+            fsdp = module._get_fsdp_state()
+            groups = getattr(fsdp, "_fsdp_param_groups", None) or [fsdp._fsdp_param_group]
+            assert not fsdp._comm_ctx.post_forward_order
+            assert not any(group._post_forward_indices for group in groups)
 
 
 def batch_norm_is_global(world: World) -> None:
@@ -181,6 +195,7 @@ def lars_takes_norms_of_whole_parameters(world: World) -> None:
 LAWS = (
     bad_gradient_changes_nothing,
     momentum_shards_are_what_keys_see,
+    nothing_grows_with_the_steps,
     batch_norm_is_global,
     weights_depend_on_the_seed_alone,
     lars_takes_norms_of_whole_parameters,

@@ -1,0 +1,72 @@
+"""What pre-training does with what it finds: damaged checkpoints, unreadable images, another precision."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.distributed import process_group
+from engine.front_door import RunFailed
+from engine.recipe import UserError, load
+from engine.training.pretrain import pretrain
+from tests.distributed.trajectories import RECIPE, SMALL
+
+
+@pytest.fixture(scope="module")
+def world():
+    with process_group() as world:
+        yield world
+
+
+def train(world, directory, *overrides):
+    values = [*SMALL, "model.dim=16", "model.heads=2", "data.workers=0", f"run.dir={directory}", *overrides]
+    pretrain(load(RECIPE, values), RECIPE, world)
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def damage(checkpoint):
+    file = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_damaged_checkpoints_never_bury_a_run(world, tmp_path, capfd):
+    """The one before is used; where none is left, the run refuses to start from nothing, however often it is asked."""
+    train(world, tmp_path, "train.max_steps=4", "checkpoint.every_steps=2")
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+    damage(tmp_path / "checkpoints/step_0000004")
+    train(world, tmp_path, "train.max_steps=3")
+    assert "step_0000004" in capfd.readouterr().err
+    assert (tmp_path / "checkpoints/step_0000004.damaged-1").is_dir()
+    assert (tmp_path / "metrics.jsonl").read_bytes().startswith(b"".join(log.splitlines(True)[:2]))
+    damage(tmp_path / "checkpoints/step_0000002")
+    damage(tmp_path / "checkpoints/step_0000003")
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"must hold a valid checkpoint, and all are damaged \(step_0000002"):
+            train(world, tmp_path, "train.max_steps=3")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log
+
+
+def test_a_run_keeps_its_precision(world, tmp_path):
+    train(world, tmp_path, "train.max_steps=1")
+    with pytest.raises(UserError, match=r"parallel.precision \(float32\) must be float64"):
+        train(world, tmp_path, "train.max_steps=2", "parallel.precision=float32")
+
+
+def test_unreadable_images_are_borne_up_to_their_share(world, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(40):
+        Image.fromarray(draw.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(images / f"{number:02}.png")
+    (images / "07.png").write_bytes(b"no picture")
+    folder = ["data.source=folder", f"data.root={images}", "data.dataset=null", "data.dataset_options={}"]
+    few = [*folder, "train.max_steps=10", "train.epochs=4"]
+    # One of 40 is a fortieth, also in the first steps, where it is one of 8.
+    rows = train(world, tmp_path / "borne", *few, "data.max_bad_fraction=0.03")
+    assert rows[-1]["step"] == 10 and rows[-1]["bad_images"] == 2  # two epochs
+    with pytest.raises(RunFailed, match=r"data.max_bad_fraction \(0.02\) was exceeded: 1 of 40"):
+        train(world, tmp_path / "not_borne", *few, "data.max_bad_fraction=0.02")
