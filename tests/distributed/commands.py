@@ -1,0 +1,103 @@
+"""A command as a user starts it, watched from outside: its words, its processes and what they leave behind."""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.distributed.launch import ROOT, TIMEOUT, environment
+
+GONE = 30  # seconds after which a process that nobody waits for counts as left behind
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+ONE_PROCESS = (sys.executable, "-m", "engine.run")
+TWO_RANKS = (*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "engine.run")
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Command:
+    """A running command. Its descendants are known by a mark in their environment, whoever their parent is now.
+
+    A context manager, which ends what still runs.
+    """
+
+    def __init__(self, *arguments: object, cwd: Path = ROOT, env: dict[str, str] | None = None):
+        self.mark = secrets.token_hex(8)
+        self.seen: set[int] = set()
+        self.files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
+        # Without devices: what is promised here holds anywhere, and two ranks need no two of them.
+        marked = {"COMMAND_MARK": self.mark, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            [str(argument) for argument in arguments],
+            cwd=cwd,
+            env=(env or environment()) | marked,
+            stdin=subprocess.DEVNULL,
+            stdout=self.files[0],
+            stderr=self.files[1],
+        )
+
+    def __enter__(self) -> "Command":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while left := self.processes():
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.wait()
+        for file in self.files:
+            file.close()
+
+    def said(self) -> tuple[str, str]:
+        """What it wrote so far to stdout and to stderr."""
+        out, err = (os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode() for file in self.files)
+        return out, err
+
+    def processes(self) -> set[int]:
+        """Those of the command that are alive now."""
+        self.process.poll()
+        alive = {int(entry.name) for entry in Path("/proc").glob("[0-9]*") if self._is_mine(entry)}
+        self.seen |= alive
+        return alive
+
+    def _is_mine(self, entry: Path) -> bool:
+        try:
+            return self.mark.encode() in (entry / "environ").read_bytes()
+        except OSError:  # it has ended meanwhile
+            return False
+
+    def wait_for(self, text: str) -> None:
+        """Returns when stdout has the text."""
+        self._wait(lambda: text in self.said()[0] or self.process.poll() is not None, TIMEOUT, repr(text))
+        assert text in self.said()[0], f"it ended before {text!r} and said {self.said()}"
+        self.processes()
+
+    def end(self) -> Ended:
+        """Wait for the end, and see that nothing is left of it."""
+        self._wait(lambda: self.process.poll() is not None, TIMEOUT, "its end")
+        self._wait(lambda: not self.processes(), GONE, "the end of all its processes")
+        shared = [path for pid in self.seen for path in Path("/dev/shm").glob(f"torch_{pid}_*")]
+        assert not shared, f"shared memory is left: {shared}"
+        return Ended(self.process.returncode, *self.said())
+
+    def _wait(self, holds: Callable[[], bool], seconds: float, what: str) -> None:
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < deadline, f"no {what}; processes {self.processes()}; it said {self.said()}"
+            time.sleep(0.05)
+
+
+def run(*arguments: object, **options) -> Ended:
+    with Command(*arguments, **options) as command:
+        return command.end()
