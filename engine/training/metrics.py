@@ -21,7 +21,7 @@ class MetricsLog:
     resume_step is the step of the checkpoint that the run goes on from: lines of later steps, and a last line that was
     torn by a crash, are dropped; all others stay byte for byte. A run that starts from nothing passes -1: none stays.
 
-    No step gets a second loss row or a second kNN row. A run may stop between a checkpoint and the kNN row of the same
+    No step gets a second loss row or a second monitor row. A run may stop between a checkpoint and the monitor row of its
     step: `has_monitor_row` tells the resumed run whether that row is still to be made. `sync` before a checkpoint is
     committed keeps the log from being behind it after a power failure.
 
@@ -32,7 +32,7 @@ class MetricsLog:
         self.enabled, self.monitor = enabled, monitor
         self._directory = Path(run_dir)
         self._resume_step = resume_step
-        self._steps: dict[str, set[int]] = {"loss": set(), "knn": set()}
+        self._steps: dict[str, set[int]] = {"loss": set(), "monitor": set()}
         if enabled:
             path = self._directory / "metrics.jsonl"
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -47,10 +47,10 @@ class MetricsLog:
         """One line for the monitor's result; `evaluate/<key>` in TensorBoard. Nothing if the step has one."""
         if self.monitor not in values:
             raise ValueError(f"a row of the monitor needs {self.monitor}; it has {sorted(values)}")
-        self._row("knn", "evaluate", step, values)
+        self._row("monitor", "evaluate", step, values)
 
     def has_monitor_row(self, step: int) -> bool:
-        return step in self._steps["knn"]
+        return step in self._steps["monitor"]
 
     def images(self, tag: str, image: torch.Tensor, step: int) -> None:
         """One picture, uint8 [3, H, W], in TensorBoard."""
@@ -102,7 +102,7 @@ class MetricsLog:
             row = _parse(line, f"{path.name} line {number}")
             if row["step"] <= self._resume_step:
                 kept.append(line)
-                self._steps["knn" if self.monitor in row else "loss"].add(row["step"])
+                self._steps["monitor" if self.monitor in row else "loss"].add(row["step"])
         if len(kept) < len(lines):
             _replace(path, b"".join(kept))
 
