@@ -21,8 +21,8 @@ class MetricsLog:
     resume_step is the step of the checkpoint that the run goes on from: lines of later steps, and a last line that was
     torn by a crash, are dropped; all others stay byte for byte. A run that starts from nothing passes -1: none stays.
 
-    No step gets a second loss row or a second monitor row. A run may stop between a checkpoint and the monitor row of its
-    step: `has_monitor_row` tells the resumed run whether that row is still to be made. `sync` before a checkpoint is
+    No step gets a second loss row or a second monitor row. A run may stop between a checkpoint and the monitor row of
+    its step: `has_monitor_row` tells the resumed run whether that row is still to be made. `sync` before a checkpoint is
     committed keeps the log from being behind it after a power failure.
 
     monitor: the key by which a row is known as the monitor's; a linear classifier's is not kNN's.
@@ -32,7 +32,7 @@ class MetricsLog:
         self.enabled, self.monitor = enabled, monitor
         self._directory = Path(run_dir)
         self._resume_step = resume_step
-        self._steps: dict[str, set[int]] = {"loss": set(), "monitor": set()}
+        self._values: dict[str, dict[int, float | None]] = {"loss": {}, "monitor": {}}  # by step
         if enabled:
             path = self._directory / "metrics.jsonl"
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,12 @@ class MetricsLog:
         self._row("monitor", "evaluate", step, values)
 
     def has_monitor_row(self, step: int) -> bool:
-        return step in self._steps["monitor"]
+        return step in self._values["monitor"]
+
+    def best_step(self) -> int | None:
+        """The step whose monitor row is highest, the first of equals; None before there is one."""
+        known = {step: value for step, value in self._values["monitor"].items() if value is not None}
+        return max(known, key=known.get, default=None)
 
     def images(self, tag: str, image: torch.Tensor, step: int) -> None:
         """One picture, uint8 [3, H, W], in TensorBoard."""
@@ -79,13 +84,13 @@ class MetricsLog:
         return SummaryWriter(str(self._directory / "tensorboard"), purge_step=self._resume_step + 1)
 
     def _row(self, kind: str, prefix: str, step: int, values: dict[str, float | str]) -> None:
-        if not self.enabled or step in self._steps[kind]:
+        if not self.enabled or step in self._values[kind]:
             return
         # JSON has no NaN: null is what a reader cannot take for a number
         row = {"step": step} | {key: value if _is_text_or_finite(value) else None for key, value in values.items()}
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
-        self._steps[kind].add(step)
+        self._values[kind][step] = row.get(self.monitor)
         for key, value in values.items():
             if not isinstance(value, str):
                 self._tensorboard.add_scalar(f"{prefix}/{key}", value, step)
@@ -102,7 +107,8 @@ class MetricsLog:
             row = _parse(line, f"{path.name} line {number}")
             if row["step"] <= self._resume_step:
                 kept.append(line)
-                self._steps["monitor" if self.monitor in row else "loss"].add(row["step"])
+                kind = "monitor" if self.monitor in row else "loss"
+                self._values[kind][row["step"]] = row.get(self.monitor)
         if len(kept) < len(lines):
             _replace(path, b"".join(kept))
 
