@@ -70,3 +70,14 @@ def test_unreadable_images_are_borne_up_to_their_share(world, tmp_path):
     assert rows[-1]["step"] == 10 and rows[-1]["bad_images"] == 2  # two epochs
     with pytest.raises(RunFailed, match=r"data.max_bad_fraction \(0.02\) was exceeded: 1 of 40"):
         train(world, tmp_path / "not_borne", *few, "data.max_bad_fraction=0.02")
+
+
+def test_best_names_the_checkpoint_with_the_highest_knn_and_is_spared(world, tmp_path):
+    """Saved before every evaluation, whatever checkpoint.every_steps says."""
+    rows = train(world, tmp_path, "evaluate.knn_every_epochs=1", "checkpoint.every_steps=100", "checkpoint.keep=1")
+    knn = {row["step"]: row["knn_top1"] for row in rows if "knn_top1" in row}
+    assert list(knn) == [0, 7, 14, 20]
+    named = (tmp_path / "checkpoints/best").read_text().strip()
+    del knn[0]  # the network before its first update has no checkpoint
+    assert named == f"step_{max(knn, key=knn.get):07d}"
+    assert {path.name for path in (tmp_path / "checkpoints").glob("step_*")} == {named, "step_0000020"}

@@ -53,8 +53,8 @@ class MetricsLog:
         return step in self._values["monitor"]
 
     def best_step(self) -> int | None:
-        """The step whose monitor row is highest, the first of equals; None before there is one."""
-        known = {step: value for step, value in self._values["monitor"].items() if value is not None}
+        """The step whose monitor row is highest, the first of equals; None before a row of a trained network."""
+        known = {step: value for step, value in self._values["monitor"].items() if step > 0 and value is not None}
         return max(known, key=known.get, default=None)
 
     def images(self, tag: str, image: torch.Tensor, step: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.agree import agreement, share
+from engine.checkpoint.layout import point, step_name
 from engine.checkpoint.retain import retain
 from engine.checkpoint.save import save
 from engine.distributed import StopSignal, World
@@ -132,10 +133,17 @@ class Trainer:
             row = self.task.evaluate()
         if row is not None:
             self.log.monitor_row(step, row)
+            self._point_to_best()
             self._say(
                 f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items() if key != "epoch")
             )
         self._restart_clock()
+
+    def _point_to_best(self) -> None:
+        """Let `best` name the checkpoint that the monitor likes most."""
+        step = self.log.best_step()
+        if self.world.is_first and step is not None:
+            point(self.checkpoints, "best", self.checkpoints / step_name(step))
 
     def _save(self) -> None:
         with self._time("checkpoints"):
