@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 
 from engine import evaluate
+from engine.evaluation import subject
+from engine.front_door import RunFailed
 from engine.recipe import UserError
 from engine.run import main as run_main
 
@@ -127,6 +130,21 @@ def test_a_checkpoint_that_is_none(folders, tmp_path):
     assert "CHECKPOINT (none) must exist" in complaint("knn", "none", *images(folders))
     (tmp_path / "a.pth").write_bytes(b"nothing")
     assert complaint("rankme", tmp_path / "a.pth", "--data", folders / "flat")
+
+
+def test_a_diverged_network_and_unreadable_images_are_failures(folders, tmp_path, monkeypatch):
+    class Diverged(nn.Flatten):
+        def forward(self, images):
+            return super().forward(images) * float("nan")
+
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/1.png").write_bytes(b"")
+    with pytest.raises(RunFailed, match=r"none of 1 images could be read, broken/1.png"):
+        evaluate.main(["rankme", CHECKPOINT, "--data", str(tmp_path), "--workers", "0"])
+    monkeypatch.setattr(subject.nn, "Flatten", Diverged)
+    for command in (["knn", "--k", "3"], ["linear", "--fast"]):
+        with pytest.raises(RunFailed, match="features are not finite"):
+            evaluate.main([*command, CHECKPOINT, *images(folders), "--baseline", "pixels", "--workers", "0"])
 
 
 def test_arguments_that_do_not_suit(folders):

@@ -17,6 +17,7 @@ from engine.evaluation.features import extract, rank_slice
 from engine.evaluation.knn import accuracy, check_k, classify, gather_rows
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.evaluation.subject import Subject
+from engine.front_door import RunFailed
 from engine.training import report
 from engine.training.sources import Sources
 
@@ -67,6 +68,9 @@ def features(
     """This rank's share of a source: features [N, D], ids [N] and labels [N] on the CPU.
 
     what: the name under which progress shows; None for none.
+
+    Raises:
+        RunFailed: on every rank, where no image can be read or a feature is not finite.
     """
     ids, batches = rank_slice(len(source), world.rank, world.size, BATCH)
     found = _reported(
@@ -80,7 +84,7 @@ def features(
             batches=batches,
         )
     )
-    return extract(
+    feature_ND, id_N, label_N = extract(
         subject.network,
         found if what is None else _progress(found, batches, f"features of {what}", "batch", world),
         mean=subject.mean,
@@ -88,6 +92,12 @@ def features(
         device=world.device,
         dtype=torch.float32,
     )
+    ranks = gather((len(feature_ND), bool(feature_ND.isfinite().all())), world.host_group)
+    if not sum(rows for rows, _ in ranks):
+        raise RunFailed(f"none of {len(source)} images could be read, {source.name(0)} and others; mend them")
+    if not all(finite for _, finite in ranks):
+        raise RunFailed("features are not finite: the network's weights have diverged; evaluate an earlier checkpoint")
+    return feature_ND, id_N, label_N
 
 
 def _reported(batches: Iterator[EvalBatch]) -> Iterator[EvalBatch]:

@@ -22,8 +22,8 @@ class MetricsLog:
     torn by a crash, are dropped; all others stay byte for byte. A run that starts from nothing passes -1: none stays.
 
     No step gets a second loss row or a second monitor row. A run may stop between a checkpoint and the monitor row of
-    its step: `has_monitor_row` tells the resumed run whether that row is still to be made. `sync` before a checkpoint is
-    committed keeps the log from being behind it after a power failure.
+    its step: `has_monitor_row` tells the resumed run whether that row is still to be made. `sync` before a checkpoint
+    is committed keeps the log from being behind it after a power failure.
 
     monitor: the key by which a row is known as the monitor's; a linear classifier's is not kNN's.
     """
