@@ -5,19 +5,16 @@ directories; runs may be in progress. OUT ends in .png, .svg, .pdf or .html (one
 replaced if it is there. The table is printed too, as Markdown.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 from engine.evaluation.runs import AXES, METRICS, alone, by_recipe, check_metrics, read_runs
-from engine.front_door import enter
+from engine.front_door import Parser, enter
 from engine.recipe import UserError
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="engine.compare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser("engine.compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run directory")
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--metrics", help=f"keys of metrics.jsonl, comma between (default: {','.join(METRICS)})")

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from engine.front_door import enter, say_once
+from engine.front_door import Parser, enter, say_once
 from engine.recipe import UserError, check_world, load
 from engine.tasks import Linear
 
@@ -22,9 +22,7 @@ WORKERS_AT_MOST = 12  # processes per rank that decode, where --workers does not
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="engine.evaluate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser("engine.evaluate", __doc__)
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     COMMANDS[parser.parse_args(arguments[:1]).command](arguments[1:])
 
@@ -90,7 +88,7 @@ def linear(arguments: list[str]) -> None:
     parser.add_argument("--fast", action="store_true", help="minutes, and not the paper's protocol")
     parser.add_argument("--recipe", type=Path, help="recipes/linear_vit.yaml or recipes/linear_resnet50.yaml")
     parser.add_argument("--out", type=Path, metavar="RUN_DIR", help="instead of the recipe's run.dir")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. train.epochs=30")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="dotted.key=value", help="e.g. train.epochs=30")
     options = parser.parse_intermixed_args(arguments)
     _check_belongs(options)
     _fast_linear(options) if options.fast else _paper_linear(options)
@@ -141,13 +139,11 @@ COMMANDS = {"knn": knn, "rankme": rankme, "linear": linear}
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _parser(command: str, text: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"engine.evaluate {command}", description=text, formatter_class=argparse.RawTextHelpFormatter
-    )
+def _parser(command: str, text: str) -> Parser:
+    return Parser(f"engine.evaluate {command}", text)
 
 
-def _add_images(parser: argparse.ArgumentParser, *roots: str) -> None:
+def _add_images(parser: Parser, *roots: str) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     for root in roots:
         parser.add_argument(root, required=True, metavar="ROOT", help="a folder of images, tars or one tar")
@@ -156,7 +152,7 @@ def _add_images(parser: argparse.ArgumentParser, *roots: str) -> None:
     parser.add_argument("--workers", type=int, help="processes per rank that decode (default: as many as cores)")
 
 
-def _add_network(parser: argparse.ArgumentParser) -> None:
+def _add_network(parser: Parser) -> None:
     parser.add_argument("--encoder", choices=("base", "momentum"), default="base", help="default: base")
     parser.add_argument("--features", help="of a ViT: cls, mean (of the patches) or last4 (CLS of four blocks)")
     parser.add_argument(

@@ -4,21 +4,18 @@ CHECKPOINT is a run directory, a checkpoint directory, an exported file or folde
 OUT is one file where it ends in .safetensors, .pt, .pth, .pth.tar or .onnx, else a folder with a model card.
 """
 
-import argparse
 import json
 import shlex
 from functools import partial
 from pathlib import Path
 
-from engine.front_door import enter
+from engine.front_door import Parser, enter
 
 FORMATS = ("timm", "torchvision", "moco_v3", "deit", "safetensors", "transformers", "onnx")
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="engine.export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser("engine.export", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--format", required=True, choices=FORMATS)

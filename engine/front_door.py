@@ -1,13 +1,14 @@
 """What every front door (`python -m engine.X`) does at its edge: exceptions become words and exit codes, and no
 process outlives its launcher."""
 
+import argparse
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from engine.schema import UserError
 
@@ -25,6 +26,17 @@ class Interrupted(Exception):
     def __init__(self, signum: int):
         super().__init__(signum)
         self.signum = signum
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are UserErrors, one line each; its description is shown as it is written."""
+
+    def __init__(self, prog: str | None = None, description: str | None = None, **more: Any):
+        more.setdefault("formatter_class", argparse.RawTextHelpFormatter)
+        super().__init__(prog, description=description, **more)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `python -m {self.prog} --help`")
 
 
 def enter(main: Callable[[list[str]], None]) -> NoReturn:

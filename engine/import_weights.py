@@ -4,27 +4,24 @@ FILE is a published .pth.tar, an export of this project, or a trunk of timm, tor
 Then `python -m engine.run RECIPE run.dir=RUN_DIR [key=value ...]` goes on from it. The optimizer starts fresh.
 """
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from engine.front_door import enter, say_once
+from engine.front_door import Parser, enter, say_once
 from engine.recipe import Pretrain, UserError, load
 
 OF_TRUNK = ("base.projector", "momentum.trunk", "momentum.projector", "predictor")  # what a trunk alone lacks
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="engine.import_weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser("engine.import_weights", __doc__)
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     parser.add_argument("--recipe", required=True, type=Path, help="a YAML file, as in recipes/")
     parser.add_argument("--interpolate-positions", action="store_true", help="resize learned position embeddings")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. model.heads=6")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="dotted.key=value", help="e.g. model.heads=6")
     options = parser.parse_intermixed_args(arguments)
 
     recipe = load(options.recipe, [*options.overrides, f"run.dir={json.dumps(str(options.run_dir))}"])

@@ -3,21 +3,18 @@
 The same command again resumes the run from its newest checkpoint, or says that it is finished.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
-from engine.front_door import enter, say_once
+from engine.front_door import Parser, enter, say_once
 from engine.recipe import check_world, load
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="engine.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser("engine.run", __doc__)
     parser.add_argument("recipe", type=Path, help="a YAML file, as in recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. train.max_steps=100")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="dotted.key=value", help="e.g. train.max_steps=100")
     options = parser.parse_args(arguments)
 
     recipe = load(options.recipe, options.overrides)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.front_door import enter, say_once
+from engine.front_door import Parser, enter, say_once
 from engine.recipe import UserError, load, loads
 
 if TYPE_CHECKING:
@@ -42,13 +42,11 @@ def main(arguments: list[str]) -> None:
     print(json.dumps({"file": str(options.out)}))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="engine.show", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser("engine.show", __doc__)
     kinds = parser.add_subparsers(required=True, metavar="views | attention | neighbours | embedding")
 
-    def add(show: Callable[[argparse.Namespace], None], *positional: str) -> argparse.ArgumentParser:
+    def add(show: Callable[[argparse.Namespace], None], *positional: str) -> Parser:
         kind = kinds.add_parser(show.__name__, description=show.__doc__)
         kind.set_defaults(show=show)
         for each in positional:
@@ -56,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         kind.add_argument("out", metavar="OUT", type=Path, help="a .png, .svg or .pdf; replaced if it is there")
         return kind
 
-    add(views, "recipe").add_argument("overrides", nargs="*", metavar="dotted.key=value", help="of the recipe")
+    add(views, "recipe").add_argument(
+        "overrides", nargs="*", default=[], metavar="dotted.key=value", help="of the recipe"
+    )
     add(attention, "checkpoint", "image")
     with_queries, with_method = add(neighbours, "checkpoint"), add(embedding, "checkpoint")
     for kind in (with_queries, with_method):
