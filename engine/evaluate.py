@@ -199,10 +199,10 @@ def _read_ks(text: str) -> list[int]:
 
 
 def _kind(root: str, options: argparse.Namespace) -> str:
-    """--source; where it is absent `shards` for a tar or a folder with tars in it, else `folder`."""
-    path = Path(root)
-    tars = path.is_file() or (path.is_dir() and any(path.glob("[!.]*.tar")))
-    return options.source or ("torchvision" if options.dataset else "shards" if tars else "folder")
+    """--source, or what DATASET and root say."""
+    from engine.data.sources import guess_kind
+
+    return options.source or ("torchvision" if options.dataset else guess_kind(Path(root)))
 
 
 def _workers(options: argparse.Namespace) -> int:

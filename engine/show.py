@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.front_door import Parser, enter, say_once
-from engine.recipe import UserError, load, loads
+from engine.recipe import UserError, load
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,7 +146,7 @@ def attention(options: argparse.Namespace) -> None:
     encoder = open_encoder(options.checkpoint)
     check_attention(encoder.trunk, options.checkpoint)
     about = encoder.about
-    image_3SS = center_crop(image, about.image_size, _crop_fraction(about))
+    image_3SS = center_crop(image, about.image_size, about.crop_fraction)
     mean, std = (torch.tensor(values)[:, None, None] for values in (about.mean, about.std))
     attention_HRC = class_attention(encoder.trunk, ((image_3SS / 255 - mean) / std)[None])[0]
     title = f"What the class token looks at: {Path(options.image).name}"
@@ -192,19 +192,15 @@ def embedding(options: argparse.Namespace) -> None:
 
 def _open(options: argparse.Namespace) -> "tuple[Encoder, Source]":
     """The trunk, and the validation images of --data; all of its images where it tells none apart."""
-    from engine.data.sources import open_source
+    from engine.data.sources import guess_kind, open_source
     from engine.encoders import open_encoder
 
     if (options.dataset is not None) != (options.source == "torchvision"):
         raise UserError(f"--dataset ({options.dataset}) must go with --source torchvision; pass both, or neither")
-    kind = options.source or ("shards" if _holds_tars(options.data) else "folder")
+    kind = options.source or guess_kind(options.data)
     where = {"dataset": options.dataset, "key": "--data"}
     source = open_source(kind, options.data, "val", **where) or open_source(kind, options.data, "train", **where)
     return open_encoder(options.checkpoint), source
-
-
-def _holds_tars(root: Path) -> bool:
-    return root.is_file() or (root.is_dir() and any(".tar" in path.suffixes for path in root.iterdir()))
 
 
 def _features(encoder: "Encoder", source: "Source", options: argparse.Namespace) -> "tuple[Tensor, Tensor, Tensor]":
@@ -232,15 +228,10 @@ def _batches(source: "Source", ids: "np.ndarray", about: "About", workers: int) 
     from engine.data.loader import eval_batches
     from engine.training import report
 
-    form = {"batch_size": BATCH, "image_size": about.image_size, "crop_fraction": _crop_fraction(about)}
+    form = {"batch_size": BATCH, "image_size": about.image_size, "crop_fraction": about.crop_fraction}
     for batch in eval_batches(source, ids, workers=workers, **form):
         report.bad_images(batch.bad, "it is left out of the picture")
         yield batch
-
-
-def _crop_fraction(about: "About") -> float:
-    """Of the checkpoint's recipe; the usual one where it has none."""
-    return loads(about.recipe, "recipe of CHECKPOINT").evaluate.crop_fraction if about.recipe else 224 / 256
 
 
 def _name(options: argparse.Namespace) -> str:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.recipe import load, shape
+from engine.recipe import load
+from engine.training.pretrain import make_networks
 from models.moco import MoCo, initial_values, update_momentum
 from models.norm import GlobalBatchNorm
 from models.resnet import build_resnet
@@ -21,19 +22,6 @@ from tests.replay import our_name
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if not p.stem.startswith("linear_"))
-
-
-def meta_moco(recipe) -> MoCo:
-    model = recipe.model
-    build = partial(
-        build_trunk,
-        model.name,
-        image_size=model.image_size,
-        freeze_patch_projection=model.freeze_patch_projection,
-        shape=shape(model),
-    )
-    with torch.device("meta"):
-        return MoCo(build, model.projector_hidden_dim, model.output_dim)
 
 
 def test_positions():
@@ -54,7 +42,7 @@ def test_positions_of_an_oblong_grid_count_row_by_row():
 def test_initial_weights_have_the_reference_statistics(name):
     golden = json.loads((GOLDEN / "E_initial_weights.json").read_text())[name]
     recipe = load(ROOT / f"recipes/{'vit_s' if name == 'vit_small' else 'vit_conv_s'}.yaml")
-    moco = meta_moco(recipe)
+    moco = make_networks(recipe)
     trained = {n: p.requires_grad for n, p in moco.named_parameters() if not n.startswith("momentum.")}
     expected = {our_name(n): v for n, v in golden.items()}
     assert trained.keys() == expected.keys()
@@ -70,7 +58,7 @@ def test_initial_weights_have_the_reference_statistics(name):
 
 
 def test_momentum_encoder_starts_as_a_copy_and_takes_no_gradient():
-    moco = meta_moco(load(ROOT / "recipes/quickstart_conv.yaml"))
+    moco = make_networks(load(ROOT / "recipes/quickstart_conv.yaml"))
     values = dict(initial_values(moco, seed=1))
     copies = [n for n in values if n.startswith("momentum.")]
     assert len(copies) > 30
@@ -81,7 +69,7 @@ def test_momentum_encoder_starts_as_a_copy_and_takes_no_gradient():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_builds_on_the_meta_device(path):
     recipe = load(path)
-    moco = meta_moco(recipe)
+    moco = make_networks(recipe)
     assert {p.device.type for p in (*moco.parameters(), *moco.buffers())} == {"meta"}
     trunk = moco.base.trunk
     size = recipe.model.image_size

@@ -82,6 +82,11 @@ def open_source(
         raise UserError(f"{key} ({root}) must exist; pass {key}=/path/to/images") from error
 
 
+def guess_kind(root: Path) -> str:
+    """`shards` for a tar or a folder with tars in it, else `folder`."""
+    return "shards" if root.is_file() or (root.is_dir() and any(root.glob("[!.]*.tar"))) else "folder"
+
+
 def align_labels(train: Source, val: Source) -> Source:
     """`val` with its labels in the numbering of `train`'s classes, matched by name; unlabelled where either is.
 

@@ -17,7 +17,6 @@ from engine.weights.weights import About, EncoderName, Weights, fill_trunk
 from models.moco import MoCo, initial_values
 
 Baseline = Literal["initial", "pixels"]
-CROP_FRACTION = 0.875  # where no recipe tells: 224 of 256 pixels
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,8 @@ def _open(
         network = readout(fill_trunk(trunk), features)
     for note in weights.notes:
         say_once(note)
-    if crop_fraction is None:
-        recipe = about.recipe and loads(about.recipe, f"recipe of {checkpoint}")
-        crop_fraction = recipe.evaluate.crop_fraction if recipe else CROP_FRACTION
     network = network.to(world.device).eval().requires_grad_(False)
-    return Subject(network, about.image_size, about.mean, about.std, crop_fraction)
+    return Subject(network, about.image_size, about.mean, about.std, crop_fraction or about.crop_fraction)
 
 
 def _initial(about: About) -> Weights:

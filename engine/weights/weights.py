@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from engine.recipe import UserError
+from engine.recipe import UserError, loads
 from engine.weights.architecture import Architecture
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of published files
@@ -38,6 +38,12 @@ class About:
     arch: str | None = None
     knn_top1: float | None = None
     licence: str | None = None
+
+    @property
+    def crop_fraction(self) -> float:
+        """Of the recipe's evaluation (side of the centre crop over the resized shorter side); where none is known, the
+        usual 224 of 256."""
+        return loads(self.recipe, "recipe of CHECKPOINT").evaluate.crop_fraction if self.recipe else 224 / 256
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

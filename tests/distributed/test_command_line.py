@@ -243,7 +243,7 @@ def mistakes(stories, pictures, tmp_path_factory) -> dict[str, tuple[Ended, Path
         {"name": "in use", "at": folder / "held"},
         {"name": "key", "train__epoch": 3},
         {"name": "batch", "launch": TWO_RANKS, "train__global_batch_size": 33},
-        {"name": "root", "data__root": "/no/such/place"},
+        {"name": "root", "data__root": "no/such/place"},
         {"name": "nothing", "data__source": "folder", "data__root": folder / "unreadable"},
         {"name": "few", "train__global_batch_size": 5001},
         {"name": "timm", "model__name": "timm/vit_large_patch99", "model__freeze_patch_projection": "false"}
@@ -264,7 +264,7 @@ def mistakes(stories, pictures, tmp_path_factory) -> dict[str, tuple[Ended, Path
     "name, line",
     [
         ("key", "train.epoch is no key of the recipe; did you mean train.epochs?"),
-        ("root", "data.root (/no/such/place) must exist; pass data.root=/path/to/images"),
+        ("root", "data.root (no/such/place) must exist; pass data.root=/path/to/images"),
         ("nothing", "data.root must hold readable images; "),
         ("few", "train.global_batch_size (5001) must be at most the number of images (5000 in data/fashion_mnist); "),
         ("timm", "model.name (timm/vit_large_patch99) must be a timm model; "),
