@@ -230,9 +230,10 @@ def run_out_of_memory():
     raise MemoryError("no memory for this image")
 
 
-def test_a_worker_that_fails_shows_why():
-    with pytest.raises(MemoryError, match="no memory for this image"):
-        list(batches(Slow(run_out_of_memory), workers=1))
+def test_a_worker_that_fails_shows_why_and_none_is_left():
+    with pytest.raises(MemoryError, match="no memory for this image") as error:
+        list(batches(Slow(run_out_of_memory), workers=2))
+    assert multiprocessing.active_children() == [] and error.traceback  # which still refers to their iterator
 
 
 def test_signals_that_stop_the_run_do_not_stop_workers():
