@@ -1,4 +1,4 @@
-"""The process group's life: start, devices, mesh, agreement between ranks, end."""
+"""The process group's life: start, devices, mesh, a stop signal that all ranks agree on, end."""
 
 import os
 import signal

@@ -134,13 +134,17 @@ class Evaluate:
     crop_fraction: float = key(CROP, default=0.875)
 
 
+Precision = Literal["bf16", "float32", "float64"]
+Shard = Literal["full", "grad_op", "hybrid", "replicate"]
+
+
 @section
 class Parallel:
     """replicate: number of replicas under hybrid; 1 in the other modes."""
 
     compile: bool = key()
-    precision: Literal["bf16", "float32", "float64"] = key()
-    shard: Literal["full", "grad_op", "hybrid", "replicate"] = key()
+    precision: Precision = key()
+    shard: Shard = key()
     replicate: int = key(AT_LEAST_1)
 
 

@@ -1,4 +1,4 @@
-"""Projector and predictor: the multi-layer perceptrons behind the trunks (paper section 4.3 and appendix A)."""
+"""Projector and predictor: the multi-layer perceptrons behind the trunks (paper section 5 and appendix A)."""
 
 from itertools import pairwise
 

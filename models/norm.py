@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class GlobalBatchNorm(nn.Module):
-    """BatchNorm whose batch is one crop batch over all ranks (paper section 4, "SyncBN").
+    """BatchNorm whose batch is one crop batch over all ranks (paper appendix A, "BatchNorm").
 
     In training the input holds `views` crop batches one after another, [V*B, C, ...]. Each is normalised by its own
     mean and variance over all ranks of `group`, and the running statistics move once for each, in order. In evaluation
@@ -46,12 +46,6 @@ class GlobalBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
         self.activation = activation or nn.Identity()
 
-    def reset_running_stats(self) -> None:
-        """Set the running statistics to those of a fresh layer."""
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
-
     def forward(self, x: Tensor) -> Tensor:
         views = self.views if self.training else 1
         x_VBCS = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(views, -1, x.shape[1], x[0, 0].numel())
@@ -82,11 +76,11 @@ class GlobalBatchNorm(nn.Module):
         return x if self.group is None else functional.all_reduce(x, "sum", self.group)
 
 
-def set_batch_norm_group(module: nn.Module, group: torch.distributed.ProcessGroup | None) -> None:
-    """Let every GlobalBatchNorm in `module` take its batch over the ranks of `group` (None: this rank alone)."""
+def set_batch_norm_group(module: nn.Module, group: torch.distributed.ProcessGroup) -> None:
+    """Let every GlobalBatchNorm in `module` take its batch over the ranks of `group`."""
     for child in module.modules():
         if isinstance(child, GlobalBatchNorm):
-            child.group = group if group is not None and group.size() > 1 else None
+            child.group = group if group.size() > 1 else None
 
 
 def replace_batch_norm(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Vision transformers as MoCo v3 builds them, on timm's VisionTransformer (paper sections 4.2 and 4.4).
+"""Vision transformers as MoCo v3 builds them, on timm's VisionTransformer (paper sections 4.2 and 5).
 
 Shapes: V views, B images of this rank, D channels.
 """
@@ -28,7 +28,7 @@ def build_vit(
 ) -> VisionTransformer:
     """A pre-norm ViT whose CLS token is the feature: [V*B, 3, H, W] -> [V*B, D].
 
-    Positions are a fixed sin-cos embedding. `freeze_patch_projection` is the paper's stability trick (section 4.1): the
+    Positions are a fixed sin-cos embedding. `freeze_patch_projection` is the paper's stability trick (section 4.2): the
     patch projection keeps its random values, weight and bias.
     """
     trunk = VisionTransformer(

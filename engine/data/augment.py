@@ -1,4 +1,4 @@
-"""The augmentation that follows the crop, on the device, for a whole batch at once (SPEC, "Augmentation").
+"""The augmentation after the crop, on the device, for a whole batch at once (paper appendix A, "Data augmentation").
 
 Every parameter is drawn per sample from (seed, epoch, sample, view), so a sample looks the same in any batch on any
 rank. The operations are those of torchvision on float images in [0, 1]. The published recipe works on 8-bit images and

@@ -20,6 +20,7 @@ import numpy as np
 
 from engine.data.decode import is_image_name
 from engine.recipe import UserError
+from engine.schema import one_line
 
 _FORMAT = 1
 _BLOCK = 512
@@ -72,10 +73,8 @@ class TarReader:
     `os.pread` moves no file position, so forked workers that inherit a descriptor do not disturb each other.
     """
 
-    _open: dict[str, int]
-
     def __init__(self):
-        self._open = {}
+        self._open: dict[str, int] = {}
 
     def read(self, tar: str, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`. Raises OSError where they are not there."""
@@ -180,7 +179,7 @@ def _members(path: Path, file) -> Iterator[tuple[bytes, int, int]]:
                     raise ValueError(f"{member.name} is stored sparse")
                 yield name, member.offset_data, member.size
     except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-        raise _broken(path, f"at byte {tar.offset if tar else 0}: {' '.join(str(error).split())}") from error
+        raise _broken(path, f"at byte {tar.offset if tar else 0}: {one_line(error)}") from error
     # tarfile takes a damaged header for the end of the archive. The true end is a block of zeros.
     file.seek(end)
     if file.read(_BLOCK) != bytes(_BLOCK):

@@ -28,7 +28,9 @@ def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
     return np.argsort(words_N2[:, 0] << np.uint64(32) | words_N2[:, 1], kind="stable")
 
 
-def batch_samples(order_N: np.ndarray, step_in_epoch: int, global_batch_size: int, rank: int, world_size: int):
+def batch_samples(
+    order_N: np.ndarray, step_in_epoch: int, global_batch_size: int, rank: int, world_size: int
+) -> np.ndarray:
     """One rank's samples: int64 [B]. Rank r of W takes rows r*G/W to (r+1)*G/W, rounded down, of the global batch of G.
 
     Of a partial batch ranks may so have one sample more or fewer than others, or none.

@@ -22,6 +22,7 @@ from PIL import Image
 from engine.data.decode import IMAGE_SUFFIXES, decode, is_image_name, to_rgb
 from engine.data.index import Names, TarReader, open_index
 from engine.recipe import UserError
+from engine.schema import one_line
 
 Split = Literal["train", "val", "all"]
 
@@ -274,14 +275,14 @@ def _open_torchvision(root: Path, split: Split, name: str | None, options: dict,
         except ValueError as error:  # no such split: the next name may do
             reason = error
         except TypeError as error:
-            raise UserError(f"data.dataset_options ({options}) must suit {name}; {_line(error)}") from error
+            raise UserError(f"data.dataset_options ({options}) must suit {name}; {one_line(error)}") from error
         except Exception as error:
-            raise UserError(f"{key} ({root}) must hold torchvision's {name}; torchvision: {_line(error)}") from error
+            raise UserError(f"{key} ({root}) must hold torchvision's {name}; torchvision: {one_line(error)}") from error
         else:
             return TorchvisionSource(dataset, f"{name} {sorted(arguments.items())}")
     if split == "val":
         return None
-    raise UserError(f"data.dataset ({name}) must have a training split; {_line(reason)}")
+    raise UserError(f"data.dataset ({name}) must have a training split; {one_line(reason)}")
 
 
 def _torchvision_class(name: str | None) -> type:
@@ -321,7 +322,3 @@ def _torchvision_labels(dataset) -> tuple[np.ndarray | None, tuple[str, ...] | N
     if len(classes) <= max(found):
         classes = tuple(map(str, range(max(found) + 1)))
     return np.array(found, np.int64), classes
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""The paper's linear classification of frozen features (section 4): a classifier and its step, no images, no loop.
+"""The paper's linear classification of frozen features (section 5): a classifier and its step, no images, no loop.
 
 A weight from N(0, 0.01) and a zero bias; SGD with momentum 0.9 and without weight decay; the learning rate follows half
 a cosine that is stepped once per epoch. The last, partial batch of an epoch is used.

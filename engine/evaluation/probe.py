@@ -21,6 +21,7 @@ from engine.checkpoint.manifest import read_manifest
 from engine.checkpoint.retain import clean
 from engine.data.augment import Augment
 from engine.data.loader import Batch, train_batches
+from engine.data.sampler import steps_per_epoch
 from engine.distributed import World
 from engine.evaluation.confusion import by_class, confusion_picture
 from engine.evaluation.images import open_labelled
@@ -75,7 +76,7 @@ def probe(recipe: Linear, checkpoint: str, encoder: EncoderName, world: World) -
         opening(task, checkpoint)
         if found is not None:
             report.resumed(world, found, step, task.plan())
-        trainer = Trainer(task, task.plan(), world=world, directory=directory.path, log=log)
+        trainer = Trainer(task, task.plan(), world=world, checkpoints=directory.checkpoints, log=log)
         trainer.seconds["start-up"] = time.perf_counter() - started
         trainer.run()
         log.close()
@@ -143,7 +144,7 @@ class Probing:
             len(sources.train.classes),
             peak_lr=recipe.optimizer.base_lr * recipe.train.global_batch_size / 256,
             epochs=recipe.train.epochs,
-            steps_per_epoch=math.ceil(len(sources.train) / recipe.train.global_batch_size),
+            steps_per_epoch=steps_per_epoch(len(sources.train), recipe.train.global_batch_size, keep_partial=True),
             seed=recipe.run.seed,
             device=world.device,
             group=world.group,

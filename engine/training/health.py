@@ -3,6 +3,8 @@
 Shapes: N = V * B rows of this rank, D features, P width of the queries.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ def health(output: StepOutput, state: TrainState) -> dict[str, float]:
     0 collapsed), grad_norm, momentum_distance (|base - momentum| / |base|), skipped_steps.
     """
     group = state.group
-    chance = 4 * state.temperature * torch.tensor(float(group.size() * len(output.queries) // 2)).log().item()
+    chance = 4 * state.temperature * math.log(group.size() * len(output.queries) // 2)
     means = torch.stack([output.loss, output.top1, output.positive, output.negative]).double()
     dist.all_reduce(means, group=group)
     loss, top1, positive, negative = (means / group.size()).tolist()

@@ -64,7 +64,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, gradient_B: Tensor, _):
         q_BP, k_GP, log_sum_B = ctx.saved_tensors
         # d/dq = (sum over keys of softmax * k - own key) / T
-        gradient_BP = -k_GP[ctx.first : ctx.first + len(q_BP)].clone()
+        gradient_BP = -k_GP[ctx.first : ctx.first + len(q_BP)]
         for start in range(0, len(k_GP), ctx.chunk):
             k_CP = k_GP[start : start + ctx.chunk]
             share_BC = (q_BP @ k_CP.T / ctx.temperature - log_sum_B[:, None]).exp_()

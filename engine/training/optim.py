@@ -1,4 +1,4 @@
-"""AdamW and LARS on sharded parameters (paper section 4.1 and appendix A).
+"""AdamW and LARS on sharded parameters (paper section 5 and appendix A).
 
 Both take one group, keep their whole state from the start (so that it can be saved before the first step), and do
 nothing in a step whose `found_inf` is 1: the decision stays on the device.
@@ -21,14 +21,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def build_optimizer(
-    name: str, parameters: Iterable[torch.nn.Parameter], weight_decay: float, shard_group: dist.ProcessGroup | None
+    name: str, parameters: Iterable[torch.nn.Parameter], weight_decay: float, shard_group: dist.ProcessGroup
 ) -> torch.optim.Optimizer:
     """The optimizer that a recipe names, over the trained parameters; the step sets `lr`.
 
     Weight decay applies to biases, norms and CLS too under AdamW, to matrices and kernels alone under LARS.
 
     Args:
-        shard_group: the ranks over which one parameter is spread; None for one.
+        shard_group: the ranks over which one parameter is spread.
     """
     if name == "lars":
         return Lars(parameters, weight_decay, shard_group)
@@ -52,9 +52,7 @@ class Lars(torch.optim.Optimizer):
 
     found_inf: Tensor | None = None
 
-    def __init__(
-        self, parameters: Iterable[torch.nn.Parameter], weight_decay: float, shard_group: dist.ProcessGroup | None
-    ):
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], weight_decay: float, shard_group: dist.ProcessGroup):
         super().__init__(parameters, {"lr": 0.0, "weight_decay": weight_decay})
         self.shard_group = shard_group
         for parameter in self.param_groups[0]["params"]:
@@ -83,8 +81,7 @@ class Lars(torch.optim.Optimizer):
 
     def _trust_ratios(self, parameters: Sequence[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
         squares = torch.stack(torch._foreach_norm([*parameters, *updates], 2, dtype=torch.float64)).square()
-        if self.shard_group is not None:
-            dist.all_reduce(squares, group=self.shard_group)
+        dist.all_reduce(squares, group=self.shard_group)
         parameter_norms, update_norms = squares.sqrt().chunk(2)
         both = (parameter_norms > 0) & (update_norms > 0)
         ratios = torch.where(both, LARS_TRUST * parameter_norms / update_norms, 1.0)

@@ -1,7 +1,6 @@
 """How the networks are laid over the ranks: compile, then FSDP2, then weights. Read from top to bottom."""
 
 import warnings
-from typing import Literal
 
 import torch
 from torch import nn
@@ -10,12 +9,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine.recipe import UserError
+from engine.tasks import Precision, Shard
 from models.moco import MoCo, initial_values
 from models.norm import set_batch_norm_group
 from models.trunk import blocks
 
-Shard = Literal["full", "grad_op", "hybrid", "replicate"]
-Precision = Literal["bf16", "float32", "float64"]
 COMPILED_VARIANTS = 64  # graphs of one forward: its shapes, with and without gradient, in training and evaluation
 
 

@@ -15,6 +15,7 @@ from engine.checkpoint.manifest import read_manifest
 from engine.checkpoint.retain import clean
 from engine.data.augment import Augment
 from engine.data.loader import Batch, EvalBatch, eval_batches, train_batches
+from engine.data.sampler import steps_per_epoch
 from engine.data.sources import Source
 from engine.distributed import World, make_mesh
 from engine.evaluation.features import rank_slice
@@ -59,16 +60,17 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
         found = newest_valid(directory.checkpoints, world.host_group)
         if found is None:
             check_fresh(directory, world)
-        step = 0 if found is None else check_resume(found, recipe, sources.train, world)
+        else:
+            check_resume(found, recipe, sources.train, world)
         task = Pretraining(recipe, world, sources, build_state(recipe, world, schedule))
         if found is not None:
             task.resume(load(found, task.state.tensors(), group=world.host_group))
-            report.resumed(world, found, step, plan)
+            report.resumed(world, found, task.step, plan)
         directory.write_recipe(recipe)
         with agreement(world.host_group):
-            log = MetricsLog(directory.path, step if found else -1, enabled=world.is_first)
+            log = MetricsLog(directory.path, task.step if found else -1, enabled=world.is_first)
 
-        trainer = Trainer(task, plan, world=world, directory=directory.path, log=log)
+        trainer = Trainer(task, plan, world=world, checkpoints=directory.checkpoints, log=log)
         trainer.seconds["start-up"] = time.perf_counter() - started
         trainer.run()
         log.close()
@@ -89,7 +91,7 @@ def make_schedule(recipe: Pretrain, images: int) -> Schedule:
         global_batch=recipe.train.global_batch_size,
         epochs=recipe.train.epochs,
         warmup_epochs=recipe.train.warmup_epochs,
-        steps_per_epoch=images // recipe.train.global_batch_size,
+        steps_per_epoch=steps_per_epoch(images, recipe.train.global_batch_size),
         momentum=recipe.moco.momentum,
     )
 
@@ -120,16 +122,14 @@ def check_fresh(directory: RunDirectory, world: World) -> None:
             )
 
 
-def check_resume(checkpoint: Path, recipe: Pretrain, train: Source, world: World) -> int:
-    """The step of a checkpoint that this recipe and these images may go on from.
+def check_resume(checkpoint: Path, recipe: Pretrain, train: Source, world: World) -> None:
+    """Check that a run of this recipe and these images may go on from a checkpoint.
 
     Raises:
         UserError: on every rank, where the run was begun with other values or other images.
     """
-    step = 0
     with agreement(world.host_group):
         manifest = read_manifest(checkpoint)
-        step = manifest.step
         begun = loads(manifest.state["recipe"], f"recipe of {checkpoint}", kind=type(recipe))
         differences = resume_differences(begun, recipe)
         if differences:
@@ -150,7 +150,6 @@ def check_resume(checkpoint: Path, recipe: Pretrain, train: Source, world: World
                 f"data.root ({recipe.data.root}) must hold the images that the run in {recipe.run.dir} began with; "
                 "give it those, or pass another run.dir"
             )
-    return step
 
 
 def make_networks(recipe: Pretrain) -> MoCo:

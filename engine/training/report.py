@@ -36,7 +36,10 @@ def opening(world: World, recipe: Pretrain, sources: Sources, schedule: Schedule
     print(f"rates     peak lr {schedule.peak_lr:g}, encoder momentum from {schedule.momentum:g} to 1")
     print(f"loss      by chance {chance:.2f}: 4 T ln({schedule.global_batch})")
     if recipe.evaluate.knn_every_epochs and not has_monitor:
-        print("monitor   kNN is off, for want of labelled training and validation images; watch `rankme` instead")
+        print(
+            "monitor   kNN is off: it needs labelled validation images and at least 20 labelled training images; "
+            "watch `rankme` instead"
+        )
     sys.stdout.flush()
 
 
@@ -68,7 +71,8 @@ def closing(world: World, recipe_file: Path, directory: Path, seconds: Mapping[s
     print(f"time      {', '.join(f'{what} {spent:.0f} s' for what, spent in seconds.items())}")
     print(f"files     {directory}: recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/{newest}/")
     print(f"next      tensorboard --logdir {directory}")
-    print(f"          the same command with run.dir=... and data.root=/path/to/your/images: {recipe_file} on your own")
+    print("          the same command with run.dir=..., data.source=folder and data.root=/path/to/your/images:")
+    print(f"          {recipe_file} on your own")
     sys.stdout.flush()
 
 

@@ -1,4 +1,4 @@
-"""Learning rate and encoder momentum as pure functions of the step (paper sections 3 and 4.1; nothing is stored)."""
+"""Learning rate and encoder momentum as pure functions of the step (paper sections 3 and 5; nothing is stored)."""
 
 import math
 from dataclasses import dataclass

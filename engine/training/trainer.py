@@ -75,11 +75,11 @@ class Plan:
 
 
 class Trainer:
-    """Drives a task through a plan; writes below `directory`, on rank 0's behalf where one voice is enough."""
+    """Drives a task through a plan; checkpoints go below `checkpoints`, metrics to `log`."""
 
-    def __init__(self, task: Task, plan: Plan, *, world: World, directory: Path, log: MetricsLog):
+    def __init__(self, task: Task, plan: Plan, *, world: World, checkpoints: Path, log: MetricsLog):
         self.task, self.plan, self.world, self.log = task, plan, world, log
-        self.checkpoints = directory / "checkpoints"
+        self.checkpoints = checkpoints
         self.seconds: Counter[str] = Counter()  # where the wall time went
 
     def run(self) -> None:
