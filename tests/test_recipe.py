@@ -370,7 +370,8 @@ def test_the_world_divides_the_batch_and_the_replicas_divide_the_world():
 
 # ---- round trip, identity, files -------------------------------------------------------------------------------------
 
-texts = st.text(min_size=1, max_size=20).filter(str.isprintable)
+# Printable: neither controls nor separators, but for the space. Built, not filtered: most random text has one.
+texts = st.text(st.characters(exclude_categories=("C", "Z"), include_characters=" "), min_size=1, max_size=20)
 fractions = st.floats(0, 1)
 positives = st.floats(0, exclude_min=True, allow_infinity=False)
 counts = st.integers(1, 2**63 - 1)

@@ -24,7 +24,9 @@ def check(result: dict, precision: str) -> None:
     assert result["max_buffer_rel"] < tensors, result
 
 
-@pytest.mark.parametrize(("ranks", "replays"), [(1, 3 * 2), (2, 3 * (4 + 1)), (4, 4 + 1)])
+@pytest.mark.parametrize(
+    ("ranks", "replays"), [(1, 3 * 2), (2, 3 * (4 + 1)), pytest.param(4, 4 + 1, marks=pytest.mark.slow)]
+)
 def test_traces_under_every_sharding(ranks, replays):
     found = results(ranks, "tests.distributed.replays")
     assert len(found) == replays
