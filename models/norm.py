@@ -13,7 +13,7 @@ class GlobalBatchNorm(nn.Module):
     """BatchNorm whose batch is one crop batch over all ranks (paper appendix A, "BatchNorm").
 
     In training the input holds `views` crop batches one after another, [V*B, C, ...]. Each is normalised by its own
-    mean and variance over all ranks of `group`, and the running statistics move once for each, in order. In evaluation
+    mean and variance over all ranks of the group, and the running statistics move once for each, in order. In evaluation
     the running statistics normalise. Statistics are computed in float32 (float64 for float64 input), whatever the
     input's type; the output has the input's type.
 
@@ -38,7 +38,9 @@ class GlobalBatchNorm(nn.Module):
     ):
         super().__init__()
         self.eps, self.momentum, self.views = eps, momentum, views
-        self.group: torch.distributed.ProcessGroup | None = None  # None: this rank holds the whole batch
+        # A name and a number, not the group itself: compiled code guards what it finds in that, and compiles anew.
+        self.group_name: str | None = None  # None: this rank holds the whole batch
+        self.ranks = 1
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -60,7 +62,7 @@ class GlobalBatchNorm(nn.Module):
 
     def _normalise_and_track(self, x_VBCS: Tensor) -> Tensor:
         # Two passes, not E[x^2] - E[x]^2: the variance stays exact however far the mean is from zero.
-        count = x_VBCS.shape[1] * x_VBCS.shape[3] * (self.group.size() if self.group else 1)
+        count = x_VBCS.shape[1] * x_VBCS.shape[3] * self.ranks
         mean_VC = self._sum_over_ranks(x_VBCS.sum((1, 3))) / count
         centred_VBCS = x_VBCS - mean_VC[:, None, :, None]
         variance_VC = self._sum_over_ranks(centred_VBCS.square().sum((1, 3))) / count
@@ -73,14 +75,15 @@ class GlobalBatchNorm(nn.Module):
 
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
         # The gradient of this sum is again a sum over ranks: every rank's loss depends on every rank's input.
-        return x if self.group is None else functional.all_reduce(x, "sum", self.group)
+        return x if self.group_name is None else functional.all_reduce(x, "sum", self.group_name)
 
 
 def set_batch_norm_group(module: nn.Module, group: torch.distributed.ProcessGroup) -> None:
     """Let every GlobalBatchNorm in `module` take its batch over the ranks of `group`."""
     for child in module.modules():
         if isinstance(child, GlobalBatchNorm):
-            child.group = group if group.size() > 1 else None
+            child.ranks = group.size()
+            child.group_name = group.group_name if group.size() > 1 else None
 
 
 def replace_batch_norm(module: nn.Module) -> None:
