@@ -13,9 +13,9 @@ class GlobalBatchNorm(nn.Module):
     """BatchNorm whose batch is one crop batch over all ranks (paper appendix A, "BatchNorm").
 
     In training the input holds `views` crop batches one after another, [V*B, C, ...]. Each is normalised by its own
-    mean and variance over all ranks of the group, and the running statistics move once for each, in order. In evaluation
-    the running statistics normalise. Statistics are computed in float32 (float64 for float64 input), whatever the
-    input's type; the output has the input's type.
+    mean and variance over all ranks, and the running statistics move once for each, in order. In evaluation the
+    running statistics normalise. Statistics are computed in float32 (float64 for float64 input), whatever the input's
+    type; the output has the input's type.
 
     Unlike `torch.nn.SyncBatchNorm` it runs on the CPU and compiles into one graph, and its running statistics are equal
     on every rank. Parameter and buffer names are those of `torch.nn.BatchNorm2d`.
