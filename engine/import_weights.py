@@ -41,7 +41,7 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
     from engine.encoders import open_weights
     from engine.recipe import dump, fingerprint
     from engine.training.optim import local
-    from engine.training.pretrain import build_state, make_schedule
+    from engine.training.pretrain import build_state, make_networks, make_schedule
     from engine.weights.adopting import adopt
     from engine.weights.architecture import of_recipe
 
@@ -65,7 +65,7 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
     alone = dataclasses.replace(recipe.parallel, shard="full", replicate=1, compile=False)
     with process_group() as world:
         schedule = make_schedule(recipe, images=recipe.train.global_batch_size)
-        state = build_state(dataclasses.replace(recipe, parallel=alone), world, schedule)
+        state = build_state(dataclasses.replace(recipe, parallel=alone), make_networks(recipe), world, schedule)
         tensors = state.tensors()
         with torch.no_grad():
             for name, value in weights.read(list(weights.shapes)):

@@ -60,19 +60,22 @@ def parallelize(
         _shard_head(encoder.projector, mesh, exact, resting, compile)
     _shard_head(moco.predictor, mesh, exact, shard in ("full", "hybrid"), compile)
     for root in (moco.momentum.trunk, moco.momentum.projector):
-        root.register_forward_hook(forget_forward)
+        forget_forwards(root)
 
 
-def forget_forward(root: nn.Module, *_: object) -> None:
-    """Clear what FSDP notes of a forward for the backward to come: after the momentum encoder's none comes, and the
-    notes of a long run would fill the memory. No public call does it."""
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()
+def forget_forwards(root: nn.Module) -> None:
+    """After every forward of `root`, clear what FSDP notes of it for the backward to come: after the momentum
+    encoder's none comes, and the notes of a long run would fill the memory. No public call does it."""
+    states = [module._get_fsdp_state() for module in root.modules() if isinstance(module, FSDPModule)]
+
+    def forget(*_: object) -> None:
+        for state in states:
             state._comm_ctx.post_forward_order.clear()
             # One group until torch 2.13, several from then on.
             for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
                 group._post_forward_indices.clear()
+
+    root.register_forward_hook(forget)
 
 
 def compile_forward(module: nn.Module) -> None:

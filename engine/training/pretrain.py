@@ -49,7 +49,7 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
         UserError, RunFailed, Interrupted: engine.front_door turns them into words and exit codes.
     """
     started = time.perf_counter()
-    check(recipe, world)
+    moco = check(recipe, world)
     with RunDirectory(Path(recipe.run.dir), world) as directory:
         sources = open_sources(recipe, recipe_file, world)
         schedule = make_schedule(recipe, len(sources.train))
@@ -62,7 +62,7 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
             check_fresh(directory, world)
         else:
             check_resume(found, recipe, sources.train, world)
-        task = Pretraining(recipe, world, sources, build_state(recipe, world, schedule))
+        task = Pretraining(recipe, world, sources, build_state(recipe, moco, world, schedule))
         if found is not None:
             task.resume(load(found, task.state.tensors(), group=world.host_group))
             report.resumed(world, found, task.step, plan)
@@ -77,12 +77,17 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
         report.closing(world, recipe_file, directory.path, trainer.seconds)
 
 
-def check(recipe: Pretrain, world: World) -> None:
-    """Raises UserError, on every rank, for what only the networks and the machine know. Nothing is written yet."""
+def check(recipe: Pretrain, world: World) -> MoCo:
+    """The recipe's networks, which this machine can run. Nothing is written yet.
+
+    Raises:
+        UserError: on every rank, for what only the networks and the machine know.
+    """
     with agreement(world.host_group):
-        make_networks(recipe)
+        moco = make_networks(recipe)
         if recipe.parallel.compile:
             check_compiler(world.device)
+    return moco
 
 
 def make_schedule(recipe: Pretrain, images: int) -> Schedule:
@@ -173,9 +178,9 @@ def make_networks(recipe: Pretrain) -> MoCo:
             raise UserError(str(error)) from error
 
 
-def build_state(recipe: Pretrain, world: World, schedule: Schedule) -> TrainState:
-    """Networks and optimizer as the recipe declares them, sharded, with their initial weights."""
-    parallel, moco = recipe.parallel, make_networks(recipe)
+def build_state(recipe: Pretrain, moco: MoCo, world: World, schedule: Schedule) -> TrainState:
+    """The networks of `make_networks` and the recipe's optimizer, sharded, with their initial weights."""
+    parallel = recipe.parallel
     mesh = make_mesh(world, parallel.shard, parallel.replicate)
     parallelize(moco, mesh, world.group, shard=parallel.shard, precision=parallel.precision, compile=parallel.compile)
     materialize(moco, world.device, recipe.run.seed)
