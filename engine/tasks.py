@@ -134,6 +134,7 @@ class Evaluate:
     crop_fraction: float = key(CROP, default=0.875)
 
 
+Interpolation = Literal["bilinear", "bicubic"]
 Precision = Literal["bf16", "float32", "float64"]
 Shard = Literal["full", "grad_op", "hybrid", "replicate"]
 

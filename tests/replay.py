@@ -18,7 +18,7 @@ from engine.distributed import World, make_mesh, process_group
 from engine.training.parallelize import materialize, parallelize
 from engine.training.schedule import Schedule
 from engine.training.step import StepOutput, TrainState, train_step
-from models.moco import MoCo
+from models.moco import MoCo, initial_values
 from models.resnet import build_resnet
 from models.vit import build_vit
 
@@ -70,7 +70,7 @@ def build(trace: Trace, world: World, precision: str, compile: bool, shard: str,
         moco = MoCo(build_trunk, trace.config["hidden_dim"], trace.config["output_dim"])
     mesh = make_mesh(world, shard, replicate)
     parallelize(moco, mesh, world.group, shard=shard, precision=precision, compile=compile)
-    materialize(moco, world.device, seed=0)
+    materialize(moco, world.device, initial_values(moco, seed=0))
     fill(moco, trace.initial())
     return TrainState(
         moco,

@@ -19,11 +19,13 @@ FOUNDATION = {
 # The one place that sees everything: the loop, and what puts a run or a measurement together around it.
 ASSEMBLY = {
     f"engine.training.{name}" for name in ("trainer", "pretrain", "report", "run_directory", "sources", "bad_images")
-} | {f"engine.evaluation.{name}" for name in ("images", "subject", "measure", "probe")}
+} | {f"engine.evaluation.{name}" for name in ("images", "subject", "measure", "supervised", "probe", "finetune")}
 DOORS = {f"engine.{path.stem}" for path in (ROOT / "engine").glob("*.py")} - FOUNDATION - {"engine.encoders"}
 # Parts that may see a neighbour (beside modules of their own folder, outside of training).
 NEIGHBOURS = {
-    "engine.training.step": {"engine.training.loss", "engine.training.optim", "engine.training.schedule"},
+    "engine.training.step": {f"engine.training.{name}" for name in ("guard", "loss", "optim", "schedule")},
+    "engine.training.guard": {"engine.training.optim"},
+    "engine.training.tune": {"engine.training.guard", "engine.training.optim"},
     "engine.training.health": {"engine.training.step"},
 }
 

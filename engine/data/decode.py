@@ -5,7 +5,7 @@ Shapes: V views, B samples, D random numbers per sample and view, S side of a cr
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _TRIES = 10
 _ASPECTS = (3 / 4, 4 / 3)
 DRAWS = 2 * _TRIES + 2  # D: area and aspect of each try, then top and left of the one that fits
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 def is_image_name(name: bytes) -> bool:
@@ -84,17 +85,24 @@ def crop_box(draw_D: Sequence[float], height: int, width: int, crop_min: float) 
 
 
 def random_crops(
-    image: Image.Image, draw_VD: Sequence[Sequence[float]], crop_min: float, size: int, out_V3SS: np.ndarray
+    image: Image.Image,
+    draw_VD: Sequence[Sequence[float]],
+    crop_min: float,
+    size: int,
+    out_V3SS: np.ndarray,
+    *,
+    interpolation: str = "bilinear",
+    retouch: Callable[[Image.Image], Image.Image] | None = None,
 ) -> None:
-    """Write each view's crop of an RGB image into uint8 [V, 3, S, S]: bilinear, antialiased."""
+    """Write each view's crop of an RGB image into uint8 [V, 3, S, S]: antialiased; `retouch` changes it before."""
     for draw_D, out_3SS in zip(draw_VD, out_V3SS, strict=True):
         top, left, height, width = crop_box(draw_D, image.height, image.width, crop_min)
         # Cut, then resize: resize(box=...) would let pixels around the box bleed into its border.
-        crop = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
-        out_3SS[...] = np.asarray(crop).transpose(2, 0, 1)
+        crop = image.crop((left, top, left + width, top + height)).resize((size, size), RESAMPLING[interpolation])
+        out_3SS[...] = np.asarray(crop if retouch is None else retouch(crop)).transpose(2, 0, 1)
 
 
-def center_crop(image: Image.Image, size: int, fraction: float = 224 / 256) -> Tensor:
+def center_crop(image: Image.Image, size: int, fraction: float = 224 / 256, interpolation: str = "bilinear") -> Tensor:
     """The view for evaluation: shorter side resized to size / fraction, the centre kept. uint8 [3, S, S]."""
-    resized = F.resize(image, [round(size / fraction)])
+    resized = F.resize(image, [round(size / fraction)], F.InterpolationMode(interpolation))
     return torch.from_numpy(np.array(F.center_crop(resized, [size, size])).transpose(2, 0, 1))

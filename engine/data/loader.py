@@ -12,7 +12,8 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -23,9 +24,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from engine.data.decode import center_crop, crop_draws, random_crops
-from engine.data.sampler import samples_of_steps, steps_per_epoch
+from engine.data.sampler import REPEAT, samples_of_steps, steps_per_epoch
 from engine.data.sources import Source
 from engine.recipe import UserError
+from engine.tasks import Interpolation
 
 _PREFETCH = 2  # batches that each worker has under way or waiting
 _NEIGHBOURS = 100  # how far to look for an image in place of an unreadable one
@@ -43,9 +45,9 @@ class Bad(NamedTuple):
 class Batch(NamedTuple):
     """One rank's share of a training batch.
 
-    step is 0-based and global; crops uint8 [V, B, 3, S, S], one per view; sample_B int64, the samples' identity in the
-    source. For every entry of `bad` the crops of one sample show the next readable image in the source instead: shown_B
-    is whose image they show.
+    step is 0-based and global; crops uint8 [V, B, 3, S, S], one per view; sample_B int64, the samples' identity: an
+    image's number in the source, and which repetition of it (engine.data.sampler). For every entry of `bad` the crops
+    of one sample show the next readable image in the source instead: shown_B is the number of the image they show.
     """
 
     step: int
@@ -85,10 +87,14 @@ def train_batches(
     pin_memory: bool,
     views: int = 2,
     keep_partial: bool = False,
+    repeats: int = 1,
+    interpolation: Interpolation = "bilinear",
+    retouch: Callable[[Image.Image, int, int], Image.Image] | None = None,
 ) -> Iterator[Batch]:
     """This rank's batches of the steps from first_step up to, not including, last_step.
 
     keep_partial: an epoch ends with the batch of what is left, of which ranks may have different numbers, or none.
+    repeats: how often an image comes in a row. retouch: what else is done to a crop, given (crop, epoch, sample).
     The workers start at once and die with the thread that called this. At most 2 * workers batches are under way.
     Raises UserError where the batch does not suit the source or memory, or where the source is unreadable.
     """
@@ -99,9 +105,9 @@ def train_batches(
         )
     _check_shared_memory(workers, views * global_batch_size // world_size * 3 * image_size**2)
     samples = samples_of_steps(
-        seed, len(source), global_batch_size, rank, world_size, first_step, last_step, keep_partial
+        seed, len(source), global_batch_size, rank, world_size, first_step, last_step, keep_partial, repeats
     )
-    dataset = _TrainBatches(source, seed, image_size, crop_min, views)
+    dataset = _TrainBatches(source, seed, image_size, crop_min, views, interpolation, retouch)
     return _run(dataset, samples, workers, pin_memory)
 
 
@@ -113,6 +119,7 @@ def eval_batches(
     image_size: int,
     workers: int,
     crop_fraction: float = 224 / 256,
+    interpolation: Interpolation = "bilinear",
     batches: int | None = None,
 ) -> Iterator[EvalBatch]:
     """The images `ids` of the source in order, in batches of one shape.
@@ -126,13 +133,20 @@ def eval_batches(
         raise ValueError(f"{len(ids)} images do not fit into {batches} batches of {batch_size}")
     _check_shared_memory(workers, batch_size * 3 * image_size**2)
     chunks = [ids[k * batch_size : (k + 1) * batch_size] for k in range(needed if batches is None else batches)]
-    return _run(_EvalBatches(source, batch_size, image_size, crop_fraction), chunks, workers, pin_memory=False)
+    return _run(
+        _EvalBatches(source, batch_size, image_size, crop_fraction, interpolation), chunks, workers, pin_memory=False
+    )
 
 
+@dataclass(frozen=True)
 class _TrainBatches(Dataset):
-    def __init__(self, source: Source, seed: int, image_size: int, crop_min: float, views: int):
-        self.source, self.seed, self.image_size, self.crop_min = source, seed, image_size, crop_min
-        self.views = views
+    source: Source
+    seed: int
+    image_size: int
+    crop_min: float
+    views: int
+    interpolation: Interpolation
+    retouch: Callable[[Image.Image, int, int], Image.Image] | None
 
     def __getitem__(self, at: tuple[int, int, np.ndarray]) -> Batch | UserError:
         step, epoch, samples = at
@@ -140,22 +154,31 @@ class _TrainBatches(Dataset):
         # The draws belong to the sample, so an image that stands in for another one shifts nothing.
         draw_VBD = [crop_draws(self.seed, epoch, sample_B, view).tolist() for view in range(self.views)]
         crops = np.empty((self.views, len(samples), 3, self.image_size, self.image_size), np.uint8)
-        shown_B, bad = sample_B.clone(), []
-        for b, sample in enumerate(samples.tolist()):
-            image = _read(self.source, sample)
+        shown_B, bad = sample_B % REPEAT, []
+        for b, number in enumerate(shown_B.tolist()):
+            image = _read(self.source, number)
             if isinstance(image, Bad):
                 bad.append(image)
-                shown_B[b], image = _next_readable(self.source, sample)
+                shown_B[b], image = _next_readable(self.source, number)
                 if image is None:
                     return _hopeless(self.source, bad[-1])
-            random_crops(image, [draw_BD[b] for draw_BD in draw_VBD], self.crop_min, self.image_size, crops[:, b])
+            self._crop(image, [draw_BD[b] for draw_BD in draw_VBD], epoch, int(samples[b]), crops[:, b])
         return Batch(step, epoch, torch.from_numpy(crops), sample_B, shown_B, bad)
 
+    def _crop(self, image: Image.Image, draw_VD: list[list[float]], epoch: int, sample: int, out: np.ndarray) -> None:
+        retouch = self.retouch and partial(self.retouch, epoch=epoch, sample=sample)
+        random_crops(
+            image, draw_VD, self.crop_min, self.image_size, out, interpolation=self.interpolation, retouch=retouch
+        )
 
+
+@dataclass(frozen=True)
 class _EvalBatches(Dataset):
-    def __init__(self, source: Source, batch_size: int, image_size: int, crop_fraction: float):
-        self.source, self.batch_size = source, batch_size
-        self.image_size, self.crop_fraction = image_size, crop_fraction
+    source: Source
+    batch_size: int
+    image_size: int
+    crop_fraction: float
+    interpolation: Interpolation
 
     def __getitem__(self, ids: np.ndarray) -> EvalBatch:
         images = torch.zeros(self.batch_size, 3, self.image_size, self.image_size, dtype=torch.uint8)
@@ -166,7 +189,8 @@ class _EvalBatches(Dataset):
             if isinstance(image, Bad):
                 bad.append(image)
                 continue
-            images[valid], ids_B[valid] = center_crop(image, self.image_size, self.crop_fraction), i
+            view = center_crop(image, self.image_size, self.crop_fraction, self.interpolation)
+            images[valid], ids_B[valid] = view, i
             if self.source.labels is not None:
                 labels_B[valid] = int(self.source.labels[i])
             valid += 1

@@ -9,7 +9,9 @@ Shapes: B samples, N blocks of four 32-bit words each.
 import torch
 from torch import Tensor
 
-ORDER, CROP, AUGMENT = 0, 1, 2  # the streams: who draws
+# The streams: who draws.
+ORDER, CROP, AUGMENT = 0, 1, 2
+RETOUCH, ERASE, ERASED, MIX, DROP_PATH = 3, 4, 5, 6, 7  # of fine-tuning; ERASED: where and with what
 
 _WORD = 0xFFFFFFFF
 # Philox's multipliers less 2^32: a product with a 32-bit word then always fits a signed 64-bit integer.

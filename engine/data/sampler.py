@@ -10,6 +10,7 @@ import torch
 
 from engine.data.philox import ORDER, random_bits
 
+REPEAT = 2**40  # sample + k * REPEAT is the k-th repetition of an image in its batch
 _CHUNK = 2**14  # images drawn at a time: what the CPU's cache holds, four times as fast as a million at once
 
 
@@ -18,14 +19,17 @@ def steps_per_epoch(images: int, global_batch_size: int, keep_partial: bool = Fa
     return -(-images // global_batch_size) if keep_partial else images // global_batch_size
 
 
-def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
+def epoch_order(seed: int, epoch: int, images: int, repeats: int = 1) -> np.ndarray:
     """The order in which an epoch visits the images: int64 [N], a permutation.
 
     Every image draws a random 64-bit number, and they go by size. So the order depends on no library's shuffle.
+    With repeats each image comes that many times in a row, as samples of their own, and the epoch stays as long: it
+    visits the first of the permutation alone (repeated augmentation, Hoffer et al. 2020, as DeiT has it).
     """
     draws = [random_bits(seed, epoch, sample, 0, ORDER)[:, :2] for sample in torch.arange(images).split(_CHUNK)]
     words_N2 = torch.cat(draws).numpy().astype(np.uint64)
-    return np.argsort(words_N2[:, 0] << np.uint64(32) | words_N2[:, 1], kind="stable")
+    order_N = np.argsort(words_N2[:, 0] << np.uint64(32) | words_N2[:, 1], kind="stable")
+    return order_N if repeats == 1 else (order_N[:, None] + REPEAT * np.arange(repeats)).flatten()[:images]
 
 
 def batch_samples(
@@ -48,6 +52,7 @@ def samples_of_steps(
     first_step: int,
     last_step: int,
     keep_partial: bool = False,
+    repeats: int = 1,
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """(step, epoch, samples [B]) for the steps from first_step up to, not including, last_step; both 0-based."""
     per_epoch = steps_per_epoch(images, global_batch_size, keep_partial)
@@ -55,5 +60,5 @@ def samples_of_steps(
     for step in range(first_step, last_step):
         epoch, step_in_epoch = divmod(step, per_epoch)
         if epoch != current:
-            current, order_N = epoch, epoch_order(seed, epoch, images)
+            current, order_N = epoch, epoch_order(seed, epoch, images, repeats)
         yield step, epoch, batch_samples(order_N, step_in_epoch, global_batch_size, rank, world_size)

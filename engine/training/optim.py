@@ -1,7 +1,7 @@
 """AdamW and LARS on sharded parameters (paper section 5 and appendix A).
 
-Both take one group, keep their whole state from the start (so that it can be saved before the first step), and do
-nothing in a step whose `found_inf` is 1: the decision stays on the device.
+Both keep their whole state from the start (so that it can be saved before the first step), and do nothing in a step
+whose `found_inf` is 1: the decision stays on the device.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,8 +32,13 @@ def build_optimizer(
     """
     if name == "lars":
         return Lars(parameters, weight_decay, shard_group)
+    return adamw(parameters, weight_decay)
+
+
+def adamw(parameters: Iterable[torch.nn.Parameter] | Iterable[dict], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over parameters, or groups of them that may have values of their own."""
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=True)
-    for parameter in optimizer.param_groups[0]["params"]:
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         # The state that AdamW would make in its first step.
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=local(parameter).device),

@@ -1,20 +1,36 @@
 """How the networks are laid over the ranks: compile, then FSDP2, then weights. Read from top to bottom."""
 
 import warnings
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine.recipe import UserError
 from engine.tasks import Precision, Shard
-from models.moco import MoCo, initial_values
+from models.classifier import Classifier
+from models.moco import MoCo
 from models.norm import set_batch_norm_group
 from models.trunk import blocks
 
 COMPILED_VARIANTS = 64  # graphs of one forward: its shapes, with and without gradient, in training and evaluation
+
+
+class Layout(NamedTuple):
+    """How one run lays networks over its ranks.
+
+    mesh: of "replicate" and "shard" where there are replicas, of "shard" alone where there are none.
+    resharding: whether what is trained rests sharded between forward and backward.
+    """
+
+    mesh: DeviceMesh
+    resharding: bool
+    precision: Precision
+    compile: bool
 
 
 def parallelize(
@@ -36,31 +52,73 @@ def parallelize(
         shard: where a parameter rests. full, hybrid: sharded also between forward and backward; grad_op: gathered from
             the forward to the backward pass; replicate: whole on every rank.
     """
-    # A trunk's CLS token is a view of its tokens; FSDP warns of in-place writes to it, and there are none.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    moco.to(torch.float64 if precision == "float64" else torch.float32)
-    set_batch_norm_group(moco, group)
-    inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    outer = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    exact = MixedPrecisionPolicy()
-    if precision != "bf16":
-        inner = outer = exact
-    if mesh["replicate"].size() == 1:
-        mesh = mesh["shard"]
-
-    for encoder in (moco.base, moco.momentum):
-        # The momentum encoder must rest sharded after every forward: it never has a backward pass to do so, and its
-        # update writes shards, which weights still gathered from the last step would hide.
-        resting = encoder is moco.momentum or shard in ("full", "hybrid")
-        for block in blocks(encoder.trunk):
-            if compile:
-                compile_forward(block)
-            fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=resting)
-        fully_shard(encoder.trunk, mesh=mesh, mp_policy=outer, reshard_after_forward=resting)
-        _shard_head(encoder.projector, mesh, exact, resting, compile)
-    _shard_head(moco.predictor, mesh, exact, shard in ("full", "hybrid"), compile)
+    layout = lay_out(moco, mesh, group, shard, precision, compile)
+    # The momentum encoder must rest sharded after every forward: it never has a backward pass to do so, and its
+    # update writes shards, which weights still gathered from the last step would hide.
+    for encoder, resting in ((moco.base, layout.resharding), (moco.momentum, True)):
+        _shard_trunk(encoder.trunk, layout, resting)
+        _shard_head(encoder.projector, layout, resting)
+    _shard_head(moco.predictor, layout, layout.resharding)
     for root in (moco.momentum.trunk, moco.momentum.projector):
         forget_forwards(root)
+
+
+def parallelize_classifier(
+    classifier: Classifier,
+    average: Classifier | None,
+    mesh: DeviceMesh,
+    group: torch.distributed.ProcessGroup,
+    *,
+    shard: Shard,
+    precision: Precision,
+    compile: bool,
+) -> None:
+    """`parallelize` for a classifier that is trained and, where there is one, the moving average of its weights."""
+    layout = lay_out(classifier, mesh, group, shard, precision, compile)
+    _shard_trunk(classifier.trunk, layout, layout.resharding)
+    _shard_head(classifier.head, layout, layout.resharding)
+    if average is not None:  # as the momentum encoder: never a backward pass, and an update that writes shards
+        lay_out(average, mesh, group, shard, precision, compile)
+        _shard_trunk(average.trunk, layout, resting=True)
+        _shard_head(average.head, layout, resting=True)
+        for root in (average.trunk, average.head):
+            forget_forwards(root)
+
+
+def lay_out(
+    network: nn.Module,
+    mesh: DeviceMesh,
+    group: torch.distributed.ProcessGroup,
+    shard: Shard,
+    precision: Precision,
+    compile: bool,
+) -> Layout:
+    """Set a network's type and BatchNorm's ranks; the layout in which its parts are then sharded."""
+    # A trunk's CLS token is a view of its tokens; FSDP warns of in-place writes to it, and there are none.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    network.to(torch.float64 if precision == "float64" else torch.float32)
+    set_batch_norm_group(network, group)
+    if mesh["replicate"].size() == 1:
+        mesh = mesh["shard"]
+    return Layout(mesh, shard in ("full", "hybrid"), precision, compile)
+
+
+def _shard_trunk(trunk: nn.Module, layout: Layout, resting: bool) -> None:
+    inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    outer = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    if layout.precision != "bf16":
+        inner = outer = MixedPrecisionPolicy()
+    for block in blocks(trunk):
+        if layout.compile:
+            compile_forward(block)
+        fully_shard(block, mesh=layout.mesh, mp_policy=inner, reshard_after_forward=resting)
+    fully_shard(trunk, mesh=layout.mesh, mp_policy=outer, reshard_after_forward=resting)
+
+
+def _shard_head(head: nn.Module, layout: Layout, resting: bool) -> None:
+    if layout.compile:
+        compile_forward(head)
+    fully_shard(head, mesh=layout.mesh, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=resting)
 
 
 def forget_forwards(root: nn.Module) -> None:
@@ -85,12 +143,6 @@ def compile_forward(module: nn.Module) -> None:
     module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
 
 
-def _shard_head(head: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, resting: bool, compile: bool) -> None:
-    if compile:
-        compile_forward(head)
-    fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=resting)
-
-
 def check_compiler(device: torch.device) -> None:
     """Raises UserError where compiled code for the device could not be built: on a CPU it is C++."""
     from torch._inductor import cpp_builder, exc  # it looks where the compilation itself will; seconds to import
@@ -106,16 +158,18 @@ def check_compiler(device: torch.device) -> None:
 
 
 @torch.no_grad()
-def materialize(moco: MoCo, device: torch.device, seed: int) -> None:
-    """Allocate this rank's shards and fill them with the initial weights of `seed`, one whole tensor at a time."""
-    moco.to_empty(device=device)
-    tensors = {**dict(moco.named_parameters()), **dict(moco.named_buffers())}
-    for name, value in initial_values(moco, seed):
-        target = tensors[name]
+def materialize(network: nn.Module, device: torch.device, values: Iterable[tuple[str, Tensor]]) -> None:
+    """Allocate this rank's shards and fill them with `values`: every parameter and buffer whole, one at a time."""
+    network.to_empty(device=device)
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    for name, value in values:
+        target = tensors.pop(name)
         value = value.to(target.dtype)
         if isinstance(target, DTensor):
-            # Every rank draws the same value, so each takes its shard without asking another.
+            # Every rank has the same value, so each takes its shard without asking another.
             value = distribute_tensor(value.to(device), target.device_mesh, target.placements, src_data_rank=None)
             target.to_local().copy_(value.to_local())
         else:
             target.copy_(value)
+    if tensors:
+        raise RuntimeError(f"{len(tensors)} tensors have no initial value: {', '.join(sorted(tensors)[:5])}")

@@ -33,7 +33,7 @@ from engine.training.schedule import Schedule
 from engine.training.sources import Sources, open_sources
 from engine.training.step import StepOutput, TrainState, train_step
 from engine.training.trainer import Plan, Trainer
-from models.moco import MoCo
+from models.moco import MoCo, initial_values
 from models.trunk import build_trunk
 
 SKIPS_IN_A_ROW = 10  # steps without update after which a run has failed
@@ -183,7 +183,7 @@ def build_state(recipe: Pretrain, moco: MoCo, world: World, schedule: Schedule) 
     parallel = recipe.parallel
     mesh = make_mesh(world, parallel.shard, parallel.replicate)
     parallelize(moco, mesh, world.group, shard=parallel.shard, precision=parallel.precision, compile=parallel.compile)
-    materialize(moco, world.device, recipe.run.seed)
+    materialize(moco, world.device, initial_values(moco, recipe.run.seed))
     return TrainState(
         moco,
         schedule,

@@ -4,6 +4,14 @@ import math
 from dataclasses import dataclass
 
 
+def warmup_cosine(epoch: float, *, peak: float, warmup_epochs: float, epochs: int, lowest: float = 0.0) -> float:
+    """A learning rate: linear from 0 to the peak, then half a cosine down to the lowest. `epoch` is a real number."""
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    decay = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * decay))
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Every value that a run derives from its recipe and the number of its images.
@@ -32,11 +40,9 @@ class Schedule:
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then half a cosine to 0. `step` counts from 0."""
-        epoch = step / self.steps_per_epoch
-        if epoch < self.warmup_epochs:
-            return self.peak_lr * epoch / self.warmup_epochs
-        decay = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
-        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * decay))
+        return warmup_cosine(
+            step / self.steps_per_epoch, peak=self.peak_lr, warmup_epochs=self.warmup_epochs, epochs=self.epochs
+        )
 
     def momentum_at(self, step: int) -> float:
         """Half a cosine from m0 to 1, without warm-up. `step` counts from 0."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.training.guard import BufferSnapshot, check_gradients
 from engine.training.loss import contrastive_loss
 from engine.training.optim import build_optimizer, local
 from engine.training.schedule import Schedule
@@ -101,7 +102,7 @@ def train_step(state: TrainState, images: Tensor) -> StepOutput:
     loss = one.loss + two.loss
     loss.backward()
 
-    grad_norm, skip = check_gradients(state)
+    grad_norm, skip = check_gradients(state.trained, state.group, state.copies)
     state.optimizer.param_groups[0]["lr"] = lr
     state.optimizer.found_inf = skip
     state.optimizer.step()
@@ -127,35 +128,3 @@ class KeyGather:
         self.work.wait()
         k1_WBP, k2_WBP = self.keys.chunk(2, dim=1)
         return k1_WBP.flatten(0, 1), k2_WBP.flatten(0, 1)
-
-
-@torch.no_grad()
-def check_gradients(state: TrainState) -> tuple[Tensor, Tensor]:
-    """The gradients' norm over all ranks, and 1.0 where any of them is not finite (else 0.0), on every rank alike.
-
-    Raises:
-        RuntimeError: a trained parameter took no part in the loss.
-    """
-    unused = [name for name, parameter in state.trained.items() if parameter.grad is None]
-    if unused:
-        raise RuntimeError(f"{len(unused)} trained parameters took no part in the loss: {', '.join(unused[:5])}")
-    # float64: squares of finite float32 numbers cannot overflow, so a norm that is not finite means a bad gradient.
-    norms = torch._foreach_norm([local(p.grad) for p in state.trained.values()], 2, dtype=torch.float64)
-    square = torch.stack(norms).square().sum()
-    dist.all_reduce(square, group=state.group)
-    return (square / state.copies).sqrt(), (~square.isfinite()).float()
-
-
-class BufferSnapshot:
-    """BatchNorm's buffers as they were before a step, to go back to without asking the device."""
-
-    def __init__(self, buffers: list[Tensor]):
-        self.kinds = [[b for b in buffers if b.dtype == dtype] for dtype in dict.fromkeys(b.dtype for b in buffers)]
-        self.flat = [torch.cat([b.flatten() for b in kind]) for kind in self.kinds]
-
-    def restore_where(self, condition: Tensor) -> None:
-        """Put the old values back where `condition` (0-d) holds."""
-        for kind, old in zip(self.kinds, self.flat, strict=True):
-            kept = torch.where(condition, old, torch.cat([b.flatten() for b in kind]))
-            parts = kept.split([b.numel() for b in kind])
-            torch._foreach_copy_(kind, [part.view_as(b) for part, b in zip(parts, kind, strict=True)])

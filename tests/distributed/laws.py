@@ -10,9 +10,10 @@ from torch.distributed.tensor import DTensor
 
 from engine.distributed import World, make_mesh, process_group
 from engine.training import step as step_module
+from engine.training.guard import check_gradients
 from engine.training.optim import LARS_TRUST, Lars, local
 from engine.training.parallelize import materialize, parallelize
-from engine.training.step import TrainState, check_gradients, train_step
+from engine.training.step import TrainState, train_step
 from models.moco import MoCo, initial_values, update_momentum
 from models.norm import GlobalBatchNorm, set_batch_norm_group
 from models.vit import build_vit
@@ -46,11 +47,11 @@ def bad_gradient_changes_nothing(world: World) -> None:
         expected = [shard.clone() for shard in state.momentum_shards]
         update_momentum(expected, state.base_shards, state.schedule.momentum_at(2))
 
-        def poisoned(state: TrainState, bad: float = (torch.nan, torch.inf)[number % 2]) -> tuple[Tensor, Tensor]:
+        def poisoned(trained, *rest, bad: float = (torch.nan, torch.inf)[number % 2]) -> tuple[Tensor, Tensor]:
             if world.rank == world.size - 1:
-                last = [p for p in state.trained.values() if local(p.grad).numel()][-1]
+                last = [p for p in trained.values() if local(p.grad).numel()][-1]
                 local(last.grad).view(-1)[0] = bad
-            return check_gradients(state)
+            return check_gradients(trained, *rest)
 
         step_module.check_gradients = poisoned
         output = train_step(state, images(trace, world, 2))
@@ -152,7 +153,7 @@ def weights_depend_on_the_seed_alone(world: World) -> None:
     other_seed = dict(initial_values(make(), seed=4))
     mesh = make_mesh(world, "full", 1)
     parallelize(moco, mesh, world.group, shard="full", precision="float32", compile=False)
-    materialize(moco, world.device, seed=3)
+    materialize(moco, world.device, initial_values(moco, seed=3))
     for name, tensor in moco.state_dict().items():
         value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         assert torch.equal(value.cpu().double(), expected[name].double()), name

@@ -1,0 +1,120 @@
+"""What fine-tuning does to images beside crop and flip: timm's RandAugment, random erasing, Mixup and CutMix.
+
+timm draws from the global generators of Python, NumPy and PyTorch. Here each call starts them from (seed, epoch,
+sample) or (seed, step) and puts them back, so a sample looks the same in any batch, on any rank, in any worker.
+
+Shapes: B images of this rank, S side of an image, C classes.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.mixup import Mixup, mixup_target
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+from engine.data.decode import RESAMPLING
+from engine.data.philox import ERASE, ERASED, MIX, RETOUCH, random_bits, uniform
+from engine.tasks import Interpolation
+
+
+@contextmanager
+def generators_at(seed: int, epoch: int, sample: int, stream: int) -> Iterator[None]:
+    """The global generators of Python, NumPy and PyTorch (CPU) start from these numbers inside, and go on afterwards.
+
+    A GPU's generator starts from them too and is not put back.
+    """
+    words = random_bits(seed, epoch, torch.tensor([sample]), 0, stream)[0].tolist()
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(words[0] << 32 | words[1])
+        np.random.seed(words)
+        torch.manual_seed(words[2] << 31 | words[3] >> 1)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+@dataclass(frozen=True)
+class Retouch:
+    """timm's RandAugment of a crop, in the loader's worker.
+
+    config: in timm's words, as `rand-m9-mstd0.5-inc1`. fill: the colour of what a turn or a shift uncovers.
+    """
+
+    config: str
+    seed: int
+    size: int
+    fill: tuple[float, ...]
+    interpolation: Interpolation
+
+    def __call__(self, crop: Image.Image, epoch: int, sample: int) -> Image.Image:
+        with generators_at(self.seed, epoch, sample, RETOUCH):
+            return self._transform(crop)
+
+    @cached_property
+    def _transform(self):
+        # timm's own values: shifts of up to 45 % of the side, and the mean colour.
+        fill = tuple(min(255, round(255 * value)) for value in self.fill)
+        hints = {"translate_const": int(0.45 * self.size), "img_mean": fill}
+        return rand_augment_transform(self.config, hints | {"interpolation": RESAMPLING[self.interpolation]})
+
+
+def erase(images_BCSS: Tensor, sample_B: Tensor, epoch: int, probability: float, seed: int) -> None:
+    """timm's random erasing, in place: a rectangle of normal noise in some of the normalised images.
+
+    sample_B is on the CPU: which images are chosen is known without asking the device.
+    """
+    eraser = RandomErasing(1.0, mode="pixel", device=str(images_BCSS.device))
+    chosen_B = uniform(seed, epoch, sample_B, 0, ERASE, 1)[:, 0] < probability
+    for b in chosen_B.nonzero().flatten().tolist():
+        with generators_at(seed, epoch, int(sample_B[b]), ERASED):
+            eraser(images_BCSS[b])
+
+
+@dataclass(frozen=True)
+class Mix:
+    """timm's Mixup and CutMix: a batch is mixed with its mirror, row i with row G-1-i of the global batch.
+
+    mixup, cutmix: the alpha of each one's Beta distribution, 0 for none; with both, each batch takes one of them.
+    """
+
+    mixup: float
+    cutmix: float
+    label_smoothing: float
+    classes: int
+    seed: int
+
+    @property
+    def is_on(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+    def __call__(
+        self, images_BCSS: Tensor, label_B: Tensor, mirror_BCSS: Tensor, mirror_label_B: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Mixed images and targets [B, C], given the images and labels that row 0, 1, ... are mixed with.
+
+        Every rank mixes by the same share and cuts the same rectangle in the same step.
+        """
+        mixup = Mixup(
+            self.mixup, self.cutmix, label_smoothing=self.label_smoothing, num_classes=self.classes, mode="batch"
+        )
+        # timm mixes a batch with its own mirror: in a batch of both halves each row meets its partner.
+        images = torch.cat([images_BCSS, mirror_BCSS.flip(0)])
+        labels = torch.cat([label_B, mirror_label_B.flip(0)])
+        with generators_at(self.seed, 0, step, MIX):
+            mixed, target = mixup(images, labels)
+        return mixed[: len(label_B)], target[: len(label_B)]
+
+    def plain_target(self, label_B: Tensor) -> Tensor:
+        """Smoothed targets [B, C] of images that are not mixed."""
+        return mixup_target(label_B, self.classes, 1.0, self.label_smoothing)

@@ -1,0 +1,148 @@
+"""One step of supervised training of a whole classifier, and the state that it changes.
+
+Shapes: B images of this rank, C classes, K paths of stochastic depth.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+
+from engine.training.guard import BufferSnapshot, check_gradients
+from engine.training.optim import adamw, local
+from engine.training.schedule import warmup_cosine
+from models.classifier import Classifier
+
+NO_DECAY = ("pos_embed", "cls_token")  # beside biases and norms
+
+
+class TuneSchedule(NamedTuple):
+    """The learning rate: linear warm-up from 0, half a cosine from `peak` to `lowest`, a function of the step."""
+
+    peak: float
+    lowest: float
+    epochs: int
+    warmup_epochs: float
+    steps_per_epoch: int
+
+    def learning_rate_at(self, step: int) -> float:
+        epoch = step / self.steps_per_epoch
+        return warmup_cosine(
+            epoch, peak=self.peak, lowest=self.lowest, warmup_epochs=self.warmup_epochs, epochs=self.epochs
+        )
+
+
+class TuneOutput(NamedTuple):
+    """What a step saw, on the device. The loss is of all ranks, before the update."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    lr: float
+
+
+class TuneState:
+    """Classifier, its moving average where there is one, optimizer and counters: all that a checkpoint must hold.
+
+    Args:
+        classifier, average: parallelized and materialized (engine.training.parallelize).
+        layer_decay: the rate of a layer over that of the next deeper one; the classifier's is the whole rate.
+        average_decay: what the moving average keeps of itself in a step.
+        group: the ranks of the global batch.
+        shard_group: the ranks over which one parameter is spread.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        average: Classifier | None,
+        schedule: TuneSchedule,
+        *,
+        weight_decay: float,
+        layer_decay: float,
+        average_decay: float,
+        group: dist.ProcessGroup,
+        shard_group: dist.ProcessGroup,
+    ):
+        self.classifier, self.average, self.schedule, self.group = classifier, average, schedule, group
+        self.average_decay = average_decay
+        self.step = 0
+        # FSDP swaps a module's parameters for gathered ones while it runs, so lists of shards are taken once, here.
+        self.trained = dict(classifier.named_parameters())
+        self.buffers = dict(classifier.named_buffers())
+        self.optimizer = adamw(decaying_groups(classifier, weight_decay, layer_decay), weight_decay)
+        self.copies = group.size() // shard_group.size()  # of every shard
+        self.pairs = list(zip(floating(average), floating(classifier), strict=True)) if average is not None else []
+        device = local(next(iter(self.trained.values()))).device
+        self.skipped = torch.zeros((), dtype=torch.long, device=device)  # steps without update so far
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a checkpoint holds, by name; loading fills them in place."""
+        model = {f"model.{name}": tensor for name, tensor in saved(self.classifier).items()}
+        average = {f"average.{name}": tensor for name, tensor in saved(self.average).items()} if self.pairs else {}
+        optimizer = {
+            f"optimizer.{kind}.{name}": tensor
+            for name, parameter in self.trained.items()
+            for kind, tensor in self.optimizer.state[parameter].items()
+        }
+        return model | average | optimizer | {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+
+
+def decaying_groups(classifier: Classifier, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Parameters by rate and weight decay: timm's groups of the trunk, each deeper layer faster; the classifier's own.
+
+    A group has `lr_scale`, its share of the rate. Biases, norms, positions and CLS have no weight decay, as in DeiT.
+    """
+    groups = param_groups_layer_decay(
+        classifier.trunk, weight_decay, no_weight_decay_list=NO_DECAY, layer_decay=layer_decay
+    )
+    head = {"lr_scale": 1.0, "params": [classifier.head.weight], "weight_decay": weight_decay}
+    return [*groups, head, {"lr_scale": 1.0, "params": [classifier.head.bias], "weight_decay": 0.0}]
+
+
+def floating(module: nn.Module) -> list[Tensor]:
+    """This rank's shards of the parameters, and the buffers: all that a moving average can follow."""
+    with torch.no_grad():
+        return [local(tensor) for tensor in saved(module).values() if tensor.is_floating_point()]
+
+
+def saved(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and the buffers that files hold, by name."""
+    persistent = module.state_dict().keys()
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor for name, tensor in tensors.items() if name in persistent}
+
+
+def tune_step(state: TuneState, images: Tensor, target_BC: Tensor, uniform_BK: Tensor) -> TuneOutput:
+    """Update the classifier once on this rank's images [B, 3, S, S] and their (soft) targets.
+
+    Every rank has as many images. Where a gradient on any rank is not finite, nothing changes but the counters.
+
+    Args:
+        uniform_BK: numbers in [0, 1) that decide which residual branches each sample drops.
+    """
+    lr, before = state.schedule.learning_rate_at(state.step), BufferSnapshot(list(state.buffers.values()))
+    state.classifier.choose_paths(uniform_BK)
+    loss = F.cross_entropy(state.classifier(images), target_BC)
+    loss.backward()
+
+    grad_norm, skip = check_gradients(state.trained, state.group, state.copies)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    state.optimizer.found_inf = skip
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    before.restore_where(skip > 0)
+    if state.pairs:
+        average, present = zip(*state.pairs, strict=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(average, present, 1 - state.average_decay)
+    state.skipped += skip.long()
+    state.skipped_in_a_row.add_(1).mul_(skip.long())
+    state.step += 1
+    mean_loss = loss.detach().clone()
+    dist.all_reduce(mean_loss, group=state.group)
+    return TuneOutput(mean_loss / state.group.size(), grad_norm, lr)
