@@ -2,16 +2,21 @@
 
 import os
 import signal
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from engine.agree import agreement
 from engine.front_door import end_with_launcher
 from engine.schema import UserError
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)  # a rank may index millions of images while the others wait
 
@@ -66,6 +71,20 @@ def _own_gpu() -> torch.device:
     torch.backends.cudnn.allow_tf32 = False
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def in_turn(world: World, make: Callable[[], T]) -> T:
+    """What `make` returns, on rank 0 first: it alone fetches or builds what the others then find.
+
+    Raises:
+        UserError: on every rank, where it was raised on any.
+    """
+    made = None
+    for turn in (world.is_first, not world.is_first):
+        with agreement(world.host_group):
+            if turn:
+                made = make()
+    return made
 
 
 def make_mesh(world: World, shard: str, replicate: int) -> DeviceMesh:

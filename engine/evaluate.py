@@ -1,8 +1,9 @@
-"""Evaluate a frozen network: `python -m engine.evaluate COMMAND CHECKPOINT ...`, or torchrun with any number of ranks.
+"""Evaluate a network: `python -m engine.evaluate COMMAND CHECKPOINT ...`, or torchrun with any number of ranks.
 
-  knn     how many validation images their nearest training images classify rightly
-  rankme  the effective rank of the features; needs no labels
-  linear  a linear classifier on the features: the paper's protocol, or --fast, which is not
+  knn       how many validation images their nearest training images classify rightly
+  rankme    the effective rank of the features; needs no labels
+  linear    a linear classifier on the frozen features: the paper's protocol, or --fast, which is not
+  finetune  the whole network and a classifier trained on labels, all of them or a few
 
 CHECKPOINT is a run directory, a checkpoint directory, an exported file or folder, a published .pth.tar or timm/<name>.
 Each command says more with --help. The last line on stdout is the result as JSON.
@@ -11,12 +12,13 @@ Each command says more with --help. The last line on stdout is the result as JSO
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from engine.front_door import Parser, enter, say_once
-from engine.recipe import UserError, check_world, load
-from engine.tasks import Linear
+from engine.recipe import Task, UserError, check_world, load, locate
+from engine.tasks import Finetune, Linear
 
 WORKERS_AT_MOST = 12  # processes per rank that decode, where --workers does not say
 
@@ -83,15 +85,40 @@ def linear(arguments: list[str]) -> None:
     a little too good.
     """
     parser = _parser("linear", linear.__doc__)
-    _add_images(parser, "--train", "--val")
+    _add_images(parser, "--train", "--val", required=False)
     _add_network(parser)
+    _add_run(parser, "recipes/linear_vit.yaml or recipes/linear_resnet50.yaml")
     parser.add_argument("--fast", action="store_true", help="minutes, and not the paper's protocol")
-    parser.add_argument("--recipe", type=Path, help="recipes/linear_vit.yaml or recipes/linear_resnet50.yaml")
-    parser.add_argument("--out", type=Path, metavar="RUN_DIR", help="instead of the recipe's run.dir")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="dotted.key=value", help="e.g. train.epochs=30")
     options = parser.parse_intermixed_args(arguments)
     _check_belongs(options)
     _fast_linear(options) if options.fast else _paper_linear(options)
+
+
+def finetune(arguments: list[str]) -> None:
+    """All of a network and a classifier on it, trained on labelled images as DeiT is.
+
+    The run directory is resumed by the same command. --labels 1% takes that share of every class's training images.
+    --baseline initial starts from the network as it was before pre-training: what the labels teach alone.
+    """
+    parser = _parser("finetune", finetune.__doc__)
+    _add_images(parser, "--train", "--val", required=False)
+    parser.add_argument("--encoder", choices=("base", "momentum"), default="base", help="default: base")
+    parser.add_argument("--baseline", choices=("initial",), help="start from the untrained network instead")
+    _add_run(parser, "recipes/finetune_vit_b.yaml or another of task finetune")
+    options = parser.parse_intermixed_args(arguments)
+    if options.recipe is None:
+        raise UserError("--recipe (missing) must be recipes/finetune_vit_b.yaml or another of task finetune")
+    if options.baseline and options.encoder == "momentum":
+        raise UserError(f"--encoder (momentum) must be left out for --baseline {options.baseline}")
+    recipe = _run_recipe(options, Finetune)
+
+    _say_loading(options)
+    from engine.distributed import process_group
+    from engine.evaluation.finetune import finetune as run
+
+    with process_group() as world:
+        result = run(recipe, options.checkpoint, options.encoder, options.baseline, world)
+    _say(json.dumps(result))
 
 
 def _fast_linear(options: argparse.Namespace) -> None:
@@ -116,13 +143,7 @@ def _fast_linear(options: argparse.Namespace) -> None:
 
 
 def _paper_linear(options: argparse.Namespace) -> None:
-    # JSON is YAML: no path is taken for another kind of value.
-    given = {"data.root": options.train, "data.val_root": options.val, "data.dataset": options.dataset}
-    given |= {"data.source": _kind(options.train, options), "data.workers": options.workers}
-    given |= {"run.dir": options.out and str(options.out)}
-    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    recipe = load(options.recipe, [*overrides, *options.overrides], Linear)
-    check_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    recipe = _run_recipe(options, Linear)
 
     _say_loading(options)
     from engine.distributed import process_group
@@ -133,7 +154,7 @@ def _paper_linear(options: argparse.Namespace) -> None:
     _say(json.dumps(result))
 
 
-COMMANDS = {"knn": knn, "rankme": rankme, "linear": linear}
+COMMANDS = {"knn": knn, "rankme": rankme, "linear": linear, "finetune": finetune}
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -143,10 +164,10 @@ def _parser(command: str, text: str) -> Parser:
     return Parser(f"engine.evaluate {command}", text)
 
 
-def _add_images(parser: Parser, *roots: str) -> None:
+def _add_images(parser: Parser, *roots: str, required: bool = True) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     for root in roots:
-        parser.add_argument(root, required=True, metavar="ROOT", help="a folder of images, tars or one tar")
+        parser.add_argument(root, required=required, metavar="ROOT", help="a folder of images, tars or one tar")
     parser.add_argument("--source", choices=("folder", "shards", "torchvision"), help="guessed from ROOT when absent")
     parser.add_argument("--dataset", help="a class of torchvision.datasets, for --source torchvision")
     parser.add_argument("--workers", type=int, help="processes per rank that decode (default: as many as cores)")
@@ -159,6 +180,32 @@ def _add_network(parser: Parser) -> None:
         "--baseline", choices=("initial", "pixels"), help="measure the untrained network, or no network, instead"
     )
     parser.add_argument("--crop-fraction", type=float, help="of the resized shorter side (default: as it was trained)")
+
+
+def _add_run(parser: Parser, recipes: str) -> None:
+    parser.add_argument("--recipe", type=Path, help=recipes)
+    parser.add_argument("--out", type=Path, metavar="RUN_DIR", help="instead of the recipe's run.dir")
+    parser.add_argument("--labels", metavar="SHARE", help="of every class's training images, as 1%% (default: all)")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="dotted.key=value", help="e.g. train.epochs=30")
+
+
+def _run_recipe(options: argparse.Namespace, kind: type[Task]) -> Task:
+    """The recipe with what the command line says in its place."""
+    own = load(options.recipe, options.overrides, kind)
+    given = {"data.root": options.train, "data.val_root": options.val, "data.dataset": options.dataset}
+    if options.train is None and options.val is None:
+        roots = {"data.root": own.data.root, "data.val_root": own.data.val_root}
+        given |= {key: root and str(locate(root, options.recipe)) for key, root in roots.items()}
+    # A torchvision dataset's root looks like any folder: the recipe knows better than a guess.
+    if options.source or options.dataset or (options.train and own.data.source != "torchvision"):
+        given["data.source"] = _kind(options.train or own.data.root, options)
+    given |= {"data.workers": options.workers, "run.dir": options.out and str(options.out)}
+    given["data.labels"] = options.labels and _read_share(options.labels)
+    # JSON is YAML: no path is taken for another kind of value.
+    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    recipe = load(options.recipe, [*overrides, *options.overrides], kind)
+    check_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    return recipe
 
 
 def _network(options: argparse.Namespace) -> dict[str, Any]:
@@ -177,7 +224,11 @@ def _network(options: argparse.Namespace) -> dict[str, Any]:
 def _check_belongs(options: argparse.Namespace) -> None:
     """Raises UserError for what only the other of linear's two ways takes."""
     if options.fast:
-        given = {"--recipe": options.recipe, "--out": options.out, "dotted.key=value": options.overrides}
+        for name in ("--train", "--val"):
+            if getattr(options, name[2:]) is None:
+                raise UserError(f"{name} (missing) must be a folder of images, tars or one tar; pass {name} ROOT")
+        given = {"--recipe": options.recipe, "--out": options.out, "--labels": options.labels}
+        given["dotted.key=value"] = options.overrides
         do = "; leave out --fast for the paper's protocol"
     else:
         given = {name: getattr(options, name[2:].replace("-", "_")) for name in ("--features", "--baseline")}
@@ -196,6 +247,14 @@ def _read_ks(text: str) -> list[int]:
     if not all(k.isascii() and k.isdigit() and 0 < int(k) < 2**31 for k in ks):
         raise UserError(f"--k ({text}) must be a number >= 1, or several as 10,20,100; 20 is usual")
     return [int(k) for k in ks]
+
+
+def _read_share(text: str) -> float:
+    """10% as 0.1."""
+    share = float(text[:-1]) / 100 if re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,9})?%", text) else 0
+    if not 0 < share <= 1:
+        raise UserError(f"--labels ({text}) must be a percentage above 0% and up to 100%; pass 1% or 10%, say")
+    return share
 
 
 def _kind(root: str, options: argparse.Namespace) -> str:

@@ -23,6 +23,9 @@ from engine.tasks import (
     Checkpoint,
     Data,
     Evaluate,
+    Finetune,
+    FinetuneEvaluate,
+    LinearEvaluate,
     Log,
     Model,
     Parallel,
@@ -33,11 +36,18 @@ from models.shapes import VIT_SHAPES
 
 Task = TypeVar("Task", bound=Recipe)
 
+FREE_SECTIONS = {
+    "checkpoint": [Checkpoint],
+    "log": [Log],
+    "evaluate": [Evaluate, LinearEvaluate, FinetuneEvaluate],
+    "parallel": [Parallel],
+}
 FREE_ON_RESUME = frozenset(
     ["run.dir", "data.root", "data.val_root", "data.workers", "train.max_steps"]
     + [
         f"{name}.{field.name}"
-        for name, kind in (("checkpoint", Checkpoint), ("log", Log), ("evaluate", Evaluate), ("parallel", Parallel))
+        for name, kinds in FREE_SECTIONS.items()
+        for kind in kinds
         for field in dataclasses.fields(kind)
     ]
 )
@@ -133,17 +143,23 @@ def _advice(dotted: str, known: list[str]) -> str:
 
 def _check_combinations(recipe: Recipe) -> None:
     _check_data(recipe.data)
+    if isinstance(recipe, Pretrain | Finetune):
+        _check_schedule_and_ranks(recipe)
     if isinstance(recipe, Pretrain):
         _check_pretrain(recipe)
 
 
 def _check_pretrain(recipe: Pretrain) -> None:
     _check_model(recipe.model)
-    train, sigma, parallel = recipe.train, recipe.augment.blur_sigma, recipe.parallel
-    if train.warmup_epochs > train.epochs:
-        raise wrong("train.warmup_epochs", train.warmup_epochs, f"at most train.epochs ({train.epochs})")
+    sigma = recipe.augment.blur_sigma
     if sigma[0] > sigma[1]:
         raise wrong("augment.blur_sigma", sigma, "a list of the smallest and the largest sigma, in this order")
+
+
+def _check_schedule_and_ranks(recipe: Pretrain | Finetune) -> None:
+    train, parallel = recipe.train, recipe.parallel
+    if train.warmup_epochs > train.epochs:
+        raise wrong("train.warmup_epochs", train.warmup_epochs, f"at most train.epochs ({train.epochs})")
     if parallel.shard != "hybrid" and parallel.replicate != 1:
         do = "pass parallel.replicate=1 or parallel.shard=hybrid"
         raise wrong("parallel.replicate", parallel.replicate, f"1 under parallel.shard {parallel.shard}", do)
@@ -204,7 +220,7 @@ def check_world(recipe: Recipe, world_size: int) -> None:
     if batch % world_size:
         do = f"start another number of processes or pass train.global_batch_size={-(-batch // world_size) * world_size}"
         raise wrong("train.global_batch_size", batch, f"divisible by the number of processes ({world_size})", do)
-    replicas = recipe.parallel.replicate if isinstance(recipe, Pretrain) else 1
+    replicas = recipe.parallel.replicate if isinstance(recipe, Pretrain | Finetune) else 1
     if world_size % replicas:
         raise wrong("parallel.replicate", replicas, f"a divisor of the number of processes ({world_size})")
 

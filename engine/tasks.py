@@ -22,10 +22,16 @@ AT_LEAST_2 = Rule(" >= 2", lambda value: value >= 2)
 FRACTION = Rule(" from 0 to 1", lambda value: 0 <= value <= 1)
 HUE = Rule(" from 0 to 0.5", lambda value: 0 <= value <= 0.5)
 CROP = Rule(" > 0 and <= 1", lambda value: 0 < value <= 1)
+BELOW_1 = Rule(" >= 0 and < 1", lambda value: 0 <= value < 1)
+REPEATS = Rule(" from 1 to 100", lambda value: 1 <= value <= 100)
 TEXT = Rule(", in quotes if it looks like a number", lambda value: bool(value) and value.isprintable())
 NETWORK = Rule(
     f": {', '.join((*PLAIN_VITS, *CONV_VITS))}, resnet50 or timm/<name>",
     lambda value: value in (*PLAIN_VITS, *CONV_VITS, "resnet50") or re.fullmatch(r"timm/[\w.-]+", value) is not None,
+)
+RANDAUGMENT = Rule(
+    " in timm's words, as rand-m9-mstd0.5-inc1",
+    lambda value: re.fullmatch(r"rand(-(m|n|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-inc[01]|-tweights)*", value) is not None,
 )
 ARGUMENTS = Rule(", each a keyword argument", lambda value: all(name.isidentifier() for name in value))
 
@@ -184,6 +190,13 @@ class LinearTrain:
 
 
 @section
+class LabelledData(Data):
+    """labels: the share of every class's training images that is used, chosen by run.seed."""
+
+    labels: float = key(CROP, default=1.0)
+
+
+@section
 class LinearAugment:
     crop_min: float = key(CROP)
     flip_probability: float = key(FRACTION)
@@ -204,12 +217,80 @@ class Linear:
     run: Run
     optimizer: LinearOptimizer
     train: LinearTrain
-    data: Data
+    data: LabelledData
     augment: LinearAugment
     checkpoint: Checkpoint
     log: Log
     evaluate: LinearEvaluate
 
 
-Recipe = Pretrain | Linear
-TASKS: dict[str, type[Recipe]] = {"pretrain": Pretrain, "linear": Linear}
+@section
+class FinetuneModel:
+    """drop_path: share of samples for which the last block is left out; it grows with the depth from 0."""
+
+    drop_path: float = key(BELOW_1)
+
+
+@section
+class FinetuneOptimizer:
+    """AdamW. base_lr: per 512 images; layer_decay: a layer's rate over that of the next deeper one."""
+
+    base_lr: float = key(POSITIVE)
+    min_lr: float = key(NOT_NEGATIVE)
+    weight_decay: float = key(NOT_NEGATIVE)
+    layer_decay: float = key(CROP)
+
+
+@section
+class FinetuneTrain:
+    """max_steps ends the run early and changes nothing else. ema_decay: what the average keeps; null: no average."""
+
+    global_batch_size: int = key(AT_LEAST_1)
+    epochs: int = key(AT_LEAST_1)
+    warmup_epochs: float = key(NOT_NEGATIVE)
+    max_steps: int | None = key(AT_LEAST_1, default=None)
+    label_smoothing: float = key(BELOW_1)
+    ema_decay: float | None = key(BELOW_1, default=None)
+
+
+@section
+class FinetuneAugment:
+    """mixup, cutmix: alpha of the Beta distribution, 0 for none. repeats: how often an image comes in its batch."""
+
+    crop_min: float = key(CROP)
+    flip_probability: float = key(FRACTION)
+    interpolation: Interpolation = key()
+    randaugment: str | None = key(RANDAUGMENT, default=None)
+    erase_probability: float = key(FRACTION)
+    mixup: float = key(NOT_NEGATIVE)
+    cutmix: float = key(NOT_NEGATIVE)
+    repeats: int = key(REPEATS)
+
+
+@section
+class FinetuneEvaluate:
+    """crop_fraction: side of the centre crop over the shorter side of the resized image."""
+
+    every_epochs: int = key(AT_LEAST_1)
+    crop_fraction: float = key(CROP)
+
+
+@section
+class Finetune:
+    """The recipe of `task: finetune`: the whole network of a CHECKPOINT and a classifier, trained on labels."""
+
+    task: Literal["finetune"] = "finetune"
+    run: Run
+    model: FinetuneModel
+    optimizer: FinetuneOptimizer
+    train: FinetuneTrain
+    data: LabelledData
+    augment: FinetuneAugment
+    checkpoint: Checkpoint
+    log: Log
+    evaluate: FinetuneEvaluate
+    parallel: Parallel
+
+
+Recipe = Pretrain | Linear | Finetune
+TASKS: dict[str, type[Recipe]] = {"pretrain": Pretrain, "linear": Linear, "finetune": Finetune}

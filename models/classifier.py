@@ -68,7 +68,8 @@ def _put_drop_paths(trunk: nn.Module, highest: float) -> list[ChosenDropPath]:
     """Put one into every place that timm's blocks have for it, linearly more probable with depth, as timm has it."""
     found: list[ChosenDropPath] = []
     units = blocks(trunk) if highest > 0 else []
-    for unit, probability in zip(units, torch.linspace(0, highest, len(units)).tolist(), strict=True):
+    for number, unit in enumerate(units):
+        probability = highest * number / max(len(units) - 1, 1)
         for name, child in unit.named_children():
             if re.fullmatch(r"drop_path\d*", name) and isinstance(child, nn.Identity | DropPath) and probability > 0:
                 found.append(ChosenDropPath(probability))

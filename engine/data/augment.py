@@ -127,6 +127,28 @@ class Augment:
         return x_BCSS
 
 
+def flip_and_normalise(
+    flip_probability: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> Augment:
+    """An augmentation that only flips: what supervised training does to crops."""
+    off = dict.fromkeys(("brightness", "contrast", "saturation", "hue", "jitter_probability"), 0)
+    pairs = dict.fromkeys(("blur_sigma", "blur_probability", "solarize_probability"), (0, 0))
+    return Augment(
+        **off,
+        **pairs,
+        grayscale_probability=0,
+        flip_probability=flip_probability,
+        mean=mean,
+        std=std,
+        seed=seed,
+        dtype=dtype,
+    )
+
+
 def blend(x_BCSS: Tensor, op_B1: Tensor, factor_B1: Tensor) -> Tensor:
     """Each image's own choice of BRIGHTNESS, CONTRAST or SATURATION, by its own factor: factor * x + (1 - factor) *
     target, clamped to [0, 1]; the target is black, the image's mean grey, or its grey at each pixel."""

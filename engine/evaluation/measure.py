@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -80,6 +79,7 @@ def features(
             batch_size=BATCH,
             image_size=subject.image_size,
             crop_fraction=subject.crop_fraction,
+            interpolation=subject.interpolation,
             workers=workers,
             batches=batches,
         )
@@ -90,7 +90,7 @@ def features(
         mean=subject.mean,
         std=subject.std,
         device=world.device,
-        dtype=torch.float32,
+        dtype=subject.dtype,
     )
     ranks = gather((len(feature_ND), bool(feature_ND.isfinite().all())), world.host_group)
     if not sum(rows for rows, _ in ranks):

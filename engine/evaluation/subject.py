@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from engine.agree import agreement
-from engine.distributed import World
+from engine.distributed import World, in_turn
 from engine.encoders import open_weights
 from engine.evaluation.readout import readout
 from engine.front_door import say_once
 from engine.recipe import loads
+from engine.tasks import Interpolation
 from engine.weights.weights import About, EncoderName, Weights, fill_trunk
 from models.moco import MoCo, initial_values
 
@@ -21,9 +21,10 @@ Baseline = Literal["initial", "pixels"]
 
 @dataclass(frozen=True)
 class Subject:
-    """network: images [B, 3, S, S], normalised by mean and std, -> features [B, D]; frozen, float32, on the device.
+    """network: images [B, 3, S, S], normalised by mean and std, -> features [B, D]; on the device.
 
     crop_fraction: side of the centre crop over the shorter side of the resized image.
+    dtype: of the images that the network takes.
     """
 
     network: nn.Module
@@ -31,6 +32,8 @@ class Subject:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_fraction: float
+    interpolation: Interpolation = "bilinear"
+    dtype: torch.dtype = torch.float32
 
     def width(self, device: torch.device) -> int:
         """D."""
@@ -58,12 +61,7 @@ def open_subject(
     Raises:
         UserError: on every rank.
     """
-    subject = None
-    for turn in (world.is_first, not world.is_first):  # rank 0 first: it alone fetches published weights
-        with agreement(world.host_group):
-            if turn:
-                subject = _open(checkpoint, world, encoder, features, baseline, crop_fraction)
-    return subject
+    return in_turn(world, lambda: _open(checkpoint, world, encoder, features, baseline, crop_fraction))
 
 
 def _open(
@@ -74,17 +72,23 @@ def _open(
     baseline: Baseline | None,
     crop_fraction: float | None,
 ) -> Subject:
-    weights = open_weights(checkpoint)
-    about = weights.known()
     if baseline == "pixels":
-        network = nn.Flatten()
+        weights, network = open_weights(checkpoint), nn.Flatten()
     else:
-        trunk = _initial(about) if baseline == "initial" else weights.trunk(encoder)
-        network = readout(fill_trunk(trunk), features)
-    for note in weights.notes:
-        say_once(note)
+        weights = open_trunk(checkpoint, encoder, untrained=baseline == "initial")
+        network = readout(fill_trunk(weights), features)
+    about = weights.known()
     network = network.to(world.device).eval().requires_grad_(False)
     return Subject(network, about.image_size, about.mean, about.std, crop_fraction or about.crop_fraction)
+
+
+def open_trunk(checkpoint: str, encoder: EncoderName, *, untrained: bool) -> Weights:
+    """One trunk of a CHECKPOINT, or what it was before training; says what was not taken over. Raises UserError."""
+    weights = open_weights(checkpoint)
+    about = weights.known()
+    for note in weights.notes:
+        say_once(note)
+    return _initial(about) if untrained else weights.trunk(encoder)
 
 
 def _initial(about: About) -> Weights:

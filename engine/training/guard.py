@@ -6,7 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.front_door import RunFailed
 from engine.training.optim import local
+
+SKIPS_IN_A_ROW = 10  # steps without update after which a run has failed
 
 
 @torch.no_grad()
@@ -27,6 +30,17 @@ def check_gradients(trained: Mapping[str, Tensor], group: dist.ProcessGroup, cop
     square = torch.stack(norms).square().sum()
     dist.all_reduce(square, group=group)
     return (square / copies).sqrt(), (~square.isfinite()).float()
+
+
+def check_skips(skipped_in_a_row: Tensor, step: int) -> None:
+    """Raises RunFailed where too many steps in a row had bad gradients. Waits for the device."""
+    skips = int(skipped_in_a_row)
+    if skips >= SKIPS_IN_A_ROW:
+        raise RunFailed(
+            f"the last {skips} steps up to {step} had gradients that are not finite and changed nothing; no weights "
+            "were harmed: go on with parallel.precision=float32, or start anew with a lower optimizer.base_lr or a "
+            "longer train.warmup_epochs in another run.dir"
+        )
 
 
 class BufferSnapshot:

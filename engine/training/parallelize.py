@@ -65,7 +65,7 @@ def parallelize(
 
 def parallelize_classifier(
     classifier: Classifier,
-    average: Classifier | None,
+    ema: Classifier | None,
     mesh: DeviceMesh,
     group: torch.distributed.ProcessGroup,
     *,
@@ -77,11 +77,11 @@ def parallelize_classifier(
     layout = lay_out(classifier, mesh, group, shard, precision, compile)
     _shard_trunk(classifier.trunk, layout, layout.resharding)
     _shard_head(classifier.head, layout, layout.resharding)
-    if average is not None:  # as the momentum encoder: never a backward pass, and an update that writes shards
-        lay_out(average, mesh, group, shard, precision, compile)
-        _shard_trunk(average.trunk, layout, resting=True)
-        _shard_head(average.head, layout, resting=True)
-        for root in (average.trunk, average.head):
+    if ema is not None:  # as the momentum encoder: never a backward pass, and an update that writes shards
+        lay_out(ema, mesh, group, shard, precision, compile)
+        _shard_trunk(ema.trunk, layout, resting=True)
+        _shard_head(ema.head, layout, resting=True)
+        for root in (ema.trunk, ema.head):
             forget_forwards(root)
 
 

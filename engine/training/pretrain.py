@@ -21,10 +21,10 @@ from engine.distributed import World, make_mesh
 from engine.evaluation.features import rank_slice
 from engine.evaluation.knn import knn_accuracy
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
-from engine.front_door import RunFailed
 from engine.recipe import Pretrain, UserError, dump, fingerprint, loads, resume_differences, shape
 from engine.training import report
 from engine.training.bad_images import BadImages
+from engine.training.guard import check_skips
 from engine.training.health import health
 from engine.training.metrics import MetricsLog
 from engine.training.parallelize import check_compiler, materialize, parallelize
@@ -36,7 +36,6 @@ from engine.training.trainer import Plan, Trainer
 from models.moco import MoCo, initial_values
 from models.trunk import build_trunk
 
-SKIPS_IN_A_ROW = 10  # steps without update after which a run has failed
 EVALUATION_BATCH = 128  # images per forward of the monitor, whatever the number of ranks
 K = 20  # neighbours of the monitor
 PICTURED = 8  # images of which TensorBoard shows both views
@@ -59,7 +58,7 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
         clean(directory.checkpoints, world.host_group)
         found = newest_valid(directory.checkpoints, world.host_group)
         if found is None:
-            check_fresh(directory, world)
+            directory.check_fresh()
         else:
             check_resume(found, recipe, sources.train, world)
         task = Pretraining(recipe, world, sources, build_state(recipe, moco, world, schedule))
@@ -114,17 +113,6 @@ def make_plan(recipe: Pretrain, schedule: Schedule, *, has_monitor: bool) -> Pla
         keep=recipe.checkpoint.keep,
         evaluate_every=recipe.evaluate.knn_every_epochs * schedule.steps_per_epoch if has_monitor else 0,
     )
-
-
-def check_fresh(directory: RunDirectory, world: World) -> None:
-    """Raises UserError, on every rank, where a start from nothing would bury a run whose checkpoints are damaged."""
-    with agreement(world.host_group):
-        damaged = sorted(path.name for path in directory.checkpoints.glob("step_*.damaged-*"))
-        if damaged:
-            raise UserError(
-                f"run.dir ({directory.path}) must hold a valid checkpoint, and all are damaged ({', '.join(damaged)}): "
-                f"move {directory.checkpoints} away to start anew, or pass another run.dir"
-            )
 
 
 def check_resume(checkpoint: Path, recipe: Pretrain, train: Source, world: World) -> None:
@@ -243,21 +231,13 @@ class Pretraining:
         return self.augment(crops, sample_B, torch.full((), batch.epoch, device=self.world.device))
 
     def describe(self, output: StepOutput) -> dict[str, float]:
-        self._check_skips()
+        check_skips(self.state.skipped_in_a_row, self.step)
         epochs = -(-self.step // self.state.schedule.steps_per_epoch)  # begun
         bad_images = self.bad_images.check(epochs * len(self.sources.train))
         row = health(output, self.state)
         row["rankme"] = rankme_from_gram(feature_gram(output.features, self.world.group))
         place = {"epoch": self.step / self.state.schedule.steps_per_epoch, "loss": row.pop("loss")}
         return place | {"lr": output.lr, "momentum": output.momentum} | row | {"bad_images": bad_images}
-
-    def _check_skips(self) -> None:
-        if int(self.state.skipped_in_a_row) >= SKIPS_IN_A_ROW:
-            raise RunFailed(
-                f"the last {int(self.state.skipped_in_a_row)} steps up to {self.step} had gradients that are not "
-                "finite and changed nothing; no weights were harmed: go on with parallel.precision=float32, or start "
-                "anew with a lower optimizer.base_lr or a longer train.warmup_epochs in another run.dir"
-            )
 
     def evaluate(self) -> dict[str, float] | None:
         try:

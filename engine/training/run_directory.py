@@ -9,7 +9,8 @@ from typing import IO
 from engine.agree import agreement, share
 from engine.checkpoint.layout import write_durably
 from engine.distributed import World
-from engine.recipe import Pretrain, UserError, dump
+from engine.recipe import UserError, dump
+from engine.tasks import Recipe
 
 LOCK_SECONDS = 10.0  # ranks of a killed launch need a moment to notice and to let go
 VISIBLE_SECONDS = 10.0  # network file systems need a moment to show a new file
@@ -42,7 +43,17 @@ class RunDirectory:
         if self.lock is not None:
             self.lock.close()
 
-    def write_recipe(self, recipe: Pretrain) -> None:
+    def check_fresh(self) -> None:
+        """Raises UserError, on every rank, where a start from nothing would bury a run that is all damaged."""
+        with agreement(self.world.host_group):
+            damaged = sorted(path.name for path in self.checkpoints.glob("step_*.damaged-*"))
+            if damaged:
+                raise UserError(
+                    f"run.dir ({self.path}) must hold a valid checkpoint, and all are damaged ({', '.join(damaged)}): "
+                    f"move {self.checkpoints} away to start anew, or pass another run.dir"
+                )
+
+    def write_recipe(self, recipe: Recipe) -> None:
         """Leave what runs, resolved, in recipe.yaml."""
         with agreement(self.world.host_group):
             if self.world.is_first:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.agree import agreement, gather
+from engine.agree import gather
 from engine.data.sources import Source, align_labels, open_source
-from engine.distributed import World
+from engine.distributed import World, in_turn
 from engine.recipe import Pretrain, UserError, locate
 
 
@@ -34,11 +34,7 @@ def open_sources(recipe: Pretrain, recipe_file: Path, world: World) -> Sources:
 
 def open_together(find: Callable[[], Sources], world: World, name: str) -> Sources:
     """What `find` opens, on rank 0 first; `name` begins the UserError's line where ranks found different images."""
-    sources = None
-    for turn in (world.is_first, not world.is_first):
-        with agreement(world.host_group):
-            if turn:
-                sources = find()
+    sources = in_turn(world, find)
     fingerprints = gather(tuple(s.fingerprint for s in sources if s is not None), world.host_group)
     if len(set(fingerprints)) > 1:
         raise UserError(f"{name} must hold the same images on every node; copy them anew")

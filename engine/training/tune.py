@@ -44,12 +44,12 @@ class TuneOutput(NamedTuple):
 
 
 class TuneState:
-    """Classifier, its moving average where there is one, optimizer and counters: all that a checkpoint must hold.
+    """Classifier, its moving average (EMA) where there is one, optimizer and counters: all that a checkpoint must hold.
 
     Args:
-        classifier, average: parallelized and materialized (engine.training.parallelize).
+        classifier, ema: parallelized and materialized (engine.training.parallelize).
         layer_decay: the rate of a layer over that of the next deeper one; the classifier's is the whole rate.
-        average_decay: what the moving average keeps of itself in a step.
+        ema_decay: what the moving average keeps of itself in a step.
         group: the ranks of the global batch.
         shard_group: the ranks over which one parameter is spread.
     """
@@ -57,24 +57,24 @@ class TuneState:
     def __init__(
         self,
         classifier: Classifier,
-        average: Classifier | None,
+        ema: Classifier | None,
         schedule: TuneSchedule,
         *,
         weight_decay: float,
         layer_decay: float,
-        average_decay: float,
+        ema_decay: float,
         group: dist.ProcessGroup,
         shard_group: dist.ProcessGroup,
     ):
-        self.classifier, self.average, self.schedule, self.group = classifier, average, schedule, group
-        self.average_decay = average_decay
+        self.classifier, self.ema, self.schedule, self.group = classifier, ema, schedule, group
+        self.ema_decay = ema_decay
         self.step = 0
         # FSDP swaps a module's parameters for gathered ones while it runs, so lists of shards are taken once, here.
         self.trained = dict(classifier.named_parameters())
         self.buffers = dict(classifier.named_buffers())
         self.optimizer = adamw(decaying_groups(classifier, weight_decay, layer_decay), weight_decay)
         self.copies = group.size() // shard_group.size()  # of every shard
-        self.pairs = list(zip(floating(average), floating(classifier), strict=True)) if average is not None else []
+        self.pairs = list(zip(floating(ema), floating(classifier), strict=True)) if ema is not None else []
         device = local(next(iter(self.trained.values()))).device
         self.skipped = torch.zeros((), dtype=torch.long, device=device)  # steps without update so far
         self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=device)
@@ -82,13 +82,13 @@ class TuneState:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint holds, by name; loading fills them in place."""
         model = {f"model.{name}": tensor for name, tensor in saved(self.classifier).items()}
-        average = {f"average.{name}": tensor for name, tensor in saved(self.average).items()} if self.pairs else {}
+        ema = {f"ema.{name}": tensor for name, tensor in saved(self.ema).items()} if self.pairs else {}
         optimizer = {
             f"optimizer.{kind}.{name}": tensor
             for name, parameter in self.trained.items()
             for kind, tensor in self.optimizer.state[parameter].items()
         }
-        return model | average | optimizer | {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return model | ema | optimizer | {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
 
 def decaying_groups(classifier: Classifier, weight_decay: float, layer_decay: float) -> list[dict]:
@@ -119,7 +119,8 @@ def saved(module: nn.Module) -> dict[str, Tensor]:
 def tune_step(state: TuneState, images: Tensor, target_BC: Tensor, uniform_BK: Tensor) -> TuneOutput:
     """Update the classifier once on this rank's images [B, 3, S, S] and their (soft) targets.
 
-    Every rank has as many images. Where a gradient on any rank is not finite, nothing changes but the counters.
+    Every rank has as many images. Where a gradient on any rank is not finite, nothing changes but the counters
+    and the moving average, which takes its step.
 
     Args:
         uniform_BK: numbers in [0, 1) that decide which residual branches each sample drops.
@@ -137,9 +138,9 @@ def tune_step(state: TuneState, images: Tensor, target_BC: Tensor, uniform_BK: T
     state.optimizer.zero_grad()
     before.restore_where(skip > 0)
     if state.pairs:
-        average, present = zip(*state.pairs, strict=True)
+        ema, present = zip(*state.pairs, strict=True)
         with torch.no_grad():
-            torch._foreach_lerp_(average, present, 1 - state.average_decay)
+            torch._foreach_lerp_(ema, present, 1 - state.ema_decay)
     state.skipped += skip.long()
     state.skipped_in_a_row.add_(1).mul_(skip.long())
     state.step += 1
