@@ -4,6 +4,7 @@ A CHECKPOINT is a run directory, a checkpoint directory, an exported file or fol
 `timm/<name>`.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 from engine.checkpoint.layout import POINTERS, read_pointer
 from engine.checkpoint.load import read_tensors
 from engine.checkpoint.manifest import NAME as MANIFEST
-from engine.checkpoint.manifest import read_manifest
+from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.front_door import say_once
 from engine.recipe import UserError, loads
 from engine.schema import one_line
-from engine.weights.architecture import Architecture, moco_shapes, of_recipe
-from engine.weights.reading import read_weights
+from engine.weights.architecture import Architecture, moco_shapes, of_recipe, trunk_shapes
+from engine.weights.reading import MARK, own_words, read_weights
 from engine.weights.weights import About, EncoderName, Weights, check_names, fill_trunk
 from models.trunk import TIMM
 
@@ -78,6 +79,8 @@ def _sharded_folder(path: Path) -> Path | None:
 
 def _from_shards(folder: Path) -> Weights:
     manifest = read_manifest(folder)
+    if (finetuned := own_words({MARK: manifest.state.get("about")})) is not None:
+        return _from_finetuned(folder, manifest, finetuned)
     text = manifest.state.get("recipe")
     recipe = loads(text if isinstance(text, str) else "", f"recipe of {folder}")
     architecture = of_recipe(recipe.model)
@@ -105,6 +108,25 @@ def _from_shards(folder: Path) -> Weights:
         for name, tensor in read_tensors(folder, [MODEL + name for name in names]):
             yield name.removeprefix(MODEL), tensor
 
+    return Weights(about, expected, read, str(folder))
+
+
+def _from_finetuned(folder: Path, manifest: Manifest, about: About) -> Weights:
+    """The trunk of a fine-tuned network; `about` is what its run knew of the weights that it began with."""
+    prefix, ours = f"{MODEL}trunk.", "base.trunk."
+    expected = {ours + name: shape for name, shape in trunk_shapes(about.architecture).items()}
+    found = {
+        ours + name.removeprefix(prefix): torch.Size(entry["shape"])
+        for name, entry in manifest.tensors.items()
+        if name.startswith(prefix)
+    }
+    check_names(found, expected, str(folder))
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in read_tensors(folder, [prefix + name.removeprefix(ours) for name in names]):
+            yield ours + name.removeprefix(prefix), tensor
+
+    about = dataclasses.replace(about, step=manifest.step, epoch=None, knn_top1=None)
     return Weights(about, expected, read, str(folder))
 
 

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.data.sampler import batch_samples, epoch_order, samples_of_steps, steps_per_epoch
+from engine.data.sampler import REPEAT, batch_samples, epoch_order, samples_of_steps, steps_per_epoch
 
 
 @given(seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 10_000), images=st.integers(1, 300))
@@ -67,3 +67,12 @@ def test_with_the_partial_batch_an_epoch_is_every_image_dealt_out_evenly(images,
         assert max(sizes) - min(sizes) <= 1 and {epoch for _, epoch, _ in parts} == {0}
         seen += [sample for _, _, samples in parts for sample in samples.tolist()]
     assert seen == epoch_order(7, 0, images).tolist()
+
+
+@given(images=st.integers(1, 50), repeats=st.integers(2, 6))
+def test_repeats_come_in_a_row_and_the_epoch_stays_as_long(images, repeats):
+    order = epoch_order(7, 0, images)
+    identities = epoch_order(7, 0, images, repeats)
+    assert len(identities) == images == len(set(identities.tolist()))
+    assert (identities % REPEAT).tolist() == np.repeat(order, repeats)[:images].tolist()
+    assert (identities // REPEAT).tolist() == (np.arange(images) % repeats).tolist()

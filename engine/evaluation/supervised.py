@@ -58,7 +58,9 @@ class Supervised(ABC):
         self.classes = sources.train.classes
         self.bad_images = BadImages(recipe.data.max_bad_fraction, world)
         self.steps_per_epoch = steps_per_epoch(len(sources.train), self.images_per_step, self.keeps_partial)
-        self.augment = flip_and_normalise(recipe.augment.flip_probability, subject.mean, subject.std, recipe.run.seed)
+        self.augment = flip_and_normalise(
+            recipe.augment.flip_probability, subject.mean, subject.std, recipe.run.seed, subject.dtype
+        )
 
     # ---- what the two tasks differ in
 

@@ -92,13 +92,16 @@ class TuneState:
 
 
 def decaying_groups(classifier: Classifier, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Parameters by rate and weight decay: timm's groups of the trunk, each deeper layer faster; the classifier's own.
+    """Parameters by rate and weight decay, as timm groups a whole network.
 
-    A group has `lr_scale`, its share of the rate. Biases, norms, positions and CLS have no weight decay, as in DeiT.
+    A group has `lr_scale`, its share of the rate: 1 for the classifier, layer_decay for the trunk's last layer, and so
+    on down. Biases, norms, positions and CLS have no weight decay, as in DeiT.
     """
     groups = param_groups_layer_decay(
         classifier.trunk, weight_decay, no_weight_decay_list=NO_DECAY, layer_decay=layer_decay
     )
+    for group in groups:
+        group["lr_scale"] *= layer_decay
     head = {"lr_scale": 1.0, "params": [classifier.head.weight], "weight_decay": weight_decay}
     return [*groups, head, {"lr_scale": 1.0, "params": [classifier.head.bias], "weight_decay": 0.0}]
 
