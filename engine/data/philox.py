@@ -9,7 +9,7 @@ Shapes: B samples, N blocks of four 32-bit words each.
 import torch
 from torch import Tensor
 
-ORDER, CROP, AUGMENT = 0, 1, 2  # the streams: who draws
+ORDER, CROP, AUGMENT, SUBSET = 0, 1, 2, 3  # the streams: who draws
 
 _WORD = 0xFFFFFFFF
 # Philox's multipliers less 2^32: a product with a 32-bit word then always fits a signed 64-bit integer.
