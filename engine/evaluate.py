@@ -18,6 +18,7 @@ from typing import Any
 
 from engine.front_door import Parser, enter, say_once
 from engine.recipe import Task, UserError, check_world, load, locate
+from engine.schema import wrong
 from engine.tasks import Finetune, Linear
 
 WORKERS_AT_MOST = 12  # processes per rank that decode, where --workers does not say
@@ -193,14 +194,17 @@ def _run_recipe(options: argparse.Namespace, kind: type[Task]) -> Task:
     """The recipe with what the command line says in its place."""
     own = load(options.recipe, options.overrides, kind)
     given = {"data.root": options.train, "data.val_root": options.val, "data.dataset": options.dataset}
-    if options.train is None and options.val is None:
+    if (options.train is None) != (options.val is None):
+        missing, other = ("--train", "--val") if options.train is None else ("--val", "--train")
+        raise UserError(f"{missing} (missing) must be given with {other}; pass both, or none for the recipe's own")
+    if options.train is None:
         roots = {"data.root": own.data.root, "data.val_root": own.data.val_root}
         given |= {key: root and str(locate(root, options.recipe)) for key, root in roots.items()}
     # A torchvision dataset's root looks like any folder: the recipe knows better than a guess.
     if options.source or options.dataset or (options.train and own.data.source != "torchvision"):
         given["data.source"] = _kind(options.train or own.data.root, options)
     given |= {"data.workers": options.workers, "run.dir": options.out and str(options.out)}
-    given["data.labels"] = options.labels and _read_share(options.labels)
+    given["data.labels"] = options.labels and read_share(options.labels, "--labels")
     # JSON is YAML: no path is taken for another kind of value.
     overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     recipe = load(options.recipe, [*overrides, *options.overrides], kind)
@@ -249,11 +253,12 @@ def _read_ks(text: str) -> list[int]:
     return [int(k) for k in ks]
 
 
-def _read_share(text: str) -> float:
-    """10% as 0.1."""
-    share = float(text[:-1]) / 100 if re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,9})?%", text) else 0
+def read_share(text: str, key: str) -> float:
+    """The fraction, above 0 and up to 1, that a percentage as "1%" says. Raises UserError, which calls it `key`."""
+    match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)%", text)
+    share = float(match[1]) / 100 if match else 0.0
     if not 0 < share <= 1:
-        raise UserError(f"--labels ({text}) must be a percentage above 0% and up to 100%; pass 1% or 10%, say")
+        raise wrong(key, text, "a percentage above 0% and up to 100%, as 1%", f"pass {key}=1%")
     return share
 
 

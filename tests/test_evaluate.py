@@ -169,8 +169,6 @@ def test_arguments_that_do_not_suit(folders):
     assert "did you mean train.epochs" in complaint("linear", CHECKPOINT, *roots, "--recipe", VIT, "epochs=3")
 
 
-def test_finetune_is_no_command_yet_and_run_takes_no_linear_recipe():
-    with pytest.raises(UserError, match="invalid choice: 'finetune'"):
-        evaluate.main(["finetune", CHECKPOINT])
+def test_run_takes_no_linear_recipe():
     with pytest.raises(UserError, match=r"task \(linear\) must be pretrain"):
         run_main([VIT])

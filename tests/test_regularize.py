@@ -11,6 +11,7 @@ from timm.loss import LabelSmoothingCrossEntropy
 from torch.nn import functional as F
 
 from engine.data.loader import train_batches
+from engine.data.philox import MIX
 from engine.data.regularize import Mix, Retouch, erase, generators_at
 from engine.data.sources import open_source
 from tests.test_linear import VAL
@@ -84,7 +85,7 @@ def test_two_ranks_mix_as_timm_mixes_their_joint_batch(mixup, cutmix):
     images, labels = torch.rand(12, 3, 16, 16), torch.randint(5, (12,))
     mix, kinds = Mix(mixup, cutmix, 0.1, 5, seed=3), set()
     for step in range(6):
-        with generators_at(3, 0, step, 6):  # the stream of mixing
+        with generators_at(3, 0, step, MIX):
             theirs = Mixup(mixup, cutmix, label_smoothing=0.1, num_classes=5)
             expected, target = theirs(images.clone(), labels)
         halves = [(images[:6], labels[:6]), (images[6:], labels[6:])]

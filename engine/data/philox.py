@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 # The streams: who draws.
-ORDER, CROP, AUGMENT = 0, 1, 2
-RETOUCH, ERASE, ERASED, MIX, DROP_PATH = 3, 4, 5, 6, 7  # of fine-tuning; ERASED: where and with what
+ORDER, CROP, AUGMENT, SUBSET = 0, 1, 2, 3
+RETOUCH, ERASE, ERASED, MIX, DROP_PATH = 4, 5, 6, 7, 8  # of fine-tuning; ERASED: where and with what
 
 _WORD = 0xFFFFFFFF
 # Philox's multipliers less 2^32: a product with a 32-bit word then always fits a signed 64-bit integer.

@@ -4,56 +4,24 @@ Shapes: N images.
 """
 
 import copy
-import difflib
 import hashlib
-import inspect
 import os
 import re
 import stat
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torchvision.datasets
 from PIL import Image
 
-from engine.data.decode import IMAGE_SUFFIXES, decode, is_image_name, to_rgb
+from engine.data.decode import IMAGE_SUFFIXES, decode, is_image_name
 from engine.data.index import Names, TarReader, open_index
+from engine.data.source import Source, Split
+from engine.data.torchvision_source import open_torchvision
 from engine.recipe import UserError
-from engine.schema import one_line
-
-Split = Literal["train", "val", "all"]
 
 _TAR = re.compile(r"[^.].*\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz)")
-# What torchvision's datasets call the two splits, in order of preference.
-_TORCHVISION_SPLITS = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid", "test")}
-_TORCHVISION_LABELS = ("targets", "labels", "_labels", "_samples")
-_FAKE_VAL_OFFSET = 10**9
-
-
-class Source(ABC):
-    """Images by number, 0 to N-1, the same on every node that holds the same data.
-
-    labels: int64 [N], or None where images have no class; classes: their names. fingerprint: a sha256, equal where
-    the data is.
-    """
-
-    labels: np.ndarray | None
-    classes: tuple[str, ...] | None
-    fingerprint: str
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def read(self, i: int) -> Image.Image:
-        """Image i as RGB. Raises any Exception where it cannot be read."""
-
-    @abstractmethod
-    def name(self, i: int) -> str:
-        """What messages call image i."""
 
 
 def open_source(
@@ -72,7 +40,7 @@ def open_source(
     `dataset_options` are for torchvision. Raises UserError, which calls the root `key`, where the data is missing.
     """
     if kind == "torchvision":
-        return _open_torchvision(root, split, dataset, dict(dataset_options or {}), key)
+        return open_torchvision(root, split, dataset, dict(dataset_options or {}), key)
     if kind not in ("folder", "shards"):
         raise UserError(f"data.source ({kind}) must be folder, shards or torchvision; change it")
     try:
@@ -96,6 +64,9 @@ def align_labels(train: Source, val: Source) -> Source:
     aligned = copy.copy(val)
     aligned.labels, aligned.classes = None, None
     if train.labels is None or val.labels is None:
+        return aligned
+    if val.classes == train.classes:  # by number, as two classes may have one name: ImageNet's cranes
+        aligned.labels, aligned.classes = val.labels, val.classes
         return aligned
     number = {name: i for i, name in enumerate(train.classes)}
     unknown = [name for name in val.classes if name not in number]
@@ -237,88 +208,3 @@ def _classes_of(names: Names) -> tuple[np.ndarray | None, tuple[str, ...] | None
 def _printable(name: bytes) -> str:
     text = name.decode(errors="backslashreplace")
     return text if text.isprintable() else ascii(text)[1:-1]
-
-
-# ---- torchvision -----------------------------------------------------------------------------------------------------
-
-
-class TorchvisionSource(Source):
-    """A torchvision dataset, as it lies on disk."""
-
-    def __init__(self, dataset: torchvision.datasets.VisionDataset, identity: str):
-        self._dataset = dataset
-        self.labels, self.classes = _torchvision_labels(dataset)
-        labels = b"" if self.labels is None else self.labels.astype("<i8").tobytes()
-        self.fingerprint = hashlib.sha256(f"{identity} {len(dataset)} ".encode() + labels).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def read(self, i: int) -> Image.Image:
-        return to_rgb(self._dataset[i][0])
-
-    def name(self, i: int) -> str:
-        return f"{type(self._dataset).__name__} {i}"
-
-
-def _open_torchvision(root: Path, split: Split, name: str | None, options: dict, key: str) -> Source | None:
-    if split == "all":
-        raise UserError(f"{key} ({root}) must not be given for torchvision, whose datasets have splits of their own")
-    cls = _torchvision_class(name)
-    accepted = {option for base in cls.__mro__ for option in inspect.signature(base.__init__).parameters}
-    fixed = {"root": str(root)} if "root" in inspect.signature(cls).parameters else {}
-    if "download" in accepted:
-        fixed["download"] = False
-    for arguments in _split_arguments(cls, accepted, split, options):
-        try:
-            dataset = cls(**fixed, **arguments)
-        except ValueError as error:  # no such split: the next name may do
-            reason = error
-        except TypeError as error:
-            raise UserError(f"data.dataset_options ({options}) must suit {name}; {one_line(error)}") from error
-        except Exception as error:
-            raise UserError(f"{key} ({root}) must hold torchvision's {name}; torchvision: {one_line(error)}") from error
-        else:
-            return TorchvisionSource(dataset, f"{name} {sorted(arguments.items())}")
-    if split == "val":
-        return None
-    raise UserError(f"data.dataset ({name}) must have a training split; {one_line(reason)}")
-
-
-def _torchvision_class(name: str | None) -> type:
-    known = {
-        each: cls
-        for each, cls in vars(torchvision.datasets).items()
-        if isinstance(cls, type) and issubclass(cls, torchvision.datasets.VisionDataset)
-    }
-    if name in known:
-        return known[name]
-    lower = {each.lower(): each for each in known}
-    nearest = lower[difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0)[0]]
-    raise UserError(f"data.dataset ({name}) must be a class of torchvision.datasets; did you mean {nearest}?")
-
-
-def _split_arguments(cls: type, accepted: set[str], split: str, options: dict) -> list[dict]:
-    """Arguments to try in turn. A `train` or `split` in the options is the training split; val never takes it."""
-    if cls is torchvision.datasets.FakeData:  # it has no splits: val takes its random images from far away
-        offset = options.get("random_offset", 0) + (_FAKE_VAL_OFFSET if split == "val" else 0)
-        return [{**options, "random_offset": offset}]
-    choice = "train" if "train" in accepted else "split" if "split" in accepted else None
-    if split == "train" and (choice is None or choice in options):
-        return [options]
-    values = {"train": [split == "train"], "split": _TORCHVISION_SPLITS[split], None: []}[choice]
-    return [{**options, choice: value} for value in values]
-
-
-def _torchvision_labels(dataset) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    if isinstance(dataset, torchvision.datasets.FakeData):  # it makes them up as it is read
-        found = [dataset[i][1] for i in range(len(dataset))]
-    else:
-        found = next((getattr(dataset, each) for each in _TORCHVISION_LABELS if hasattr(dataset, each)), ())
-        found = found.tolist() if hasattr(found, "tolist") else [x[1] if isinstance(x, tuple) else x for x in found]
-    if len(found) != len(dataset) or not all(isinstance(label, int) and label >= 0 for label in found):
-        return None, None
-    classes = tuple(map(str, getattr(dataset, "classes", ())))
-    if len(classes) <= max(found):
-        classes = tuple(map(str, range(max(found) + 1)))
-    return np.array(found, np.int64), classes

@@ -230,6 +230,8 @@ def open_images(recipe: Linear | Finetune, world: World) -> Sources:
         kind=data.source,
         dataset=data.dataset,
         dataset_options=data.dataset_options,
+        share=data.labels,
+        seed=recipe.run.seed,
     )
 
 
