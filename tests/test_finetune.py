@@ -1,28 +1,38 @@
 """Fine-tuning: the classifier is timm's, the step is plain AdamW, and what a run does and refuses."""
 
+import dataclasses
+import json
 import math
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.nn import functional as F
+from torchvision.datasets import CIFAR10
 
+from engine import evaluate
+from engine.checkpoint.layout import read_pointer
 from engine.data.augment import flip_and_normalise
 from engine.data.loader import train_batches
 from engine.data.sources import open_source
 from engine.distributed import process_group
 from engine.encoders import open_encoder, open_weights
 from engine.evaluation import finetune as finetuning
-from engine.recipe import load
+from engine.front_door import RunFailed
+from engine.recipe import UserError, load
 from engine.tasks import Finetune
-from engine.weights.weights import fill_trunk
+from engine.weights.architecture import Architecture
+from engine.weights.weights import About, Weights, fill_trunk
 from models.classifier import ChosenDropPath, Classifier
 from models.resnet import build_resnet
 from models.trunk import build_trunk
 from models.vit import build_vit
+from tests.test_house import recording
 from tests.test_linear import CHECKPOINT, ROOT, VAL, rows
 
 RECIPE = ROOT / "recipes/finetune_quickstart.yaml"
@@ -149,3 +159,176 @@ def test_the_run_against_plain_torch(tmp_path):
 def _fresh() -> tuple[Classifier, object]:
     weights = open_weights(CHECKPOINT).trunk("base")
     return Classifier(weights.known().architecture.build(), 10), weights
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict]:
+    """All that a run can do at once, over the end of an epoch."""
+    directory = tmp_path_factory.mktemp("finetune")
+    return directory, run(small_recipe(directory, *EVERYTHING, "train.global_batch_size=250", "train.max_steps=6"))
+
+
+def test_the_result_is_the_last_evaluations_and_files_are_there(finished):
+    directory, result = finished
+    found = rows(directory, "finetune_top1")
+    assert [row["step"] for row in found] == [6] and found[0]["epoch"] == 1.5
+    assert result == {
+        "top1": found[0]["finetune_top1"],
+        "top5": found[0]["finetune_top5"],
+        "ema_top1": found[0]["ema_top1"],
+        "ema_top5": found[0]["ema_top5"],
+    }
+    assert result["top1"] != result["ema_top1"] and 0 < result["top1"] <= result["top5"] <= 1
+    assert len((directory / "classes.csv").read_text().splitlines()) == 11
+    assert (directory / "confusion.png").exists() and read_pointer(directory / "checkpoints", "best") == "step_0000006"
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path):
+    options = [*EVERYTHING, "train.global_batch_size=250"]
+    run(small_recipe(tmp_path, *options, "train.max_steps=3"))
+    assert run(small_recipe(tmp_path, *options, "train.max_steps=6")) == finished[1]
+    ours, theirs = (rows(directory, "loss") for directory in (tmp_path, finished[0]))
+    assert [row["loss"] for row in ours] == [row["loss"] for row in theirs] and len(ours) == 6
+    assert [row["lr"] for row in ours] == [row["lr"] for row in theirs]
+
+
+def test_a_finetuned_run_is_a_checkpoint_for_every_front_door(finished, capsys):
+    """Its trunk is opened from the shards, and is not the one that it began with."""
+    trunk, about = open_encoder(str(finished[0])).trunk, open_weights(str(finished[0])).known()
+    assert about.step == 6 and about.licence == "CC-BY-NC-4.0" and about.image_size == 64
+    images = torch.rand(2, 3, 64, 64)
+    assert not torch.allclose(trunk(images), open_encoder(CHECKPOINT).trunk(images), atol=1e-3)
+    evaluate.main(["rankme", str(finished[0]), "--data", str(VAL), "--workers", "0"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rankme"] > 1
+
+
+def test_each_key_of_the_recipe_is_read(tmp_path):
+    recipe = small_recipe(tmp_path, *EVERYTHING, "train.max_steps=1")
+    sections = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name != "task"}
+    read = {name: set() for name in sections}
+    run(dataclasses.replace(recipe, **{n: recording(part, read[n]) for n, part in sections.items()}))
+    for name, part in sections.items():
+        unread = {leaf.name for leaf in dataclasses.fields(part)} - read[name]
+        assert not unread, (name, unread)
+
+
+def test_bad_gradients_change_nothing_and_many_end_the_run(tmp_path, monkeypatch):
+    """From step 2 on every loss is nan: the weights stay, and the tenth in a row is a failure."""
+    plain = finetuning.tune_step
+
+    def poisoned(state, images, target_BC, uniform_BK):
+        if state.step < 2:
+            return plain(state, images, target_BC, uniform_BK)
+        before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+        output = plain(state, images * float("nan"), target_BC, uniform_BK)
+        changed = {n for n, t in state.tensors().items() if not torch.equal(t, before[n])}
+        assert {name for name in changed if not name.startswith("ema.")} == {"skipped", "skipped_in_a_row"}
+        return output
+
+    monkeypatch.setattr(finetuning, "tune_step", poisoned)
+    recipe = small_recipe(tmp_path, "train.max_steps=15", "train.ema_decay=0.5", "checkpoint.every_steps=50")
+    with pytest.raises(RunFailed, match="the last 10 steps up to 12 had gradients that are not finite"):
+        run(recipe)
+    assert len(rows(tmp_path, "loss")) == 11
+
+
+def test_a_share_of_the_labels_and_the_untrained_network(tmp_path):
+    few = small_recipe(tmp_path / "a", "data.labels=0.1", "train.max_steps=1")
+    run(few)
+    other = dataclasses.replace(few, run=dataclasses.replace(few.run, dir=str(tmp_path / "b")))
+    run(other, baseline="initial")
+    assert rows(tmp_path / "a", "loss")[0]["epoch"] == 1  # a hundred images are one batch
+    assert rows(tmp_path / "a", "loss")[0]["loss"] != rows(tmp_path / "b", "loss")[0]["loss"]
+    with pytest.raises(UserError, match=r"train.global_batch_size \(100\) must be at most .* images \(10\)"):
+        run(small_recipe(tmp_path / "c", "data.labels=0.01"))
+    assert not (tmp_path / "c").exists()
+
+
+# ---- transfer --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory) -> Path:
+    """A data set in CIFAR-10's files: ten images in each training batch, twenty to test."""
+    root, rng = tmp_path_factory.mktemp("cifar10"), np.random.default_rng(0)
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    for name, count in {**{f"data_batch_{i}": 10 for i in range(1, 6)}, "test_batch": 20}.items():
+        labels = [i % 10 for i in range(count)]
+        data = (rng.integers(0, 100, (count, 3072)) + 15 * np.array(labels)[:, None]).astype(np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": data, "labels": labels}))
+    names = [f"class {i}" for i in range(10)]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    return root
+
+
+def test_the_transfer_recipe_trains_on_files_of_cifar_10(cifar10, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda _: True)  # it knows the checksums of the real files alone
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    arguments = ["finetune", CHECKPOINT, "--recipe", str(ROOT / "recipes/transfer_cifar10.yaml")]
+    arguments += ["--train", str(cifar10), "--val", str(cifar10), "--out", str(tmp_path / "run"), "--workers", "0"]
+    evaluate.main([*arguments, "train.global_batch_size=20", "train.max_steps=5", "parallel.compile=false"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found.keys() == {"top1", "top5"}
+    (row,) = (row for row in rows(tmp_path / "run", "loss") if row["step"] == 5)
+    assert row["epoch"] == 2.5 and math.isfinite(row["loss"]) and row["lr"] == pytest.approx(3e-4 * 20 / 512 * 2 / 3)
+
+
+def test_recipes_say_what_the_paper_says():
+    table = {  # weight decay, random erasing, drop path, mixup, cutmix
+        "cifar10": (0.1, 0, 0.1, 0.8, 1),
+        "cifar100": (0.1, 0, 0.1, 0.5, 1),
+        "flowers102": (0.3, 0.25, 0.1, 0, 0),
+        "pets": (0.1, 0, 0, 0.8, 0),
+    }
+    for name, values in table.items():
+        recipe = load(ROOT / f"recipes/transfer_{name}.yaml", kind=Finetune)
+        augment, train = recipe.augment, recipe.train
+        found = recipe.optimizer.weight_decay, augment.erase_probability, recipe.model.drop_path
+        assert (*found, augment.mixup, augment.cutmix) == values
+        assert (recipe.optimizer.base_lr, train.epochs, train.warmup_epochs, augment.crop_min) == (3e-4, 100, 3, 0.05)
+        assert (augment.randaugment, augment.repeats, recipe.evaluate.crop_fraction) == (None, 1, 224 / 256)
+    epochs = {name: load(ROOT / f"recipes/finetune_vit_{name}.yaml", kind=Finetune).train.epochs for name in "bl"}
+    assert epochs == {"b": 150, "l": 100}
+    assert load(ROOT / "recipes/finetune_vit_l.yaml", kind=Finetune).model.drop_path == 0.5
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.drop_path=1", r"model.drop_path \(1\) must be a finite number >= 0 and < 1"),
+        ("augment.randaugment=strong", r"augment.randaugment \(strong\) must be printable text in timm's words"),
+        ("augment.repeats=0", r"augment.repeats \(0\) must be an integer from 1 to 100"),
+        ("augment.interpolation=nearest", "must be one of bilinear, bicubic"),
+        ("data.labels=0", r"data.labels \(0\) must be a finite number > 0 and <= 1"),
+        ("train.warmup_epochs=31", r"train.warmup_epochs \(31.0\) must be at most train.epochs \(30\)"),
+        ("parallel.replicate=2", r"parallel.replicate \(2\) must be 1 under parallel.shard full"),
+        ("model.name=vit_small", "model.name is no key of the recipe"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(tmp_path, override, words):
+    with pytest.raises(UserError, match=words):
+        small_recipe(tmp_path, override)
+
+
+def test_a_resume_refuses_what_differs(finished):
+    options = [*EVERYTHING, "train.global_batch_size=250", "train.max_steps=6"]
+    with pytest.raises(UserError, match=r"augment.mixup \(0.8 -> 0.2\)"):
+        run(small_recipe(finished[0], *options, "augment.mixup=0.2"))
+    with pytest.raises(UserError, match="holds a run on another network"):
+        run(small_recipe(finished[0], *options), baseline="initial")
+
+
+def test_a_network_without_branches_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "open_trunk", lambda *_, **__: _resnet())
+    with pytest.raises(UserError, match=r"model.drop_path \(0.1\) must be 0 for this trunk"):
+        run(small_recipe(tmp_path, "model.drop_path=0.1"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def _resnet() -> Weights:
+    about = About(Architecture("resnet", {"layers": [1, 1, 1, 1], "width_per_group": 64}), 32, (0.5,) * 3, (0.5,) * 3)
+    return Weights(about, {}, lambda names: iter(()), "a ResNet")

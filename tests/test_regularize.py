@@ -49,6 +49,12 @@ def test_retouch_depends_on_epoch_and_sample_alone():
     assert any(np.asarray(retouch(1)(NOISE, 0, s)).tobytes() != seen[0, s] for s in range(12))
 
 
+def test_the_strongest_randaugment_runs_on_every_draw():
+    strongest = Retouch("rand-m10-n4-p1.0-inc1", 0, 32, (0.5,) * 3, "bilinear")
+    sizes = {strongest(NOISE, 0, sample).size for sample in range(100)}  # each of 15 operations about 27 times
+    assert sizes == {(32, 32)}
+
+
 def test_the_loader_retouches_each_repetition_in_its_own_way_on_any_ranks():
     def batches(rank: int, ranks: int) -> list:
         options = {"seed": 0, "global_batch_size": 12, "rank": rank, "world_size": ranks, "first_step": 0}

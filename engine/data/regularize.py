@@ -7,10 +7,10 @@ Shapes: B images of this rank, S side of an image, C classes.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -66,7 +66,16 @@ class Retouch:
         # timm's own values: shifts of up to 45 % of the side, and the mean colour.
         fill = tuple(min(255, round(255 * value)) for value in self.fill)
         hints = {"translate_const": int(0.45 * self.size), "img_mean": fill}
-        return rand_augment_transform(self.config, hints | {"interpolation": RESAMPLING[self.interpolation]})
+        transform = rand_augment_transform(self.config, hints | {"interpolation": RESAMPLING[self.interpolation]})
+        for op in transform.ops:
+            if op.name.startswith("Posterize"):
+                op.level_fn = partial(_keep_a_bit, op.level_fn)
+        return transform
+
+
+def _keep_a_bit(level_fn: Callable, level: float, hints: dict) -> tuple[int]:
+    # At its strongest timm asks for 0 bits of each colour, a black image; newer Pillow refuses that.
+    return (max(1, level_fn(level, hints)[0]),)
 
 
 def erase(images_BCSS: Tensor, sample_B: Tensor, epoch: int, probability: float, seed: int) -> None:
