@@ -145,21 +145,31 @@ def _metrics(file: Path, step: int) -> dict[str, float]:
 
 
 def _from_timm(checkpoint: str) -> Weights:
-    """A model of timm with its published weights."""
+    """A model of timm; its published weights are fetched when they are read."""
     name = checkpoint.removeprefix(TIMM)
     if not timm.is_model(name):
         raise UserError(
             f"CHECKPOINT ({checkpoint}) must be a timm model or a path; do `timm.list_models()` to see them"
         )
-    try:
-        network = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # whatever the network, the hub or its cache has to say
-        raise UserError(
-            f"CHECKPOINT ({checkpoint}) must have published weights that can be fetched: {one_line(error)[:300]}"
-        ) from error
+    with torch.device("meta"):
+        network = _create(checkpoint, pretrained=False)
     config = network.pretrained_cfg
     architecture = Architecture("timm", {"name": name, "image_size": config["input_size"][-1]})
-    tensors = {f"base.trunk.{n}": t for n, t in network.state_dict().items()}
     about = About(architecture, config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
-    shapes = {n: t.shape for n, t in tensors.items()}
-    return Weights(about, shapes, lambda names: ((n, tensors[n]) for n in names), checkpoint)
+    shapes = {f"base.trunk.{n}": t.shape for n, t in network.state_dict().items()}
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        tensors = _create(checkpoint, pretrained=True).state_dict()
+        return ((name, tensors[name.removeprefix("base.trunk.")]) for name in names)
+
+    return Weights(about, shapes, read, checkpoint)
+
+
+def _create(checkpoint: str, pretrained: bool) -> nn.Module:
+    try:
+        return timm.create_model(checkpoint.removeprefix(TIMM), pretrained=pretrained, num_classes=0)
+    except Exception as error:  # whatever the network, the hub or its cache has to say
+        raise UserError(
+            f"CHECKPOINT ({checkpoint}) must have published weights that can be fetched: {one_line(error)[:300]}; "
+            "mend that, or pass --baseline initial for its random weights where a command takes it"
+        ) from error

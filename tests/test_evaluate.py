@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 CHECKPOINT = str(ROOT / "tests/golden/I_vit_small_shape.pth.tar")
 DATA = ROOT / "recipes/data/fashion_mnist"
 VIT = str(ROOT / "recipes/linear_vit.yaml")
+FINETUNE = str(ROOT / "recipes/finetune_quickstart.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,16 @@ def test_knn_of_a_published_file(folders, capsys):
     found = result(capsys, "knn", CHECKPOINT, *images(folders), "--k", "5")
     assert found.keys() == {"top1", "top5", "k"} and found["k"] == 5
     assert found["top1"] == 1 and found["top5"] == 1  # dark and light are told apart by anything
+
+
+@pytest.mark.parametrize("command", ["knn", "linear", "finetune"])
+def test_an_architecture_of_timm_with_random_weights(folders, tmp_path, capsys, monkeypatch, command):
+    """Nothing is fetched for it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    own = {"knn": ["--k", "3"], "linear": ["--fast"], "finetune": ["--recipe", FINETUNE, "--out", tmp_path / "run"]}
+    more = ["train.global_batch_size=12", "train.max_steps=2"] if command == "finetune" else []
+    arguments = [command, "timm/test_convnext", *images(folders), "--baseline", "initial", *own[command]]
+    assert 0 <= result(capsys, *arguments, *more)["top1"] <= 1
 
 
 def test_several_k_are_a_table_and_the_first_is_the_result(folders, capsys):
@@ -113,7 +124,9 @@ def test_linear_takes_roots_and_overrides_from_the_command_line(folders, tmp_pat
     }
 
 
-@pytest.mark.parametrize("command", [("knn",), ("linear", "--fast"), ("linear", "--recipe", VIT)])
+@pytest.mark.parametrize(
+    "command", [("knn",), ("linear", "--fast"), ("linear", "--recipe", VIT), ("finetune", "--recipe", FINETUNE)]
+)
 def test_images_that_do_not_suit_are_refused_before_a_network_is_opened(folders, command):
     start = [*command, "no such checkpoint"] if command[0] == "knn" else [command[0], "no such", *command[1:]]
     assert "--train" in complaint(*start, *images(folders, "flat")) and "labelled images" in complaint(
@@ -160,6 +173,16 @@ def test_arguments_that_do_not_suit(folders):
     both = complaint("knn", CHECKPOINT, *roots, "--baseline", "initial", "--encoder", "momentum")
     assert "--encoder (momentum) must be left out" in both
     assert "--recipe (missing)" in complaint("linear", CHECKPOINT, *roots)
+    assert "--recipe (missing)" in complaint("finetune", CHECKPOINT, *roots)
+    assert "--train (missing)" in complaint("linear", CHECKPOINT, "--fast")
+    assert "--val (missing) must be given with --train" in complaint(
+        "finetune", CHECKPOINT, "--recipe", FINETUNE, *roots[:2]
+    )
+    assert "task (linear) must be finetune" in complaint("finetune", CHECKPOINT, *roots, "--recipe", VIT)
+    for share in ("10", "0%", "101%", "1e400%", "-1%", "nan%"):
+        assert f"--labels ({share}) must be a percentage" in complaint(
+            "finetune", CHECKPOINT, *roots, "--recipe", FINETUNE, f"--labels={share}"
+        )
     assert "must be left out with --fast" in complaint("linear", CHECKPOINT, *roots, "--fast", "--recipe", VIT)
     assert "must be left out with --fast" in complaint("linear", CHECKPOINT, *roots, "--fast", "train.epochs=3")
     without = complaint("linear", CHECKPOINT, *roots, "--recipe", VIT, "--features", "cls")

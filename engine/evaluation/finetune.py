@@ -21,7 +21,7 @@ from engine.data.philox import DROP_PATH, uniform
 from engine.data.regularize import Mix, Retouch, erase
 from engine.distributed import World, in_turn, make_mesh
 from engine.evaluation.subject import Subject, open_trunk
-from engine.evaluation.supervised import TOP, Supervised, open_images, run
+from engine.evaluation.supervised import TOP, Supervised, closing, open_images, run
 from engine.recipe import UserError
 from engine.tasks import Finetune
 from engine.training.guard import check_skips
@@ -59,7 +59,7 @@ def finetune(
             check_compiler(world.device)
     state, identity = build_state(recipe, weights, networks, world, len(sources.train))
     task = Finetuning(recipe, world, sources, weights, state, identity)
-    row = run(task, started)
+    row = closing(task, run(task, started))
     return {key.removeprefix("finetune_"): value for key, value in row.items() if key.endswith(("top1", "top5"))}
 
 
@@ -262,9 +262,6 @@ class Finetuning(Supervised):
     def resume(self, saved: dict[str, Any]) -> None:
         super().resume(saved)
         self.state.step = saved["step"]
-
-    def finish(self) -> None:
-        pass
 
 
 def mirrored(images_BCSS: Tensor, label_B: Tensor, world: World) -> tuple[Tensor, Tensor]:

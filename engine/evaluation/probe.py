@@ -14,7 +14,7 @@ from engine.data.loader import Batch
 from engine.distributed import World
 from engine.evaluation.linear import LinearProbe, linear_step
 from engine.evaluation.subject import Subject, open_subject
-from engine.evaluation.supervised import Supervised, open_images, run
+from engine.evaluation.supervised import Supervised, closing, open_images, run
 from engine.front_door import RunFailed
 from engine.tasks import Linear
 from engine.training.sources import Sources
@@ -35,7 +35,9 @@ def probe(recipe: Linear, checkpoint: str, encoder: EncoderName, world: World) -
     sources = open_images(recipe, world)
     subject = open_subject(checkpoint, world, encoder=encoder, crop_fraction=recipe.evaluate.crop_fraction)
     task = Probing(recipe, world, sources, subject, checkpoint)
-    row = run(task, started)
+    seconds = run(task, started)
+    check_frozen(subject.network, task.identity, world)
+    row = closing(task, seconds)
     return {"top1": row["linear_top1"], "top5": row["linear_top5"], "learning_rate": task.probe.peak_lr}
 
 
@@ -129,6 +131,3 @@ class Probing(Supervised):
             self.data_line(),
             f"schedule  {probe.epochs} epochs of {probe.steps_per_epoch:,} steps, lr from {probe.peak_lr:g}",
         ]
-
-    def finish(self) -> None:
-        check_frozen(self.subject.network, self.identity, self.world)

@@ -94,10 +94,6 @@ class Supervised(ABC):
         """What `train_batches` takes beside the common arguments."""
         return {}
 
-    @abstractmethod
-    def finish(self) -> None:
-        """After the last step, before the result is said. Raises RunFailed where there is none to say."""
-
     # ---- the trainer's side
 
     @property
@@ -235,10 +231,10 @@ def open_images(recipe: Linear | Finetune, world: World) -> Sources:
     )
 
 
-def run(task: Supervised, started: float) -> dict[str, float]:
+def run(task: Supervised, started: float) -> Mapping[str, float]:
     """Train a task to its recipe's end in its run directory; a run that is found there goes on.
 
-    All ranks call it together. Returns {"top1", "top5"} and what else the result's row says.
+    All ranks call it together. `started`: on the performance counter. Returns where the time went, in seconds.
 
     Raises:
         UserError, RunFailed, Interrupted: engine.front_door turns them into words and exit codes.
@@ -264,8 +260,7 @@ def run(task: Supervised, started: float) -> dict[str, float]:
         trainer.seconds["start-up"] = time.perf_counter() - started
         trainer.run()
         task.log.close()
-        task.finish()
-        return closing(task, trainer.seconds)
+        return trainer.seconds
 
 
 def check_resume(checkpoint: Path, task: Supervised) -> None:
