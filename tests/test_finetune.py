@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
@@ -18,15 +19,18 @@ from torchvision.datasets import CIFAR10
 from engine import evaluate
 from engine.checkpoint.layout import read_pointer
 from engine.data.augment import flip_and_normalise
+from engine.data.decode import center_crop
 from engine.data.loader import train_batches
 from engine.data.sources import open_source
 from engine.distributed import process_group
 from engine.encoders import open_encoder, open_weights
 from engine.evaluation import finetune as finetuning
+from engine.evaluation.subject import open_trunk
 from engine.front_door import RunFailed
 from engine.recipe import UserError, load
 from engine.tasks import Finetune
 from engine.weights.architecture import Architecture
+from engine.weights.classifying import write_classifier
 from engine.weights.weights import About, Weights, fill_trunk
 from models.classifier import ChosenDropPath, Classifier
 from models.resnet import build_resnet
@@ -202,6 +206,29 @@ def test_a_finetuned_run_is_a_checkpoint_for_every_front_door(finished, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rankme"] > 1
 
 
+def test_timm_makes_the_finetuned_network_from_the_runs_folder(finished):
+    """Its top-1 on the validation images, normalised as its config says, is the run's."""
+    directory, result = finished
+    network = timm.create_model(f"local-dir:{directory / 'timm'}", pretrained=True).eval()
+    config, source = network.pretrained_cfg, open_source("shards", VAL, "all")
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    crops = [center_crop(source.read(i), 64, config["crop_pct"], config["interpolation"]) for i in range(len(source))]
+    with torch.no_grad():
+        prediction = network((torch.stack(crops) / 255 - mean) / std).argmax(1)
+    found = (prediction == torch.from_numpy(source.labels)).float().mean().item()
+    assert found == pytest.approx(result["top1"], abs=0.002)
+    assert json.loads((directory / "timm/config.json").read_text())["label_names"] == list(source.classes)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "test_mambaout"])
+def test_timms_own_networks_too(tmp_path, name):
+    weights = open_trunk(f"timm/{name}", "base", untrained=True)
+    width = weights.known().architecture.build().num_features
+    head = torch.randn(4, width), torch.randn(4)
+    write_classifier(weights, head, "abcd", tmp_path / "out", interpolation="bicubic", crop_fraction=0.9)
+    assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).num_classes == 4
+
+
 def test_each_key_of_the_recipe_is_read(tmp_path):
     recipe = small_recipe(tmp_path, *EVERYTHING, "train.max_steps=1")
     sections = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name != "task"}
@@ -304,7 +331,7 @@ def test_recipes_say_what_the_paper_says():
         ("augment.repeats=0", r"augment.repeats \(0\) must be an integer from 1 to 100"),
         ("augment.interpolation=nearest", "must be one of bilinear, bicubic"),
         ("data.labels=0", r"data.labels \(0\) must be a finite number > 0 and <= 1"),
-        ("train.warmup_epochs=31", r"train.warmup_epochs \(31.0\) must be at most train.epochs \(30\)"),
+        ("train.warmup_epochs=101", r"train.warmup_epochs \(101.0\) must be at most train.epochs \(100\)"),
         ("parallel.replicate=2", r"parallel.replicate \(2\) must be 1 under parallel.shard full"),
         ("model.name=vit_small", "model.name is no key of the recipe"),
     ],

@@ -16,18 +16,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.agree import agreement
+from engine.checkpoint.layout import read_pointer
+from engine.checkpoint.load import read_tensors
 from engine.data.loader import Batch
 from engine.data.philox import DROP_PATH, uniform
 from engine.data.regularize import Mix, Retouch, erase
 from engine.distributed import World, in_turn, make_mesh
+from engine.encoders import open_weights
 from engine.evaluation.subject import Subject, open_trunk
-from engine.evaluation.supervised import TOP, Supervised, closing, open_images, run
+from engine.evaluation.supervised import TOP, Supervised, closing, open_images, run, say
 from engine.recipe import UserError
 from engine.tasks import Finetune
 from engine.training.guard import check_skips
 from engine.training.parallelize import check_compiler, materialize, parallelize_classifier
 from engine.training.sources import Sources
 from engine.training.tune import TuneOutput, TuneSchedule, TuneState, tune_step
+from engine.weights.classifying import write_classifier
 from engine.weights.weights import EncoderName, Weights
 from models.classifier import Classifier, starting_values
 
@@ -60,6 +64,9 @@ def finetune(
     state, identity = build_state(recipe, weights, networks, world, len(sources.train))
     task = Finetuning(recipe, world, sources, weights, state, identity)
     row = closing(task, run(task, started))
+    with agreement(world.host_group):
+        if world.is_first:
+            leave_classifier(task)
     return {key.removeprefix("finetune_"): value for key, value in row.items() if key.endswith(("top1", "top5"))}
 
 
@@ -262,6 +269,26 @@ class Finetuning(Supervised):
     def resume(self, saved: dict[str, Any]) -> None:
         super().resume(saved)
         self.state.step = saved["step"]
+
+
+def leave_classifier(task: Finetuning) -> None:
+    """Trunk and classifier of the last step as a folder for timm, where timm has such a network."""
+    checkpoints, folder = task.directory / "checkpoints", task.directory / "timm"
+    checkpoint = checkpoints / read_pointer(checkpoints, "latest")
+    head = dict(read_tensors(checkpoint, ["model.head.weight", "model.head.bias"]))
+    try:
+        write_classifier(
+            open_weights(str(checkpoint)).trunk("base"),
+            (head["model.head.weight"], head["model.head.bias"]),
+            task.classes,
+            folder,
+            interpolation=task.subject.interpolation,
+            crop_fraction=task.subject.crop_fraction,
+        )
+    except ValueError as error:
+        say(task.world, [f"          no folder for timm: {error}; the checkpoint has all of the network"])
+    else:
+        say(task.world, [f"          timm.create_model('local-dir:{folder}', pretrained=True) has all of the network"])
 
 
 def mirrored(images_BCSS: Tensor, label_B: Tensor, world: World) -> tuple[Tensor, Tensor]:
