@@ -183,7 +183,7 @@ def test_numbers_and_words_read_as_they_look():
 def test_every_key_without_a_default_is_missed_by_its_name(tmp_path):
     optional = {f"model.{leaf}" for leaf in (*recipes.SHAPE_KEYS, "projector_hidden_dim", "output_dim")}
     optional |= {"train.max_steps", "data.val_root", "data.dataset", "data.dataset_options", "evaluate.crop_fraction"}
-    optional.add("task")
+    optional |= {"task", "evaluate.online_probe"}
     for dotted in set(flatten(load(RESNET))) - optional:
         section, leaf = dotted.split(".")
         raw = dataclasses.asdict(load(RESNET))
@@ -281,6 +281,7 @@ WRONG = {
     "log.every_steps": [*INTEGER, "0"],
     "evaluate.knn_every_epochs": INTEGER,
     "evaluate.crop_fraction": [*NUMBER, "0", "1.1"],
+    "evaluate.online_probe": ["1", "yes", "null"],
     "parallel.compile": ["1", "yes", "null"],
     "parallel.precision": ["fp16", "32"],
     "parallel.shard": ["none", "1"],
