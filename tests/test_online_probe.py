@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -48,6 +48,8 @@ def train(probe: OnlineProbe, width: int, scale: float = 1.0, dtype: torch.dtype
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(CLASSES, 300), st.floats(-8, 8), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+@example(20, -8.0, torch.float32)
+@example(20, 8.0, torch.float32)
 def test_it_learns_features_of_any_width_scale_and_type(world, width, exponent, dtype):
     scale = 10**exponent
     probe = train(make(world, width), width, scale, dtype)

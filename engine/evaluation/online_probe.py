@@ -1,6 +1,8 @@
 """A linear classifier that learns beside pre-training, from the features that its steps compute anyway.
 
 It reads features that are detached and gives nothing back, so runs with it and without it are the same in all else.
+They are features of augmented views, and each is seen once: its accuracy rises with that of engine.evaluate's linear
+classifier, and stays below it.
 
 Shapes: B images of this rank, Q queries, D features.
 """
