@@ -134,10 +134,14 @@ class Log:
 
 @section
 class Evaluate:
-    """crop_fraction: side of the centre crop over the shorter side of the resized image; 1 sees the whole width."""
+    """crop_fraction: side of the centre crop over the shorter side of the resized image; 1 sees the whole width.
+
+    online_probe: a linear classifier learns on the features of the training steps; kNN's rows have its accuracy too.
+    """
 
     knn_every_epochs: int = key(NOT_NEGATIVE)
     crop_fraction: float = key(CROP, default=0.875)
+    online_probe: bool = key(default=False)
 
 
 Interpolation = Literal["bilinear", "bicubic"]

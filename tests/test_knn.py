@@ -229,7 +229,9 @@ def test_knn_accuracy_finds_what_pixels_tell():
 
     def run(train_labels, k=5):
         train, val = batches_of(images[:40], train_labels, 0, 1, 16), batches_of(images[40:], labels[40:], 0, 1, 16)
-        return knn_accuracy(trunk, train, val, mean=MEAN, std=STD, device="cpu", dtype=torch.float32, k=k, k_name="--k")
+        form = {"mean": MEAN, "std": STD, "device": "cpu", "dtype": torch.float32}
+        query_QD, _, label_Q = extract(trunk, val, **form)
+        return knn_accuracy(*extract(trunk, train, **form), query_QD, label_Q, k=k, k_name="--k")
 
     assert run(labels[:40]) == {"top1": 1.0, "top5": 1.0, "k": 5}
     assert run(labels[:40].roll(1))["top1"] == 0.0

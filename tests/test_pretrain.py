@@ -81,3 +81,32 @@ def test_best_names_the_checkpoint_with_the_highest_knn_and_is_spared(world, tmp
     del knn[0]  # the network before its first update has no checkpoint
     assert named == f"step_{max(knn, key=knn.get):07d}"
     assert {path.name for path in (tmp_path / "checkpoints").glob("step_*")} == {named, "step_0000020"}
+
+
+def test_the_online_probe_is_told_of_and_may_come_and_go(world, tmp_path, capfd):
+    """Its accuracy stands beside kNN's, its loss in the loss rows; a resume may leave it out and begin it anew."""
+
+    def train_to(step, on):
+        values = [f"train.max_steps={step}", "evaluate.knn_every_epochs=1", f"evaluate.online_probe={on}"]
+        rows = train(world, tmp_path, *values, "checkpoint.every_steps=100")
+        said = capfd.readouterr().out
+        return [row for row in rows if row["step"] == step], said
+
+    (loss, monitor), said = train_to(3, "true")
+    assert 0 <= loss["probe_loss"] < 9 and 0 <= monitor["probe_top1"] <= monitor["probe_top5"] == 1  # of four classes
+    assert f"probe top-1 {monitor['probe_top1']:.1%}, loss " in said and "fresh" not in said
+    for step, on, fresh in ((5, "true", False), (6, "false", False), (8, "true", True)):
+        (loss, monitor), said = train_to(step, on)
+        assert ("probe_loss" in loss) == ("probe_top1" in monitor) == (on == "true")
+        assert ("probe     the online probe starts fresh at step 6: the run had none until then" in said) is fresh
+
+
+def test_the_online_probe_is_off_without_labels(world, tmp_path, capfd):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(16):
+        Image.fromarray(np.full((20, 24, 3), number, dtype=np.uint8)).save(images / f"{number:02}.png")
+    folder = ["data.source=folder", f"data.root={images}", "data.dataset=null", "data.dataset_options={}"]
+    rows = train(world, tmp_path / "run", *folder, "train.max_steps=1", "evaluate.online_probe=true")
+    assert len(rows) == 1 and "probe_loss" not in rows[0]
+    assert capfd.readouterr().out.count("probe     the online probe is off: it needs labelled validation images") == 1

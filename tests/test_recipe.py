@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 
 from engine import recipe as recipes
 from engine import tasks
-from engine.recipe import FREE_ON_RESUME, UserError, check_world, dump, fingerprint, flatten, load, locate
+from engine.recipe import FREE_ON_RESUME, UserError, check_world, dump, fingerprint, flatten, load, loads, locate
 from engine.recipe import resume_differences as differences
 from engine.schema import parse, unparse
+from engine.tasks import Finetune, Linear
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 QUICK, CONV, RESNET = (FOLDER / f"{name}.yaml" for name in ("quickstart", "quickstart_conv", "resnet50_100ep"))
-SHIPPED = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("linear_"))
+SHIPPED = sorted(path.stem for path in FOLDER.glob("*.yaml") if "\ntask: pretrain\n" in path.read_text())
+LABELLED = sorted({path.stem for path in FOLDER.glob("*.yaml")} - set(SHIPPED))
 
 # Network, optimizer, base lr, weight decay, batch, epochs, warm-up, m0, T, crop_min, frozen patches.
 PUBLISHED = {
@@ -183,7 +185,7 @@ def test_numbers_and_words_read_as_they_look():
 def test_every_key_without_a_default_is_missed_by_its_name(tmp_path):
     optional = {f"model.{leaf}" for leaf in (*recipes.SHAPE_KEYS, "projector_hidden_dim", "output_dim")}
     optional |= {"train.max_steps", "data.val_root", "data.dataset", "data.dataset_options", "evaluate.crop_fraction"}
-    optional.add("task")
+    optional |= {"task", "evaluate.online_probe"}
     for dotted in set(flatten(load(RESNET))) - optional:
         section, leaf = dotted.split(".")
         raw = dataclasses.asdict(load(RESNET))
@@ -281,6 +283,7 @@ WRONG = {
     "log.every_steps": [*INTEGER, "0"],
     "evaluate.knn_every_epochs": INTEGER,
     "evaluate.crop_fraction": [*NUMBER, "0", "1.1"],
+    "evaluate.online_probe": ["1", "yes", "null"],
     "parallel.compile": ["1", "yes", "null"],
     "parallel.precision": ["fp16", "32"],
     "parallel.shard": ["none", "1"],
@@ -488,12 +491,25 @@ def changed(value):
     return {"a": 1} if isinstance(value, dict) else f"other {value}"
 
 
+@pytest.mark.parametrize("name", LABELLED)
+def test_yaml_keeps_the_recipes_of_labelled_tasks_and_they_say_every_key(name):
+    text = (FOLDER / f"{name}.yaml").read_text()
+    kind = Linear if "\ntask: linear\n" in text else Finetune
+    recipe = load(FOLDER / f"{name}.yaml", kind=kind)
+    assert loads(dump(recipe), "dump", kind=kind) == recipe
+    for dotted in flatten(recipe):
+        assert f"{dotted.rpartition('.')[2]}:" in text, dotted
+
+
 def test_fingerprint_follows_exactly_the_keys_that_a_resume_may_not_change():
     recipe = load(QUICK)
-    assert set(flatten(recipe)) >= FREE_ON_RESUME
+    labelled = load(FOLDER / "finetune_quickstart.yaml", kind=Finetune)
+    assert set(flatten(recipe)) | set(flatten(labelled)) >= FREE_ON_RESUME
     expected = {"run.dir", "data.root", "data.val_root", "data.workers", "train.max_steps"}
     sections = ("checkpoint.", "log.", "evaluate.", "parallel.")
-    assert {name for name in flatten(recipe) if name.startswith(sections)} | expected == FREE_ON_RESUME
+    for each in (recipe, labelled):
+        free = FREE_ON_RESUME & flatten(each).keys()
+        assert {name for name in flatten(each) if name.startswith(sections)} | expected == free
     for dotted, value in flatten(recipe).items():
         if dotted == "task":
             continue

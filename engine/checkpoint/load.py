@@ -72,21 +72,21 @@ def load(
     path: Path,
     tensors: dict[str, torch.Tensor],
     *,
-    strict: bool = True,
+    ignore: tuple[str, ...] = (),
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
     """Fill `tensors` in place from a checkpoint of any world size and sharding; returns its `state`.
 
     Every rank of `group` (gloo) calls it with the same names, in its own sharding. Every byte is compared with its
     checksum first, each rank reading a share of the files. Whole shapes and dtypes must be those saved, and every
-    name must be in the checkpoint; with strict=False the checkpoint may hold more than is asked for.
+    name must be in the checkpoint. It holds no other, but for names that begin as one of `ignore`.
     Raises UserError on every rank, before any tensor changes; if the data itself is refused while it is read,
     the error says that the tensors are spoiled.
     """
     path, metadata, manifest = Path(path), None, None
     with agreement(group):
         manifest, metadata = _open(path, share_of=(rank(group), size(group)))
-        _match(path, manifest, tensors, strict)
+        _match(path, manifest, tensors, ignore)
     _read(path, tensors, metadata, group)
     return manifest.state
 
@@ -122,10 +122,10 @@ def _open(path: Path, share_of: tuple[int, int] = (0, 1)) -> tuple[Manifest, Met
     return manifest, read_metadata(path, manifest)
 
 
-def _match(path: Path, manifest: Manifest, tensors: dict[str, torch.Tensor], strict: bool) -> None:
+def _match(path: Path, manifest: Manifest, tensors: dict[str, torch.Tensor], ignore: tuple[str, ...]) -> None:
     problems = [f"{name} is not in the checkpoint" for name in tensors if name not in manifest.tensors]
-    if strict:
-        problems += [f"{name} of the checkpoint has no place" for name in manifest.tensors if name not in tensors]
+    homeless = [name for name in manifest.tensors if name not in tensors and not name.startswith(ignore)]
+    problems += [f"{name} of the checkpoint has no place" for name in homeless]
     for name, tensor in tensors.items():
         saved, wanted = manifest.tensors.get(name), entry(tensor.shape, tensor.dtype)
         if saved is not None and saved != wanted:

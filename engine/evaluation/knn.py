@@ -10,14 +10,12 @@ Shapes: N bank rows of this rank, T rows of a bank tile, Q queries, C queries of
 A candidate is three whole numbers (similarity * 2^46, id, label).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn import functional as F
 
-from engine.evaluation.features import ImageBatch, extract
 from engine.recipe import UserError
 
 TOP = 5
@@ -27,31 +25,25 @@ _NOBODY = torch.iinfo(torch.int64).min  # similarity of a candidate that fills u
 
 
 def knn_accuracy(
-    trunk: nn.Module,
-    train: Iterable[ImageBatch],
-    val: Iterable[ImageBatch],
+    bank_ND: torch.Tensor,
+    bank_id_N: torch.Tensor,
+    bank_label_N: torch.Tensor,
+    query_QD: torch.Tensor,
+    label_Q: torch.Tensor,
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device | str,
-    dtype: torch.dtype,
     k: int = 20,
     temperature: float = 0.07,
     group: dist.ProcessGroup | None = None,
     k_name: str = "k",
 ) -> dict[str, float | int]:
-    """The share of val images that the k nearest train images of a frozen trunk classify rightly.
+    """The share of queries, which have labels, that their k nearest rows of the bank classify rightly.
 
-    A collective: train and val are this rank's batches (`features.rank_slice`), as many on every rank;
-    `features.extract` tells what mean, std, device and dtype are. The trunk is left as it was.
+    A collective, as `classify` is: the bank is this rank's part, the queries those of all ranks (`gather_rows`).
 
     Returns {"top1", "top5", "k"}, fractions from 0 to 1, equal on all ranks.
     Raises what `classify` and `accuracy` raise.
     """
-    form = {"mean": mean, "std": std, "device": device, "dtype": dtype}
-    bank_ND, bank_id_N, bank_label_N = extract(trunk, train, **form)
-    query_QD, _, label_Q = gather_rows(*(rows.to(device) for rows in extract(trunk, val, **form)), group)
-    top_label = F.pad(bank_label_N, (0, 1), value=-1).max().to(device)
+    top_label = F.pad(bank_label_N, (0, 1), value=-1).max().to(query_QD.device)
     predictions = classify(
         bank_ND,
         bank_label_N,

@@ -17,16 +17,20 @@ from engine.recipe import FREE_ON_RESUME, UserError
 from engine.schema import parse
 
 AXES = ("step", "epoch", "time")
-METRICS = ("loss", "knn_top1", "rankme", "images_per_second")  # what a comparison shows unless told otherwise
+# What a comparison shows unless told otherwise.
+METRICS = ("loss", "knn_top1", "probe_top1", "rankme", "images_per_second")
 NAMES = {
     "loss": "loss",
     "knn_top1": "kNN top-1",
     "knn_top5": "kNN top-5",
+    "probe_top1": "probe top-1",
+    "probe_top5": "probe top-5",
+    "probe_loss": "probe loss",
     "rankme": "RankMe",
     "images_per_second": "images/s",
     "lr": "learning rate",
 }
-SHARES = ("knn_top1", "knn_top5")  # from 0 to 1, shown as percentages
+SHARES = ("knn_top1", "knn_top5", "probe_top1", "probe_top5")  # from 0 to 1, shown as percentages
 _APART = frozenset(("run.dir", "run.seed")) | FREE_ON_RESUME  # in which runs differ that are one but for the seed
 _PLACE = ("step", "epoch")
 

@@ -11,15 +11,14 @@ from torch import Tensor
 
 from engine.agree import agreement
 from engine.checkpoint.load import load, newest_valid
-from engine.checkpoint.manifest import read_manifest
+from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.retain import clean
 from engine.data.augment import Augment
-from engine.data.loader import Batch, EvalBatch, eval_batches, train_batches
+from engine.data.loader import Batch, train_batches
 from engine.data.sampler import steps_per_epoch
 from engine.data.sources import Source
 from engine.distributed import World, make_mesh
-from engine.evaluation.features import rank_slice
-from engine.evaluation.knn import knn_accuracy
+from engine.evaluation.online_probe import PREFIX
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.recipe import Pretrain, UserError, dump, fingerprint, loads, resume_differences, shape
 from engine.training import report
@@ -27,6 +26,7 @@ from engine.training.bad_images import BadImages
 from engine.training.guard import check_skips
 from engine.training.health import health
 from engine.training.metrics import MetricsLog
+from engine.training.monitor import has_monitor, make_probe, monitor_row
 from engine.training.parallelize import check_compiler, materialize, parallelize
 from engine.training.run_directory import RunDirectory
 from engine.training.schedule import Schedule
@@ -36,8 +36,6 @@ from engine.training.trainer import Plan, Trainer
 from models.moco import MoCo, initial_values
 from models.trunk import build_trunk
 
-EVALUATION_BATCH = 128  # images per forward of the monitor, whatever the number of ranks
-K = 20  # neighbours of the monitor
 PICTURED = 8  # images of which TensorBoard shows both views
 
 
@@ -56,14 +54,14 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
         report.opening(world, recipe, sources, schedule, has_monitor(sources))
 
         clean(directory.checkpoints, world.host_group)
-        found = newest_valid(directory.checkpoints, world.host_group)
+        found, manifest = newest_valid(directory.checkpoints, world.host_group), None
         if found is None:
             directory.check_fresh()
         else:
-            check_resume(found, recipe, sources.train, world)
+            manifest = check_resume(found, recipe, sources.train, world)
         task = Pretraining(recipe, world, sources, build_state(recipe, moco, world, schedule))
         if found is not None:
-            task.resume(load(found, task.state.tensors(), group=world.host_group))
+            task.resume(found, manifest)
             report.resumed(world, found, task.step, plan)
         directory.write_recipe(recipe)
         with agreement(world.host_group):
@@ -100,11 +98,6 @@ def make_schedule(recipe: Pretrain, images: int) -> Schedule:
     )
 
 
-def has_monitor(sources: Sources) -> bool:
-    """kNN needs labels on both sides and enough training images to be neighbours."""
-    return sources.val is not None and sources.val.labels is not None and len(sources.train) >= K
-
-
 def make_plan(recipe: Pretrain, schedule: Schedule, *, has_monitor: bool) -> Plan:
     return Plan(
         last_step=min(schedule.total_steps, recipe.train.max_steps or schedule.total_steps),
@@ -115,12 +108,13 @@ def make_plan(recipe: Pretrain, schedule: Schedule, *, has_monitor: bool) -> Pla
     )
 
 
-def check_resume(checkpoint: Path, recipe: Pretrain, train: Source, world: World) -> None:
-    """Check that a run of this recipe and these images may go on from a checkpoint.
+def check_resume(checkpoint: Path, recipe: Pretrain, train: Source, world: World) -> Manifest:
+    """The manifest of a checkpoint that a run of this recipe and these images may go on from.
 
     Raises:
         UserError: on every rank, where the run was begun with other values or other images.
     """
+    manifest = None
     with agreement(world.host_group):
         manifest = read_manifest(checkpoint)
         begun = loads(manifest.state["recipe"], f"recipe of {checkpoint}", kind=type(recipe))
@@ -143,6 +137,7 @@ def check_resume(checkpoint: Path, recipe: Pretrain, train: Source, world: World
                 f"data.root ({recipe.data.root}) must hold the images that the run in {recipe.run.dir} began with; "
                 "give it those, or pass another run.dir"
             )
+    return manifest
 
 
 def make_networks(recipe: Pretrain) -> MoCo:
@@ -191,6 +186,7 @@ class Pretraining:
         self.dtype = torch.float64 if recipe.parallel.precision == "float64" else torch.float32
         self.augment = make_augment(recipe, self.dtype)
         self.bad_images = BadImages(recipe.data.max_bad_fraction, world)
+        self.probe = make_probe(recipe, world, sources, state, self.dtype)
         self.licence: str | None = None  # of imported weights, which binds what is made of them
 
     @property
@@ -201,7 +197,16 @@ class Pretraining:
     def images_per_step(self) -> int:
         return self.state.schedule.global_batch
 
-    def resume(self, saved: dict[str, Any]) -> None:
+    def resume(self, checkpoint: Path, manifest: Manifest) -> None:
+        """Go on from a checkpoint, which may have been made with the online probe or without it."""
+        tensors, probe = self.state.tensors(), self.probe
+        if probe is not None:
+            probe.resume(manifest.step)
+            if any(name.startswith(PREFIX) for name in manifest.tensors):
+                tensors |= probe.tensors()
+            else:
+                report.fresh_probe(self.world, manifest.step)
+        saved = load(checkpoint, tensors, ignore=(PREFIX,), group=self.world.host_group)
         self.state.step = saved["step"]
         self.bad_images.total = saved["bad_images"]
         self.licence = saved.get("licence")
@@ -223,7 +228,10 @@ class Pretraining:
 
     def train_step(self, batch: Batch) -> StepOutput:
         self.bad_images.meet(batch.bad)
-        return train_step(self.state, self.views(batch))
+        output = train_step(self.state, self.views(batch))
+        if self.probe is not None:
+            self.probe.learn(output.features, batch.shown_B)
+        return output
 
     def views(self, batch: Batch) -> Tensor:
         """Both augmented views [2B, 3, H, W] of a batch, on the device."""
@@ -237,40 +245,17 @@ class Pretraining:
         row = health(output, self.state)
         row["rankme"] = rankme_from_gram(feature_gram(output.features, self.world.group))
         place = {"epoch": self.step / self.state.schedule.steps_per_epoch, "loss": row.pop("loss")}
-        return place | {"lr": output.lr, "momentum": output.momentum} | row | {"bad_images": bad_images}
+        place |= {"lr": output.lr, "momentum": output.momentum} | row | {"bad_images": bad_images}
+        return place if self.probe is None else place | self.probe.describe()
 
     def evaluate(self) -> dict[str, float] | None:
+        trunk = self.state.moco.base.trunk
         try:
-            result = knn_accuracy(
-                self.state.moco.base.trunk,
-                self._evaluation_batches(self.sources.train),
-                self._evaluation_batches(self.sources.val),
-                mean=self.recipe.augment.mean,
-                std=self.recipe.augment.std,
-                device=self.world.device,
-                dtype=self.dtype,
-                k=K,
-                group=self.world.group,
-            )
+            row = monitor_row(self.recipe, self.world, self.sources, trunk, self.dtype, self.probe)
         except (UserError, ValueError, FloatingPointError) as error:  # raised on all ranks alike
             report.no_monitor(self.world, self.step, error)
             return None
-        epoch = self.step / self.state.schedule.steps_per_epoch
-        return {"epoch": epoch, "knn_top1": result["top1"], "knn_top5": result["top5"]}
-
-    def _evaluation_batches(self, source: Source) -> Iterator[EvalBatch]:
-        ids, batches = rank_slice(len(source), self.world.rank, self.world.size, EVALUATION_BATCH)
-        for batch in eval_batches(
-            source,
-            ids,
-            batch_size=EVALUATION_BATCH,
-            image_size=self.recipe.model.image_size,
-            crop_fraction=self.recipe.evaluate.crop_fraction,
-            workers=self.recipe.data.workers,
-            batches=batches,
-        ):
-            report.bad_images(batch.bad, "it is left out of the monitor")
-            yield batch
+        return {"epoch": self.step / self.state.schedule.steps_per_epoch} | row
 
     def picture(self, batch: Batch) -> Tensor:
         """uint8 [3, H, W]: what the networks see, view 1 above view 2, one column per image."""
@@ -288,7 +273,8 @@ class Pretraining:
             "bad_images": self.bad_images.count(),
             "licence": self.licence,
         }
-        return {"tensors": self.state.tensors(), "state": state, "recipe_sha256": fingerprint(self.recipe)}
+        tensors = self.state.tensors() | ({} if self.probe is None else self.probe.tensors())
+        return {"tensors": tensors, "state": state, "recipe_sha256": fingerprint(self.recipe)}
 
 
 def make_augment(recipe: Pretrain, dtype: torch.dtype):

@@ -35,11 +35,11 @@ def opening(world: World, recipe: Pretrain, sources: Sources, schedule: Schedule
     )
     print(f"rates     peak lr {schedule.peak_lr:g}, encoder momentum from {schedule.momentum:g} to 1")
     print(f"loss      by chance {chance:.2f}: 4 T ln({schedule.global_batch})")
+    needs = "it needs labelled validation images and at least 20 labelled training images"
     if recipe.evaluate.knn_every_epochs and not has_monitor:
-        print(
-            "monitor   kNN is off: it needs labelled validation images and at least 20 labelled training images; "
-            "watch `rankme` instead"
-        )
+        print(f"monitor   kNN is off: {needs}; watch `rankme` instead")
+    if recipe.evaluate.online_probe and not has_monitor:
+        print(f"probe     the online probe is off: {needs}")
     sys.stdout.flush()
 
 
@@ -47,6 +47,11 @@ def resumed(world: World, checkpoint: Path, step: int, plan: Plan) -> None:
     if world.is_first:
         done = ": the run is finished" if step >= plan.last_step else f" of {plan.last_step:,}"
         print(f"resumed   {checkpoint} at step {step:,}{done}", flush=True)
+
+
+def fresh_probe(world: World, step: int) -> None:
+    if world.is_first:
+        print(f"probe     the online probe starts fresh at step {step:,}: the run had none until then", flush=True)
 
 
 def no_monitor(world: World, step: int, reason: Exception) -> None:
@@ -79,10 +84,12 @@ def closing(world: World, recipe_file: Path, directory: Path, seconds: Mapping[s
 def _result(rows: list[dict]) -> str:
     """The rows of metrics.jsonl in words; null stands there for a number that is not finite."""
     knn = [f"{row['knn_top1']:.1%}" for row in rows if "knn_top1" in row]
+    probe = [f"{row['probe_top1']:.1%}" for row in rows if "probe_top1" in row]
     last = next((row for row in reversed(rows) if "loss" in row), None)
     if last is None:  # someone took the file away
         return "unknown: metrics.jsonl has no rows"
     nan = float("nan")
     loss, share, rankme = (nan if last[key] is None else last[key] for key in ("loss", "chance_share", "rankme"))
     numbers = f"loss {loss:.3f} ({share:.0%} of chance), rankme {rankme:.1f} at step {last['step']:,}"
-    return ", ".join([*([f"kNN top-1 {knn[0]} -> {knn[-1]}"] if knn else []), numbers])
+    monitor = [f"kNN top-1 {knn[0]} -> {knn[-1]}"] if knn else []
+    return ", ".join([*monitor, *[f"probe top-1 {newest}" for newest in probe[-1:]], numbers])

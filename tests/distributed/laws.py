@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,10 +10,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from engine.distributed import World, make_mesh, process_group
+from engine.evaluation.online_probe import OnlineProbe
 from engine.training import step as step_module
 from engine.training.guard import check_gradients
 from engine.training.optim import LARS_TRUST, Lars, local
 from engine.training.parallelize import materialize, parallelize
+from engine.training.schedule import Schedule
 from engine.training.step import TrainState, train_step
 from models.moco import MoCo, initial_values, update_momentum
 from models.norm import GlobalBatchNorm, set_batch_norm_group
@@ -193,6 +196,29 @@ def lars_takes_norms_of_whole_parameters(world: World) -> None:
         torch.testing.assert_close(parameter.detach().full_tensor(), values[name], rtol=1e-12, atol=1e-14)
 
 
+def bad_features_of_one_rank_leave_the_online_probe_alone_on_all(world: World) -> None:
+    """Then it goes on, and is equal on all ranks."""
+    images, width = 16, 6
+    labels, schedule = np.arange(images) % 3, Schedule(1.0, images, 2, 0, 4, 0.9)
+    options = {"seed": 0, "device": world.device, "dtype": torch.float64, "group": world.group}
+    probe = OnlineProbe(width, labels, 3, schedule, **options)
+    generator = torch.Generator().manual_seed(world.rank)
+    rows = images // world.size
+    mine = torch.arange(world.rank * rows, (world.rank + 1) * rows)
+    for step in range(4):
+        before = {name: tensor.clone() for name, tensor in probe.tensors().items()}
+        features = torch.randn(2 * rows, width, generator=generator, dtype=torch.float64).to(world.device)
+        if step == 2 and world.rank == world.size - 1:
+            features[1, 1] = torch.nan
+        probe.learn(features, mine)
+        still = [torch.equal(tensor, before[name]) for name, tensor in probe.tensors().items()]
+        assert all(still) if step == 2 else not any(still), (step, still)
+        for tensor in (probe.loss, *probe.tensors().values()):
+            everyones = [torch.empty_like(tensor) for _ in range(world.size)]
+            dist.all_gather(everyones, tensor.contiguous())
+            assert all(torch.equal(tensor.nan_to_num(), other.nan_to_num()) for other in everyones)
+
+
 LAWS = (
     bad_gradient_changes_nothing,
     momentum_shards_are_what_keys_see,
@@ -200,6 +226,7 @@ LAWS = (
     batch_norm_is_global,
     weights_depend_on_the_seed_alone,
     lars_takes_norms_of_whole_parameters,
+    bad_features_of_one_rank_leave_the_online_probe_alone_on_all,
 )
 
 if __name__ == "__main__":

@@ -312,6 +312,7 @@ def test_unlabelled_and_unreadable_images_and_a_damaged_checkpoint(pictures, tmp
     folder = tmp_path / "run"
     values = {"data__source": "folder", "data__root": pictures, "train__global_batch_size": 8, "train__max_steps": 5}
     values |= {"evaluate__knn_every_epochs": 1, "log__every_steps": 5, "checkpoint__every_steps": 4}
+    values |= {"evaluate__online_probe": "true"}
 
     none_borne = run(*ONE_PROCESS, QUICKSTART, *overrides(tmp_path / "none borne", **values))
     assert none_borne.code == 1
@@ -326,6 +327,7 @@ def test_unlabelled_and_unreadable_images_and_a_damaged_checkpoint(pictures, tmp
     assert borne.code == 0, borne
     assert [line.split()[0] for line in borne.out.splitlines() if "kNN" in line] == ["monitor"]
     assert "kNN is off: it needs labelled validation images" in borne.out
+    assert borne.out.count("online probe is off: it needs labelled validation images") == 1
     for name in BROKEN:
         assert borne.err.count(f"warning: {name} could not be read") == 1, "each image is met once in an epoch"
     before = timeless(folder)

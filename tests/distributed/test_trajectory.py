@@ -1,4 +1,7 @@
-"""One trajectory: ranks, sharding and workers change a run by rounding alone; a stop and a resume by nothing."""
+"""One trajectory: ranks, sharding and workers change a run by rounding alone; a stop and a resume by nothing.
+
+The online probe learns beside all runs but those that say otherwise.
+"""
 
 import json
 from pathlib import Path
@@ -9,6 +12,7 @@ import torch
 from engine.checkpoint.load import read_tensors
 from tests.distributed.launch import torchrun
 
+WITHOUT = "evaluate.online_probe=false"
 FLOOR = 0.01  # of a tensor's largest entry, under which differences are absolute (tests/golden/README.md)
 
 
@@ -27,8 +31,8 @@ def tensors(run: Path, step: int = 20) -> dict[str, torch.Tensor]:
     return dict(read_tensors(run / f"checkpoints/step_{step:07d}"))
 
 
-def assert_same_run(run: Path, other: Path) -> None:
-    """Losses to 1e-10, model to 1e-7 after 20 steps, in float64."""
+def assert_same_run(run: Path, other: Path, names: tuple[str, ...] = ("model.", "probe.")) -> None:
+    """Losses to 1e-10, the tensors that begin as one of `names` to 1e-7 after 20 steps, in float64."""
     ours, theirs = rows(run), rows(other)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, 21))
     for mine, yours in zip(ours, theirs, strict=True):
@@ -36,55 +40,73 @@ def assert_same_run(run: Path, other: Path) -> None:
         assert mine["grad_norm"] == pytest.approx(yours["grad_norm"], rel=1e-7)
         assert mine["rankme"] == pytest.approx(yours["rankme"], rel=1e-6)
         assert (mine["lr"], mine["momentum"]) == (yours["lr"], yours["momentum"])
+        if "probe." in names:
+            assert mine["probe_loss"] == pytest.approx(yours["probe_loss"], rel=1e-7)
     mine, yours = tensors(run), tensors(other)
-    assert mine.keys() == yours.keys()
-    for name in (n for n in mine if n.startswith("model.")):
+    assert [n for n in mine if n.startswith(names)] == [n for n in yours if n.startswith(names)]
+    for name in (n for n in mine if n.startswith(names)):
         scale = yours[name].abs().max().clamp(min=FLOOR)
         assert ((mine[name] - yours[name]).abs().max() / scale).item() < 1e-7, name
 
 
-def assert_bitwise(run: Path, other: Path) -> None:
-    mine, yours = tensors(run), tensors(other)
+def assert_bitwise(run: Path, other: Path, probe: bool = True) -> None:
+    """Every tensor and every row, of the online probe too unless `probe` is false."""
+
+    def kept(named: dict) -> dict:
+        return {n: v for n, v in named.items() if n != "images_per_second" and (probe or not n.startswith("probe"))}
+
+    mine, yours = kept(tensors(run)), kept(tensors(other))
     assert mine.keys() == yours.keys()
     different = [name for name in mine if not torch.equal(mine[name], yours[name])]
     assert not different, different
-    for row, twin in zip(rows(run), rows(other), strict=True):
-        assert {**row, "images_per_second": 0} == {**twin, "images_per_second": 0}
+    assert [kept(row) for row in rows(run)] == [kept(row) for row in rows(other)]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The runs of one rank, that all others are compared with."""
     directory = tmp_path_factory.mktemp("alone")
-    launch(1, directory, *[(kind, kind, "data.workers=0") for kind in ("vit", "vit_conv", "resnet")])
+    runs = [(kind, kind, "data.workers=0") for kind in ("vit", "vit_conv", "resnet")]
+    launch(1, directory, *runs, ("without", "vit", "data.workers=0", WITHOUT))
     for kind in ("vit", "vit_conv", "resnet"):
         losses = [row["loss"] for row in rows(directory / kind)]
         assert len(set(losses)) == 20  # it moves: a trainer that does nothing would agree with itself
     return directory
 
 
+def test_the_online_probe_leaves_the_run_alone(alone):
+    assert not [name for name in tensors(alone / "without") if name.startswith("probe")]
+    assert_bitwise(alone / "without", alone / "vit", probe=False)
+    assert len({row["probe_loss"] for row in rows(alone / "vit")}) == 20  # and it learns
+
+
 def test_two_ranks(alone, tmp_path):
-    """Every sharding, and 1 and 3 workers; then a run in two halves, and one that goes on with one rank."""
+    """Every sharding, and 1 and 3 workers; then a run in two halves, and one that goes on with one rank.
+
+    One half of resnet_halves has no online probe, and one of to_four.
+    """
     shardings = ["full", "grad_op", "hybrid", "replicate"]
     runs = []
     for number, shard in enumerate(shardings):
         values = [f"parallel.shard={shard}", f"parallel.replicate={2 if shard == 'hybrid' else 1}"]
         values.append(f"data.workers={(1, 3, 0, 0)[number]}")
         runs += [(f"{kind}_{shard}", kind, *values) for kind in ("vit", "resnet")]
-    runs += [(kind + "_halves", kind, f"train.max_steps={s}") for kind in ("vit", "resnet") for s in (9, 20)]
+    runs += [("vit_halves", "vit", f"train.max_steps={s}") for s in (9, 20)]
+    runs += [("resnet_halves", "resnet", "train.max_steps=9", WITHOUT), ("resnet_halves", "resnet")]
     runs += [("conv", "vit_conv"), ("to_one", "vit", "train.max_steps=9"), ("to_four", "resnet", "train.max_steps=9")]
     launch(2, tmp_path, *runs)
     for kind in ("vit", "resnet"):
         for shard in shardings:
             assert_same_run(tmp_path / f"{kind}_{shard}", alone / kind)
-        assert_bitwise(tmp_path / f"{kind}_halves", tmp_path / f"{kind}_full")
+        assert_bitwise(tmp_path / f"{kind}_halves", tmp_path / f"{kind}_full", probe=kind == "vit")
+    assert ["probe_loss" in row for row in rows(tmp_path / "resnet_halves")] == [False] * 9 + [True] * 11
     assert_same_run(tmp_path / "conv", alone / "vit_conv")
 
     launch(1, tmp_path, ("to_one", "vit", "parallel.shard=replicate", "data.workers=0"))
     assert_same_run(tmp_path / "to_one", alone / "vit")
 
     hybrid = ["parallel.shard=hybrid", "parallel.replicate=2"]
-    launch(4, tmp_path, ("four", "vit", *hybrid), ("four_lars", "resnet"), ("to_four", "resnet", *hybrid))
+    launch(4, tmp_path, ("four", "vit", *hybrid), ("four_lars", "resnet"), ("to_four", "resnet", *hybrid, WITHOUT))
     assert_same_run(tmp_path / "four", alone / "vit")
     assert_same_run(tmp_path / "four_lars", alone / "resnet")
-    assert_same_run(tmp_path / "to_four", alone / "resnet")
+    assert_same_run(tmp_path / "to_four", alone / "resnet", ("model.",))

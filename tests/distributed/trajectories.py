@@ -30,6 +30,7 @@ SMALL = [
     "checkpoint.keep=9",
     "log.every_steps=1",
     "evaluate.knn_every_epochs=0",
+    "evaluate.online_probe=true",
 ]
 KINDS = {
     "vit": ["model.dim=32", "model.heads=2"],
