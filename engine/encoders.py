@@ -22,8 +22,9 @@ from engine.front_door import say_once
 from engine.recipe import UserError, loads
 from engine.schema import one_line
 from engine.weights.architecture import Architecture, moco_shapes, of_recipe, trunk_shapes
-from engine.weights.reading import MARK, own_words, read_weights
+from engine.weights.reading import own_words, read_weights
 from engine.weights.weights import About, EncoderName, Weights, check_names, fill_trunk
+from models.moco import MoCo, initial_values
 from models.trunk import TIMM
 
 MODEL = "model."  # how the networks' tensors begin in a sharded checkpoint
@@ -42,10 +43,19 @@ class Encoder:
 
 def open_encoder(checkpoint: str, encoder: EncoderName = "base") -> Encoder:
     """The trunk of a CHECKPOINT's base or momentum encoder. Raises UserError."""
+    weights = open_trunk(checkpoint, encoder)
+    return Encoder(fill_trunk(weights), weights.known())
+
+
+def open_trunk(checkpoint: str, encoder: EncoderName = "base", *, untrained: bool = False) -> Weights:
+    """One trunk's weights of a CHECKPOINT, or what they were before training; says what is not taken over.
+
+    Raises UserError.
+    """
     weights = open_weights(checkpoint)
     for note in weights.notes:
         say_once(note)
-    return Encoder(fill_trunk(weights.trunk(encoder)), weights.known())
+    return _untrained(weights.known()) if untrained else weights.trunk(encoder)
 
 
 def open_weights(checkpoint: str) -> Weights:
@@ -59,6 +69,20 @@ def open_weights(checkpoint: str) -> Weights:
         )
     sharded = _sharded_folder(path)
     return read_weights(path) if sharded is None else _from_shards(sharded)
+
+
+def _untrained(about: About) -> Weights:
+    """The trunk before training, as a run of its recipe begins."""
+    seed = loads(about.recipe, "recipe of the checkpoint").run.seed if about.recipe else 0
+    with torch.device("meta"):
+        moco = MoCo(about.architecture.build, 1, 1)  # its heads are not drawn
+    shapes = {n: t.shape for n, t in moco.state_dict().items() if n.startswith("base.trunk.")}
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        wanted = set(names)
+        return ((name, value) for name, value in initial_values(moco, seed) if name in wanted)
+
+    return Weights(about, shapes, read, "the untrained network")
 
 
 def _sharded_folder(path: Path) -> Path | None:
@@ -79,7 +103,7 @@ def _sharded_folder(path: Path) -> Path | None:
 
 def _from_shards(folder: Path) -> Weights:
     manifest = read_manifest(folder)
-    if (finetuned := own_words({MARK: manifest.state.get("about")})) is not None:
+    if (finetuned := own_words(manifest.state.get("about"))) is not None:
         return _from_finetuned(folder, manifest, finetuned)
     text = manifest.state.get("recipe")
     recipe = loads(text if isinstance(text, str) else "", f"recipe of {folder}")

@@ -103,14 +103,13 @@ def finetune(arguments: list[str]) -> None:
     """
     parser = _parser("finetune", finetune.__doc__)
     _add_images(parser, "--train", "--val", required=False)
-    parser.add_argument("--encoder", choices=("base", "momentum"), default="base", help="default: base")
+    _add_encoder(parser)
     parser.add_argument("--baseline", choices=("initial",), help="start from the untrained network instead")
     _add_run(parser, "recipes/finetune_vit_b.yaml or another of task finetune")
     options = parser.parse_intermixed_args(arguments)
+    _check_baseline(options)
     if options.recipe is None:
         raise UserError("--recipe (missing) must be recipes/finetune_vit_b.yaml or another of task finetune")
-    if options.baseline and options.encoder == "momentum":
-        raise UserError(f"--encoder (momentum) must be left out for --baseline {options.baseline}")
     recipe = _run_recipe(options, Finetune)
 
     _say_loading(options)
@@ -174,8 +173,12 @@ def _add_images(parser: Parser, *roots: str, required: bool = True) -> None:
     parser.add_argument("--workers", type=int, help="processes per rank that decode (default: as many as cores)")
 
 
-def _add_network(parser: Parser) -> None:
+def _add_encoder(parser: Parser) -> None:
     parser.add_argument("--encoder", choices=("base", "momentum"), default="base", help="default: base")
+
+
+def _add_network(parser: Parser) -> None:
+    _add_encoder(parser)
     parser.add_argument("--features", help="of a ViT: cls, mean (of the patches) or last4 (CLS of four blocks)")
     parser.add_argument(
         "--baseline", choices=("initial", "pixels"), help="measure the untrained network, or no network, instead"
@@ -219,10 +222,14 @@ def _network(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--crop-fraction ({fraction}) must be > 0 and <= 1; 0.875 is usual")
     if options.baseline == "pixels" and options.features:
         raise UserError(f"--features ({options.features}) must be left out for --baseline pixels, which has none")
-    if options.baseline and options.encoder == "momentum":
-        raise UserError(f"--encoder (momentum) must be left out for --baseline {options.baseline}")
+    _check_baseline(options)
     names = ("encoder", "features", "baseline", "crop_fraction")
     return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def _check_baseline(options: argparse.Namespace) -> None:
+    if options.baseline and options.encoder == "momentum":
+        raise UserError(f"--encoder (momentum) must be left out for --baseline {options.baseline}")
 
 
 def _check_belongs(options: argparse.Namespace) -> None:

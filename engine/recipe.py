@@ -36,6 +36,7 @@ from models.shapes import VIT_SHAPES
 
 Task = TypeVar("Task", bound=Recipe)
 
+# A section has a form for each task.
 FREE_SECTIONS = {
     "checkpoint": [Checkpoint],
     "log": [Log],

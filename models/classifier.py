@@ -4,7 +4,7 @@ Shapes: B images of this rank, D feature width, C classes, K paths that may be d
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from timm.layers import DropPath
@@ -80,23 +80,21 @@ def _put_drop_paths(trunk: nn.Module, highest: float) -> list[ChosenDropPath]:
 
 
 def starting_values(
-    classifier: Classifier,
-    trunk_values: Callable[[list[str]], Iterator[tuple[str, Tensor]]],
-    saved: set[str],
-    seed: int,
+    classifier: Classifier, trunk_values: Iterable[tuple[str, Tensor]], seed: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer at the start as (name, value on the CPU), one at a time.
 
-    The trunk's come from `trunk_values`, which has those in `saved`; what no file holds is as in a fresh trunk.
-    The classifier's weight is drawn by `seed` and its bias is 0, as DeiT has them.
+    The trunk's are `trunk_values`; what these lack (buffers that no file holds) is as in a fresh trunk. The weight of
+    the classifier is drawn by `seed` and its bias is 0, as DeiT has them.
     """
-    names = [n for n, _ in (*classifier.trunk.named_parameters(), *classifier.trunk.named_buffers())]
-    yield from ((f"trunk.{name}", value) for name, value in trunk_values([n for n in names if n in saved]))
-    unsaved = [name for name in names if name not in saved]
-    if unsaved:
+    missing = {**dict(classifier.trunk.named_parameters()), **dict(classifier.trunk.named_buffers())}
+    for name, value in trunk_values:
+        del missing[name]
+        yield f"trunk.{name}", value
+    if missing:
         fresh = classifier.trunk.initial_values(seed)
-        tensors = {**dict(classifier.trunk.named_parameters()), **dict(classifier.trunk.named_buffers())}
-        yield from ((f"trunk.{name}", fresh(name, tensors[name].shape)) for name in unsaved)
+        yield from ((f"trunk.{name}", fresh(name, tensor.shape)) for name, tensor in missing.items())
     weight_CD = torch.empty(classifier.head.weight.shape)
-    yield "head.weight", nn.init.trunc_normal_(weight_CD, std=INITIAL_STD, generator=generator_for(seed, "head.weight"))
+    generator = generator_for(seed, "head.weight")
+    yield "head.weight", nn.init.trunc_normal_(weight_CD, std=INITIAL_STD, generator=generator)
     yield "head.bias", torch.zeros(classifier.head.bias.shape)

@@ -23,16 +23,15 @@ from engine.data.decode import center_crop
 from engine.data.loader import train_batches
 from engine.data.sources import open_source
 from engine.distributed import process_group
-from engine.encoders import open_encoder, open_weights
+from engine.encoders import open_encoder, open_trunk, open_weights
 from engine.evaluation import finetune as finetuning
-from engine.evaluation.subject import open_trunk
 from engine.front_door import RunFailed
 from engine.recipe import UserError, load
 from engine.tasks import Finetune
 from engine.weights.architecture import Architecture
 from engine.weights.classifying import write_classifier
 from engine.weights.weights import About, Weights, fill_trunk
-from models.classifier import ChosenDropPath, Classifier
+from models.classifier import ChosenDropPath, Classifier, starting_values
 from models.resnet import build_resnet
 from models.trunk import build_trunk
 from models.vit import build_vit
@@ -52,11 +51,14 @@ EVERYTHING = [  # every kind of regularization at once
 ]
 
 
+SMALL = ["train.global_batch_size=100", "train.max_steps=4", "log.every_steps=1", "checkpoint.every_steps=2"]
+SMALL += ["optimizer.base_lr=1e-3", "parallel.precision=float64"]
+
+
 def small_recipe(directory: Path, *overrides: str) -> Finetune:
     """1,000 images of the quickstart in batches of 100, four steps."""
-    values = [f"run.dir={directory}", f"data.root={VAL}", f"data.val_root={VAL}", "train.global_batch_size=100"]
-    values += ["train.max_steps=4", "log.every_steps=1", "checkpoint.every_steps=2", "optimizer.base_lr=1e-3"]
-    return load(RECIPE, [*values, "parallel.precision=float64", *overrides], Finetune)
+    values = [f"run.dir={directory}", f"data.root={VAL}", f"data.val_root={VAL}"]
+    return load(RECIPE, [*values, *SMALL, *overrides], Finetune)
 
 
 def run(recipe: Finetune, checkpoint: str = CHECKPOINT, baseline: str | None = None) -> dict:
@@ -116,7 +118,9 @@ def test_the_run_against_plain_torch(tmp_path):
     run(small_recipe(tmp_path, *options, "train.epochs=2", "train.warmup_epochs=0.2"))
     encoder, source = open_encoder(CHECKPOINT), open_source("shards", VAL, "all")
     network = VisionTransformer(64, 16, embed_dim=48, depth=2, num_heads=12, num_classes=10).double()
-    start = dict(finetuning.first_values(*_fresh(), seed=0))
+    weights = open_weights(CHECKPOINT).trunk("base")
+    fresh = Classifier(weights.known().architecture.build(), 10)
+    start = dict(starting_values(fresh, finetuning.trunk_values(weights), seed=0))
     network.load_state_dict({name.removeprefix("trunk."): tensor for name, tensor in start.items()})
     for norm in (module for module in network.modules() if isinstance(module, nn.LayerNorm)):
         norm.eps = 1e-6
@@ -158,11 +162,6 @@ def test_the_run_against_plain_torch(tmp_path):
     trunk = fill_trunk(open_weights(str(tmp_path)).trunk("base"))
     images = torch.rand(3, 3, 64, 64)
     torch.testing.assert_close(trunk(images), network.float()(images), rtol=1e-3, atol=1e-3)
-
-
-def _fresh() -> tuple[Classifier, object]:
-    weights = open_weights(CHECKPOINT).trunk("base")
-    return Classifier(weights.known().architecture.build(), 10), weights
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +221,7 @@ def test_timm_makes_the_finetuned_network_from_the_runs_folder(finished):
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "test_mambaout"])
 def test_timms_own_networks_too(tmp_path, name):
-    weights = open_trunk(f"timm/{name}", "base", untrained=True)
+    weights = open_trunk(f"timm/{name}", untrained=True)
     width = weights.known().architecture.build().num_features
     head = torch.randn(4, width), torch.randn(4)
     write_classifier(weights, head, "abcd", tmp_path / "out", interpolation="bicubic", crop_fraction=0.9)
@@ -241,7 +240,7 @@ def test_each_key_of_the_recipe_is_read(tmp_path):
 
 def test_bad_gradients_change_nothing_and_many_end_the_run(tmp_path, monkeypatch):
     """From step 2 on every loss is nan: the weights stay, and the tenth in a row is a failure."""
-    plain = finetuning.tune_step
+    plain = finetuning.finetune_step
 
     def poisoned(state, images, target_BC, uniform_BK):
         if state.step < 2:
@@ -252,7 +251,7 @@ def test_bad_gradients_change_nothing_and_many_end_the_run(tmp_path, monkeypatch
         assert {name for name in changed if not name.startswith("ema.")} == {"skipped", "skipped_in_a_row"}
         return output
 
-    monkeypatch.setattr(finetuning, "tune_step", poisoned)
+    monkeypatch.setattr(finetuning, "finetune_step", poisoned)
     recipe = small_recipe(tmp_path, "train.max_steps=15", "train.ema_decay=0.5", "checkpoint.every_steps=50")
     with pytest.raises(RunFailed, match="the last 10 steps up to 12 had gradients that are not finite"):
         run(recipe)
@@ -266,7 +265,7 @@ def test_a_share_of_the_labels_and_the_untrained_network(tmp_path):
     run(other, baseline="initial")
     assert rows(tmp_path / "a", "loss")[0]["epoch"] == 1  # a hundred images are one batch
     assert rows(tmp_path / "a", "loss")[0]["loss"] != rows(tmp_path / "b", "loss")[0]["loss"]
-    with pytest.raises(UserError, match=r"train.global_batch_size \(100\) must be at most .* images \(10\)"):
+    with pytest.raises(UserError, match=r"train.global_batch_size \(100\) must be at most .* images \(10 in"):
         run(small_recipe(tmp_path / "c", "data.labels=0.01"))
     assert not (tmp_path / "c").exists()
 

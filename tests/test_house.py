@@ -26,7 +26,7 @@ DOORS = {f"engine.{path.stem}" for path in (ROOT / "engine").glob("*.py")} - FOU
 NEIGHBOURS = {
     "engine.training.step": {f"engine.training.{name}" for name in ("guard", "loss", "optim", "schedule")},
     "engine.training.guard": {"engine.training.optim"},
-    "engine.training.tune": {"engine.training.guard", "engine.training.optim"},
+    "engine.training.finetune_step": {"engine.training.guard", "engine.training.optim"},
     "engine.training.health": {"engine.training.step"},
 }
 

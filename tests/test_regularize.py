@@ -12,15 +12,15 @@ from torch.nn import functional as F
 
 from engine.data.loader import train_batches
 from engine.data.philox import MIX
-from engine.data.regularize import Mix, Retouch, erase, generators_at
+from engine.data.regularize import Mix, RandAugment, erase, generators_at
 from engine.data.sources import open_source
 from tests.test_linear import VAL
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
 
 
-def retouch(seed: int = 0) -> Retouch:
-    return Retouch("rand-m9-mstd0.5-inc1", seed, 32, (0.5, 0.4, 0.3), "bicubic")
+def randaugment(seed: int = 0) -> RandAugment:
+    return RandAugment("rand-m9-mstd0.5-inc1", seed, 32, (0.5, 0.4, 0.3), "bicubic")
 
 
 def test_global_generators_start_where_told_and_go_on_as_if_nothing_had_been():
@@ -40,26 +40,26 @@ def test_global_generators_start_where_told_and_go_on_as_if_nothing_had_been():
     assert inside[0] == inside[1] and len(set(inside)) == 5
 
 
-def test_retouch_depends_on_epoch_and_sample_alone():
-    seen = {(e, s): np.asarray(retouch()(NOISE, e, s)).tobytes() for e in range(3) for s in range(12)}
-    again = retouch()
+def test_randaugment_depends_on_epoch_and_sample_alone():
+    seen = {(e, s): np.asarray(randaugment()(NOISE, e, s)).tobytes() for e in range(3) for s in range(12)}
+    again = randaugment()
     for (epoch, sample), pixels in reversed(seen.items()):
         assert np.asarray(again(NOISE, epoch, sample)).tobytes() == pixels
     assert len(set(seen.values())) > 20  # each of two operations happens with probability 1/2
-    assert any(np.asarray(retouch(1)(NOISE, 0, s)).tobytes() != seen[0, s] for s in range(12))
+    assert any(np.asarray(randaugment(1)(NOISE, 0, s)).tobytes() != seen[0, s] for s in range(12))
 
 
 def test_the_strongest_randaugment_runs_on_every_draw():
-    strongest = Retouch("rand-m10-n4-p1.0-inc1", 0, 32, (0.5,) * 3, "bilinear")
+    strongest = RandAugment("rand-m10-n4-p1.0-inc1", 0, 32, (0.5,) * 3, "bilinear")
     sizes = {strongest(NOISE, 0, sample).size for sample in range(100)}  # each of 15 operations about 27 times
     assert sizes == {(32, 32)}
 
 
-def test_the_loader_retouches_each_repetition_in_its_own_way_on_any_ranks():
+def test_the_loader_changes_each_repetition_in_its_own_way_on_any_ranks():
     def batches(rank: int, ranks: int) -> list:
         options = {"seed": 0, "global_batch_size": 12, "rank": rank, "world_size": ranks, "first_step": 0}
         options |= {"last_step": 2, "workers": 0, "image_size": 32, "crop_min": 1.0, "pin_memory": False, "views": 1}
-        return list(train_batches(open_source("shards", VAL, "all"), **options, repeats=3, retouch=retouch()))
+        return list(train_batches(open_source("shards", VAL, "all"), **options, repeats=3, after_crop=randaugment()))
 
     whole, halves = batches(0, 1), [batches(0, 2), batches(1, 2)]
     for step, batch in enumerate(whole):
@@ -96,8 +96,7 @@ def test_two_ranks_mix_as_timm_mixes_their_joint_batch(mixup, cutmix):
             expected, target = theirs(images.clone(), labels)
         halves = [(images[:6], labels[:6]), (images[6:], labels[6:])]
         for rank, (mine, my_labels) in enumerate(halves):
-            mirror, mirror_labels = (t.flip(0) for t in halves[1 - rank])
-            found, found_target = mix(mine, my_labels, mirror, mirror_labels, step)
+            found, found_target = mix(mine, my_labels, *halves[1 - rank], step)
             assert torch.equal(found, expected[6 * rank : 6 * rank + 6])
             assert torch.equal(found_target, target[6 * rank : 6 * rank + 6])
         inside = ((expected - images).abs() < 1e-6).float().mean().item()

@@ -59,23 +59,18 @@ def test_a_subset_follows_its_source(tmp_path):
     assert shades(inner) == [12, 1] and inner.labels.tolist() == [1, 0]
 
 
-def test_a_subset_of_unlabelled_images_is_unlabelled(tmp_path):
-    subset = Subset(open_source("folder", fill(tmp_path, {"1.png": 1, "2.png": 2}), "train"), np.array([1]))
-    assert shades(subset) == [2] and subset.labels is None and subset.classes is None
-
-
 def test_fingerprints_are_of_source_and_choice():
     other = Labelled(EVEN.labels.tolist(), 5)
     sources = [EVEN, *(Subset(EVEN, np.array(c)) for c in ([1, 2], [2, 1], [1], [1, 3])), Subset(other, np.array([1]))]
     assert len({source.fingerprint for source in sources}) == len(sources)
     assert Subset(EVEN, np.array([1, 2])).fingerprint == Subset(EVEN, np.array([1, 2], np.int32)).fingerprint
-    shares = [take_labels(EVEN, share, seed, "k").fingerprint for share in (0.1, 0.5) for seed in (0, 1)]
+    shares = [take_labels(EVEN, share, seed).fingerprint for share in (0.1, 0.5) for seed in (0, 1)]
     assert len(set(shares)) == 4
 
 
 @pytest.mark.parametrize(("share", "each"), [(0.01, 1), (0.1, 10), (0.001, 1), (0.5, 50), (0.126, 13), (0.124, 12)])
 def test_every_class_has_as_many(share, each):
-    subset = take_labels(EVEN, share, 3, "k")
+    subset = take_labels(EVEN, share, 3)
     assert per_class(subset) == [each] * 4 and subset.classes == EVEN.classes
     assert chosen(subset) == sorted(set(chosen(subset)))
     assert subset.labels.tolist() == [i % 4 for i in chosen(subset)]
@@ -83,33 +78,33 @@ def test_every_class_has_as_many(share, each):
 
 def test_a_small_class_gives_all_it_has_and_no_other_makes_up_for_it():
     uneven = Labelled([0] * 60 + [1] * 3 + [3] * 37, 4)  # none of class 2
-    assert per_class(take_labels(uneven, 0.2, 0, "k")) == [5, 3, 0, 5]
-    assert per_class(take_labels(uneven, 0.01, 0, "k")) == [1, 1, 0, 1]
-    assert per_class(take_labels(uneven, 0.99, 0, "k")) == [25, 3, 0, 25]
+    assert per_class(take_labels(uneven, 0.2, 0)) == [5, 3, 0, 5]
+    assert per_class(take_labels(uneven, 0.01, 0)) == [1, 1, 0, 1]
+    assert per_class(take_labels(uneven, 0.99, 0)) == [25, 3, 0, 25]
 
 
 def test_all_labels_are_the_source_itself(tmp_path):
-    assert take_labels(EVEN, 1, 0, "k") is EVEN is take_labels(EVEN, read_share("100%", "k"), 0, "k")
+    assert take_labels(EVEN, 1, 0) is EVEN is take_labels(EVEN, read_share("100%", "k"), 0)
 
 
 def test_the_choice_is_of_seed_and_image_number_alone():
     """Another stream or order would be another data set under the same name."""
     draw = {i: random_bits(5, 0, torch.tensor([i]), 0, 3)[0].tolist()[:2] for i in range(400)}
     smallest = [sorted(range(c, 400, 4), key=draw.get)[:3] for c in range(4)]
-    assert chosen(take_labels(EVEN, 0.03, 5, "k")) == sorted(itertools.chain(*smallest))
+    assert chosen(take_labels(EVEN, 0.03, 5)) == sorted(itertools.chain(*smallest))
     assert SUBSET not in (ORDER, CROP, AUGMENT)
 
 
 def test_images_of_other_classes_change_nothing():
     longer = Labelled([*EVEN.labels.tolist(), *[0] * 4], 4)  # a share of it is as many, rounded
-    of_others = [[i for i in chosen(take_labels(each, 0.1, 0, "k")) if each.labels[i]] for each in (EVEN, longer)]
+    of_others = [[i for i in chosen(take_labels(each, 0.1, 0)) if each.labels[i]] for each in (EVEN, longer)]
     assert of_others[0] == of_others[1]
 
 
 @given(seeds=st.tuples(SEED, SEED).filter(lambda pair: pair[0] != pair[1]))
 @settings(max_examples=25, deadline=None)
 def test_another_seed_is_another_choice(seeds):
-    first, second = (chosen(take_labels(EVEN, 0.1, seed, "k")) for seed in seeds)
+    first, second = (chosen(take_labels(EVEN, 0.1, seed)) for seed in seeds)
     assert first != second
 
 
@@ -117,7 +112,7 @@ def test_every_image_is_as_likely():
     counts = np.zeros(40)
     small = Labelled([i // 20 for i in range(40)], 2)
     for seed in range(400):
-        counts[chosen(take_labels(small, 0.25, seed, "k"))] += 1
+        counts[chosen(take_labels(small, 0.25, seed))] += 1
     assert counts.sum() == 400 * 10
     assert np.abs(counts - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)
 
@@ -130,19 +125,12 @@ def test_every_image_is_as_likely():
 @settings(max_examples=100, deadline=None)
 def test_a_smaller_share_lies_within_a_larger_one(labels, shares, seed):
     source = Labelled(labels, 5)
-    small, large = (take_labels(source, share, seed, "k") for share in sorted(shares))
+    small, large = (take_labels(source, share, seed) for share in sorted(shares))
     assert set(chosen(small)) <= set(chosen(large))
     for subset, share in ((small, min(shares)), (large, max(shares))):
         if share < 1:
             wanted = max(1, round(share * len(labels) / 5))
             assert per_class(subset) == [min(wanted, labels.count(c)) for c in range(5)]
-
-
-def test_a_share_of_unlabelled_images_is_refused(tmp_path):
-    source = open_source("folder", fill(tmp_path, {"1.png": 1}), "train")
-    with pytest.raises(UserError, match=r"^data.labels \(7%\) must be 100% where images have no labels; sort .*$"):
-        take_labels(source, read_share("7%", "data.labels"), 0, "data.labels")
-    assert take_labels(source, 1, 0, "data.labels") is source
 
 
 @pytest.mark.parametrize(

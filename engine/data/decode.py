@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms import functional as F
 
 from engine.data.philox import CROP, uniform
+from engine.tasks import Interpolation
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -91,18 +92,20 @@ def random_crops(
     size: int,
     out_V3SS: np.ndarray,
     *,
-    interpolation: str = "bilinear",
-    retouch: Callable[[Image.Image], Image.Image] | None = None,
+    interpolation: Interpolation = "bilinear",
+    after_crop: Callable[[Image.Image], Image.Image] | None = None,
 ) -> None:
-    """Write each view's crop of an RGB image into uint8 [V, 3, S, S]: antialiased; `retouch` changes it before."""
+    """Write each view's crop of an RGB image into uint8 [V, 3, S, S]: antialiased; `after_crop` changes each first."""
     for draw_D, out_3SS in zip(draw_VD, out_V3SS, strict=True):
         top, left, height, width = crop_box(draw_D, image.height, image.width, crop_min)
         # Cut, then resize: resize(box=...) would let pixels around the box bleed into its border.
         crop = image.crop((left, top, left + width, top + height)).resize((size, size), RESAMPLING[interpolation])
-        out_3SS[...] = np.asarray(crop if retouch is None else retouch(crop)).transpose(2, 0, 1)
+        out_3SS[...] = np.asarray(crop if after_crop is None else after_crop(crop)).transpose(2, 0, 1)
 
 
-def center_crop(image: Image.Image, size: int, fraction: float = 224 / 256, interpolation: str = "bilinear") -> Tensor:
+def center_crop(
+    image: Image.Image, size: int, fraction: float = 224 / 256, interpolation: Interpolation = "bilinear"
+) -> Tensor:
     """The view for evaluation: shorter side resized to size / fraction, the centre kept. uint8 [3, S, S]."""
     resized = F.resize(image, [round(size / fraction)], F.InterpolationMode(interpolation))
     return torch.from_numpy(np.array(F.center_crop(resized, [size, size])).transpose(2, 0, 1))

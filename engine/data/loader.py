@@ -89,12 +89,12 @@ def train_batches(
     keep_partial: bool = False,
     repeats: int = 1,
     interpolation: Interpolation = "bilinear",
-    retouch: Callable[[Image.Image, int, int], Image.Image] | None = None,
+    after_crop: Callable[[Image.Image, int, int], Image.Image] | None = None,
 ) -> Iterator[Batch]:
     """This rank's batches of the steps from first_step up to, not including, last_step.
 
     keep_partial: an epoch ends with the batch of what is left, of which ranks may have different numbers, or none.
-    repeats: how often an image comes in a row. retouch: what else is done to a crop, given (crop, epoch, sample).
+    repeats: how often an image comes in a row. after_crop: what else is done to a crop, given (crop, epoch, sample).
     The workers start at once and die with the thread that called this. At most 2 * workers batches are under way.
     Raises UserError where the batch does not suit the source or memory, or where the source is unreadable.
     """
@@ -107,7 +107,7 @@ def train_batches(
     samples = samples_of_steps(
         seed, len(source), global_batch_size, rank, world_size, first_step, last_step, keep_partial, repeats
     )
-    dataset = _TrainBatches(source, seed, image_size, crop_min, views, interpolation, retouch)
+    dataset = _TrainBatches(source, seed, image_size, crop_min, views, interpolation, after_crop)
     return _run(dataset, samples, workers, pin_memory)
 
 
@@ -146,7 +146,7 @@ class _TrainBatches(Dataset):
     crop_min: float
     views: int
     interpolation: Interpolation
-    retouch: Callable[[Image.Image, int, int], Image.Image] | None
+    after_crop: Callable[[Image.Image, int, int], Image.Image] | None
 
     def __getitem__(self, at: tuple[int, int, np.ndarray]) -> Batch | UserError:
         step, epoch, samples = at
@@ -166,9 +166,9 @@ class _TrainBatches(Dataset):
         return Batch(step, epoch, torch.from_numpy(crops), sample_B, shown_B, bad)
 
     def _crop(self, image: Image.Image, draw_VD: list[list[float]], epoch: int, sample: int, out: np.ndarray) -> None:
-        retouch = self.retouch and partial(self.retouch, epoch=epoch, sample=sample)
+        after_crop = self.after_crop and partial(self.after_crop, epoch=epoch, sample=sample)
         random_crops(
-            image, draw_VD, self.crop_min, self.image_size, out, interpolation=self.interpolation, retouch=retouch
+            image, draw_VD, self.crop_min, self.image_size, out, interpolation=self.interpolation, after_crop=after_crop
         )
 
 

@@ -21,7 +21,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from engine.data.decode import RESAMPLING
-from engine.data.philox import ERASE, ERASED, MIX, RETOUCH, random_bits, uniform
+from engine.data.philox import ERASE_HOW, ERASE_WHETHER, MIX, RANDAUGMENT, random_bits, uniform
 from engine.tasks import Interpolation
 
 
@@ -29,7 +29,7 @@ from engine.tasks import Interpolation
 def generators_at(seed: int, epoch: int, sample: int, stream: int) -> Iterator[None]:
     """The global generators of Python, NumPy and PyTorch (CPU) start from these numbers inside, and go on afterwards.
 
-    A GPU's generator starts from them too and is not put back.
+    A GPU's generator starts from them too and is not put back: nothing else here draws from it.
     """
     words = random_bits(seed, epoch, torch.tensor([sample]), 0, stream)[0].tolist()
     of_python, of_numpy = random.getstate(), np.random.get_state()
@@ -45,10 +45,10 @@ def generators_at(seed: int, epoch: int, sample: int, stream: int) -> Iterator[N
 
 
 @dataclass(frozen=True)
-class Retouch:
+class RandAugment:
     """timm's RandAugment of a crop, in the loader's worker.
 
-    config: in timm's words, as `rand-m9-mstd0.5-inc1`. fill: the colour of what a turn or a shift uncovers.
+    config: in timm's words, as `rand-m9-mstd0.5-inc1`. fill: the colour, from 0 to 1, of what a turn uncovers.
     """
 
     config: str
@@ -58,7 +58,7 @@ class Retouch:
     interpolation: Interpolation
 
     def __call__(self, crop: Image.Image, epoch: int, sample: int) -> Image.Image:
-        with generators_at(self.seed, epoch, sample, RETOUCH):
+        with generators_at(self.seed, epoch, sample, RANDAUGMENT):
             return self._transform(crop)
 
     @cached_property
@@ -84,9 +84,9 @@ def erase(images_BCSS: Tensor, sample_B: Tensor, epoch: int, probability: float,
     sample_B is on the CPU: which images are chosen is known without asking the device.
     """
     eraser = RandomErasing(1.0, mode="pixel", device=str(images_BCSS.device))
-    chosen_B = uniform(seed, epoch, sample_B, 0, ERASE, 1)[:, 0] < probability
+    chosen_B = uniform(seed, epoch, sample_B, 0, ERASE_WHETHER, 1)[:, 0] < probability
     for b in chosen_B.nonzero().flatten().tolist():
-        with generators_at(seed, epoch, int(sample_B[b]), ERASED):
+        with generators_at(seed, epoch, int(sample_B[b]), ERASE_HOW):
             eraser(images_BCSS[b])
 
 
@@ -108,18 +108,17 @@ class Mix:
         return self.mixup > 0 or self.cutmix > 0
 
     def __call__(
-        self, images_BCSS: Tensor, label_B: Tensor, mirror_BCSS: Tensor, mirror_label_B: Tensor, step: int
+        self, images_BCSS: Tensor, label_B: Tensor, other_BCSS: Tensor, other_label_B: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
-        """Mixed images and targets [B, C], given the images and labels that row 0, 1, ... are mixed with.
+        """Mixed images and targets [B, C], given those of the rank at the other end, as that rank has them.
 
         Every rank mixes by the same share and cuts the same rectangle in the same step.
         """
         mixup = Mixup(
             self.mixup, self.cutmix, label_smoothing=self.label_smoothing, num_classes=self.classes, mode="batch"
         )
-        # timm mixes a batch with its own mirror: in a batch of both halves each row meets its partner.
-        images = torch.cat([images_BCSS, mirror_BCSS.flip(0)])
-        labels = torch.cat([label_B, mirror_label_B.flip(0)])
+        # timm mixes a batch with its own mirror: in a batch of both each row meets its partner.
+        images, labels = torch.cat([images_BCSS, other_BCSS]), torch.cat([label_B, other_label_B])
         with generators_at(self.seed, 0, step, MIX):
             mixed, target = mixup(images, labels)
         return mixed[: len(label_B)], target[: len(label_B)]

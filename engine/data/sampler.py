@@ -6,12 +6,10 @@ Shapes: N images in the source, B samples of one rank's share of a batch.
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
-from engine.data.philox import ORDER, random_bits
+from engine.data.philox import ORDER, random_64
 
 REPEAT = 2**40  # sample + k * REPEAT is the k-th repetition of an image in its batch
-_CHUNK = 2**14  # images drawn at a time: what the CPU's cache holds, four times as fast as a million at once
 
 
 def steps_per_epoch(images: int, global_batch_size: int, keep_partial: bool = False) -> int:
@@ -20,15 +18,13 @@ def steps_per_epoch(images: int, global_batch_size: int, keep_partial: bool = Fa
 
 
 def epoch_order(seed: int, epoch: int, images: int, repeats: int = 1) -> np.ndarray:
-    """The order in which an epoch visits the images: int64 [N], a permutation.
+    """The order in which an epoch visits the images: int64 [N], without repeats a permutation.
 
     Every image draws a random 64-bit number, and they go by size. So the order depends on no library's shuffle.
     With repeats each image comes that many times in a row, as samples of their own, and the epoch stays as long: it
     visits the first of the permutation alone (repeated augmentation, Hoffer et al. 2020, as DeiT has it).
     """
-    draws = [random_bits(seed, epoch, sample, 0, ORDER)[:, :2] for sample in torch.arange(images).split(_CHUNK)]
-    words_N2 = torch.cat(draws).numpy().astype(np.uint64)
-    order_N = np.argsort(words_N2[:, 0] << np.uint64(32) | words_N2[:, 1], kind="stable")
+    order_N = np.argsort(random_64(seed, epoch, images, ORDER), kind="stable")
     return order_N if repeats == 1 else (order_N[:, None] + REPEAT * np.arange(repeats)).flatten()[:images]
 
 

@@ -6,9 +6,8 @@ Shapes: B images of this rank, G of all ranks, S side of an image, C classes.
 """
 
 import dataclasses
-import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -20,17 +19,19 @@ from engine.checkpoint.layout import read_pointer
 from engine.checkpoint.load import read_tensors
 from engine.data.loader import Batch
 from engine.data.philox import DROP_PATH, uniform
-from engine.data.regularize import Mix, Retouch, erase
+from engine.data.regularize import Mix, RandAugment, erase
+from engine.data.sampler import steps_per_epoch
 from engine.distributed import World, in_turn, make_mesh
-from engine.encoders import open_weights
-from engine.evaluation.subject import Subject, open_trunk
-from engine.evaluation.supervised import TOP, Supervised, closing, open_images, run, say
+from engine.encoders import open_trunk
+from engine.evaluation.subject import Subject
+from engine.evaluation.supervised import TOP, Supervised, closing, digest, open_images, run, say
 from engine.recipe import UserError
 from engine.tasks import Finetune
+from engine.training.finetune_step import FinetuneOutput, FinetuneSchedule, FinetuneState, finetune_step
 from engine.training.guard import check_skips
 from engine.training.parallelize import check_compiler, materialize, parallelize_classifier
-from engine.training.sources import Sources
-from engine.training.tune import TuneOutput, TuneSchedule, TuneState, tune_step
+from engine.training.sources import Sources, check_batch
+from engine.training.trainer import Plan
 from engine.weights.classifying import write_classifier
 from engine.weights.weights import EncoderName, Weights
 from models.classifier import Classifier, starting_values
@@ -55,29 +56,19 @@ def finetune(
     """
     started = time.perf_counter()
     sources = open_images(recipe, world)
-    check_size(recipe, len(sources.train))
+    check_batch(recipe, len(sources.train))
     weights = in_turn(world, lambda: open_trunk(checkpoint, encoder, untrained=baseline == "initial"))
     with agreement(world.host_group):
         networks = make_networks(recipe, weights, len(sources.train.classes))
         if recipe.parallel.compile:
             check_compiler(world.device)
-    state, identity = build_state(recipe, weights, networks, world, len(sources.train))
-    task = Finetuning(recipe, world, sources, weights, state, identity)
+    state = build_state(recipe, weights, networks, world, len(sources.train))
+    task = Finetuning(recipe, world, sources, weights, state)
     row = closing(task, run(task, started))
     with agreement(world.host_group):
         if world.is_first:
             leave_classifier(task)
     return {key.removeprefix("finetune_"): value for key, value in row.items() if key.endswith(("top1", "top5"))}
-
-
-def check_size(recipe: Finetune, images: int) -> None:
-    """Raises UserError where the images do not fill a batch."""
-    batch = recipe.train.global_batch_size
-    if images < batch:
-        raise UserError(
-            f"train.global_batch_size ({batch}) must be at most the number of training images ({images}); pass "
-            f"train.global_batch_size={images} or less, or give more images"
-        )
 
 
 def make_networks(recipe: Finetune, weights: Weights, classes: int) -> tuple[Classifier, Classifier | None]:
@@ -102,8 +93,8 @@ def build_state(
     networks: tuple[Classifier, Classifier | None],
     world: World,
     images: int,
-) -> tuple[TuneState, str]:
-    """The networks of `make_networks`, sharded, with their first weights; the digest of those weights."""
+) -> FinetuneState:
+    """The networks of `make_networks`, sharded, with the weights that they start from."""
     parallel, (classifier, ema) = recipe.parallel, networks
     mesh = make_mesh(world, parallel.shard, parallel.replicate)
     parallelize_classifier(
@@ -115,11 +106,10 @@ def build_state(
         precision=parallel.precision,
         compile=parallel.compile,
     )
-    digests: dict[str, str] = {}
     for network in networks:
         if network is not None:
-            materialize(network, world.device, digested(first_values(network, weights, recipe.run.seed), digests))
-    state = TuneState(
+            materialize(network, world.device, starting_values(network, trunk_values(weights), recipe.run.seed))
+    return FinetuneState(
         classifier,
         ema,
         make_schedule(recipe, images),
@@ -129,42 +119,30 @@ def build_state(
         group=world.group,
         shard_group=mesh["shard"].get_group(),
     )
-    return state, hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
 
 
-def make_schedule(recipe: Finetune, images: int) -> TuneSchedule:
+def make_schedule(recipe: Finetune, images: int) -> FinetuneSchedule:
     train, optimizer = recipe.train, recipe.optimizer
-    return TuneSchedule(
-        peak=optimizer.base_lr * train.global_batch_size / 512,
-        lowest=optimizer.min_lr,
+    return FinetuneSchedule(
+        peak_lr=optimizer.base_lr * train.global_batch_size / 512,
+        min_lr=optimizer.min_lr,
         epochs=train.epochs,
         warmup_epochs=train.warmup_epochs,
-        steps_per_epoch=images // train.global_batch_size,
+        steps_per_epoch=steps_per_epoch(images, train.global_batch_size),
     )
 
 
-def first_values(classifier: Classifier, weights: Weights, seed: int) -> Iterator[tuple[str, Tensor]]:
-    prefix = "base.trunk."
-
-    def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in weights.read([prefix + name for name in names]):
-            yield name.removeprefix(prefix), tensor
-
-    return starting_values(classifier, read, {name.removeprefix(prefix) for name in weights.shapes}, seed)
-
-
-def digested(values: Iterable[tuple[str, Tensor]], digests: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """The same; each one's sha256 is put into `digests` as it passes."""
-    for name, value in values:
-        content = value.detach().contiguous().flatten().view(torch.uint8).numpy()
-        digests[name] = hashlib.sha256(content).hexdigest()
-        yield name, value
+def trunk_values(weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of one trunk's weights, under the names inside of it."""
+    for name, tensor in weights.read(sorted(weights.shapes)):
+        yield name.removeprefix("base.trunk."), tensor
 
 
 class Finetuning(Supervised):
     """The trainer's task (engine.training.trainer.Task): a classifier and its trunk, trained together."""
 
     metric = "finetune"
+    chosen = "the last"
     keeps_partial = False
 
     def __init__(
@@ -173,10 +151,9 @@ class Finetuning(Supervised):
         world: World,
         sources: Sources,
         weights: Weights,
-        state: TuneState,
-        identity: str,
+        state: FinetuneState,
     ):
-        about, values = weights.known(), recipe.augment
+        about, augment = weights.known(), recipe.augment
         dtype = torch.float64 if recipe.parallel.precision == "float64" else torch.float32
         subject = Subject(
             state.classifier,
@@ -184,34 +161,31 @@ class Finetuning(Supervised):
             about.mean,
             about.std,
             recipe.evaluate.crop_fraction,
-            interpolation=values.interpolation,
+            interpolation=augment.interpolation,
             dtype=dtype,
         )
-        super().__init__(recipe, world, sources, subject, identity)
+        super().__init__(recipe, world, sources, subject, digest(trunk_values(weights)))
         self.weights, self.state = weights, state
         self.mix = Mix(
-            values.mixup, values.cutmix, recipe.train.label_smoothing, len(self.classes), seed=recipe.run.seed
+            augment.mixup, augment.cutmix, recipe.train.label_smoothing, len(self.classes), seed=recipe.run.seed
         )
 
     @property
     def step(self) -> int:
         return self.state.step
 
-    def plan(self):
+    def plan(self) -> Plan:
         every = self.recipe.evaluate.every_epochs * self.steps_per_epoch
         return dataclasses.replace(super().plan(), evaluate_every=every)
 
     def crop_options(self) -> dict[str, Any]:
-        values, options = self.recipe.augment, {}
-        if values.randaugment is not None:
-            options["retouch"] = Retouch(
-                values.randaugment,
-                self.recipe.run.seed,
-                self.subject.image_size,
-                self.subject.mean,
-                values.interpolation,
+        augment, subject = self.recipe.augment, self.subject
+        options = {"repeats": augment.repeats, "interpolation": augment.interpolation}
+        if augment.randaugment is not None:
+            options["after_crop"] = RandAugment(
+                augment.randaugment, self.recipe.run.seed, subject.image_size, subject.mean, augment.interpolation
             )
-        return options | {"repeats": values.repeats, "interpolation": values.interpolation}
+        return options
 
     def images(self, batch: Batch) -> Tensor:
         images = super().images(batch)
@@ -219,18 +193,20 @@ class Finetuning(Supervised):
             erase(images, batch.sample_B, batch.epoch, self.recipe.augment.erase_probability, self.recipe.run.seed)
         return images
 
-    def train_step(self, batch: Batch) -> TuneOutput:
+    def train_step(self, batch: Batch) -> FinetuneOutput:
+        self.bad_images.meet(batch.bad)
         images, label_B = self.images(batch), self.labels(batch)
         if self.mix.is_on:
-            images, target_BC = self.mix(images, label_B, *mirrored(images, label_B, self.world), batch.step)
+            other = exchanged(images, label_B, self.world)
+            images, target_BC = self.mix(images, label_B, *other, batch.step)
         else:
             target_BC = self.mix.plain_target(label_B)
         sample_B = batch.sample_B.to(self.world.device, non_blocking=True)
         paths = len(self.state.classifier.drop_paths)
         uniform_BK = uniform(self.recipe.run.seed, batch.epoch, sample_B, 0, DROP_PATH, paths)
-        return tune_step(self.state, images, target_BC.to(images.dtype), uniform_BK)
+        return finetune_step(self.state, images, target_BC.to(images.dtype), uniform_BK)
 
-    def describe(self, output: TuneOutput) -> dict[str, float]:
+    def describe(self, output: FinetuneOutput) -> dict[str, float]:
         check_skips(self.state.skipped_in_a_row, self.step)
         health = {"grad_norm": output.grad_norm.item(), "skipped_steps": int(self.state.skipped)}
         return self.row(output.loss.item(), output.lr) | health
@@ -257,14 +233,16 @@ class Finetuning(Supervised):
         return [
             f"network   {self.weights.origin}, all of it trained, images of {self.subject.image_size}",
             self.data_line(),
-            f"schedule  {train.epochs} epochs of {self.steps_per_epoch:,} steps, peak lr {schedule.peak:g}",
+            f"schedule  {train.epochs} epochs of {self.steps_per_epoch:,} steps, peak lr {schedule.peak_lr:g}",
         ]
 
     def tensors(self) -> dict[str, Tensor]:
         return self.state.tensors()
 
-    def bound(self) -> dict[str, Any]:
-        return super().bound() | {"about": self.weights.known().to_json()}
+    def checkpoint(self) -> dict[str, Any]:
+        saved = super().checkpoint()
+        saved["state"]["about"] = self.weights.known().to_json()  # by which engine.encoders opens the run
+        return saved
 
     def resume(self, saved: dict[str, Any]) -> None:
         super().resume(saved)
@@ -278,7 +256,7 @@ def leave_classifier(task: Finetuning) -> None:
     head = dict(read_tensors(checkpoint, ["model.head.weight", "model.head.bias"]))
     try:
         write_classifier(
-            open_weights(str(checkpoint)).trunk("base"),
+            open_trunk(str(checkpoint)),
             (head["model.head.weight"], head["model.head.bias"]),
             task.classes,
             folder,
@@ -291,19 +269,18 @@ def leave_classifier(task: Finetuning) -> None:
         say(task.world, [f"          timm.create_model('local-dir:{folder}', pretrained=True) has all of the network"])
 
 
-def mirrored(images_BCSS: Tensor, label_B: Tensor, world: World) -> tuple[Tensor, Tensor]:
-    """Images and labels that this rank's rows are mixed with: row i of the global batch with row G-1-i."""
-    mine = [images_BCSS.flip(0), label_B.flip(0)]
+def exchanged(images_BCSS: Tensor, label_B: Tensor, world: World) -> tuple[Tensor, Tensor]:
+    """Images and labels of the rank at the other end of the global batch, which gets this rank's."""
     other = world.size - 1 - world.rank
+    mine = images_BCSS.contiguous(), label_B
     if other == world.rank:
-        return tuple(mine)
-    theirs = [torch.empty_like(tensor) for tensor in mine]
-    ways = ((dist.isend, mine), (dist.irecv, theirs))
+        return mine
+    theirs = tuple(torch.empty_like(tensor) for tensor in mine)
     transfers = [
         dist.P2POp(way, tensor, group=world.group, group_peer=other, tag=tag)
-        for way, tensors in ways
+        for way, tensors in ((dist.isend, mine), (dist.irecv, theirs))
         for tag, tensor in enumerate(tensors)
     ]
     for work in dist.batch_isend_irecv(transfers):
         work.wait()
-    return tuple(theirs)
+    return theirs

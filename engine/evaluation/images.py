@@ -18,13 +18,13 @@ def open_labelled(
     kind: str,
     dataset: str | None = None,
     dataset_options: dict[str, Any] | None = None,
-    share: float = 1.0,
+    labels: float = 1.0,
     seed: int = 0,
 ) -> Sources:
     """Training and validation images with labels in one numbering.
 
-    A root may hold `train` and `val`, of which each side takes its own; else all of it. share, seed: of the training
-    images of every class, which are taken (engine.data.subset).
+    A root may hold `train` and `val`, of which each side takes its own; else all of it. labels: the share of every
+    class's training images that is taken; seed chooses them (engine.data.subset).
 
     Raises:
         UserError: on every rank, where images are missing, unlabelled, of a class that is unknown in train, of a single
@@ -42,7 +42,7 @@ def open_labelled(
                 )
         if len(found[0].classes) < 2:
             raise UserError(f"--train ({train}) must hold two classes or more; it has one, {found[0].classes[0]}")
-        return Sources(take_labels(found[0], share, seed, "data.labels"), align_labels(*found))
+        return Sources(take_labels(found[0], labels, seed), align_labels(*found))
 
     return open_together(find, world, f"--train ({train}) and --val ({val})")
 

@@ -1,8 +1,8 @@
 """The paper's linear protocol, put together: recipe -> images, frozen network, classifier -> the trainer's loop."""
 
-import hashlib
 import math
 import time
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from engine.data.loader import Batch
 from engine.distributed import World
 from engine.evaluation.linear import LinearProbe, linear_step
 from engine.evaluation.subject import Subject, open_subject
-from engine.evaluation.supervised import Supervised, closing, open_images, run
+from engine.evaluation.supervised import Supervised, closing, digest, open_images, run
 from engine.front_door import RunFailed
 from engine.tasks import Linear
 from engine.training.sources import Sources
@@ -36,23 +36,18 @@ def probe(recipe: Linear, checkpoint: str, encoder: EncoderName, world: World) -
     subject = open_subject(checkpoint, world, encoder=encoder, crop_fraction=recipe.evaluate.crop_fraction)
     task = Probing(recipe, world, sources, subject, checkpoint)
     seconds = run(task, started)
-    check_frozen(subject.network, task.identity, world)
+    check_frozen(subject.network, task.weights_digest, world)
     row = closing(task, seconds)
     return {"top1": row["linear_top1"], "top5": row["linear_top5"], "learning_rate": task.probe.peak_lr}
 
 
-def digest(network: nn.Module) -> str:
-    """sha256 of every parameter and buffer: name, shape, type and bits."""
-    sha256 = hashlib.sha256()
-    for name, tensor in sorted([*network.named_parameters(), *network.named_buffers()]):
-        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha256.hexdigest()
+def own_tensors(network: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    return sorted([*network.named_parameters(), *network.named_buffers()])
 
 
 def check_frozen(network: nn.Module, before: str, world: World) -> None:
     """Raises RunFailed, on every rank, where the network is not what it was."""
-    if any(gather(digest(network) != before, world.host_group)):
+    if any(gather(digest(own_tensors(network)) != before, world.host_group)):
         raise RunFailed("the frozen trunk's weights or buffers changed, so the result is not reported")
 
 
@@ -60,10 +55,11 @@ class Probing(Supervised):
     """The trainer's task (engine.training.trainer.Task): a linear classifier on a frozen trunk's features."""
 
     metric = "linear"
+    chosen = "the best"
     keeps_partial = True
 
     def __init__(self, recipe: Linear, world: World, sources: Sources, subject: Subject, checkpoint: str):
-        super().__init__(recipe, world, sources, subject, digest(subject.network))
+        super().__init__(recipe, world, sources, subject, digest(own_tensors(subject.network)))
         self.name = checkpoint
         self.probe = LinearProbe(
             subject.width(world.device),
@@ -89,6 +85,7 @@ class Probing(Supervised):
 
     def train_step(self, batch: Batch) -> tuple[Tensor, float]:
         """The loss before the update, on the device, and the learning rate."""
+        self.bad_images.meet(batch.bad)
         label_B, lr = self.labels(batch), self.probe.learning_rate
         first = batch.step % self.steps_per_epoch * self.images_per_step
         rows = min(self.images_per_step, len(self.sources.train) - first)  # of all ranks; fewer in the last batch
@@ -99,7 +96,7 @@ class Probing(Supervised):
         if not math.isfinite(loss):
             raise RunFailed(
                 f"the loss at step {self.step} is not finite; the newest checkpoint is kept: start anew with a lower "
-                "optimizer.base_lr in another --out"
+                "optimizer.base_lr in another run.dir"
             )
         return self.row(loss, lr)
 

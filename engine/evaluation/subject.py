@@ -1,29 +1,25 @@
-"""What is measured: a frozen network and the form of the images that it takes, from any CHECKPOINT."""
+"""What is measured: a network and the form of the images that it takes, from any CHECKPOINT."""
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.distributed import World, in_turn
-from engine.encoders import open_weights
+from engine.encoders import open_trunk, open_weights
 from engine.evaluation.readout import readout
-from engine.front_door import say_once
-from engine.recipe import loads
 from engine.tasks import Interpolation
-from engine.weights.weights import About, EncoderName, Weights, fill_trunk
-from models.moco import MoCo, initial_values
+from engine.weights.weights import EncoderName, fill_trunk
 
 Baseline = Literal["initial", "pixels"]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """network: images [B, 3, S, S], normalised by mean and std, -> features [B, D]; on the device.
+    """network: images [B, 3, S, S], normalised by mean and std, -> features or logits [B, D]; on the device.
 
-    crop_fraction: side of the centre crop over the shorter side of the resized image.
+    crop_fraction: side of the centre crop over the shorter side of the resized image, resized by `interpolation`.
     dtype: of the images that the network takes.
     """
 
@@ -50,7 +46,7 @@ def open_subject(
     baseline: Baseline | None = None,
     crop_fraction: float | None = None,
 ) -> Subject:
-    """The network of a CHECKPOINT, copied to every rank, or one to compare it with on the same images.
+    """The frozen network of a CHECKPOINT, copied to every rank, or one to compare it with on the same images.
 
     Args:
         features: which numbers of the trunk (engine.evaluation.readout).
@@ -80,26 +76,3 @@ def _open(
     about = weights.known()
     network = network.to(world.device).eval().requires_grad_(False)
     return Subject(network, about.image_size, about.mean, about.std, crop_fraction or about.crop_fraction)
-
-
-def open_trunk(checkpoint: str, encoder: EncoderName, *, untrained: bool) -> Weights:
-    """One trunk of a CHECKPOINT, or what it was before training; says what was not taken over. Raises UserError."""
-    weights = open_weights(checkpoint)
-    about = weights.known()
-    for note in weights.notes:
-        say_once(note)
-    return _initial(about) if untrained else weights.trunk(encoder)
-
-
-def _initial(about: About) -> Weights:
-    """The trunk before training, as a run of its recipe begins."""
-    seed = loads(about.recipe, "recipe of the checkpoint").run.seed if about.recipe else 0
-    with torch.device("meta"):
-        moco = MoCo(about.architecture.build, 1, 1)  # its heads are not drawn
-    shapes = {n: t.shape for n, t in moco.state_dict().items() if n.startswith("base.trunk.")}
-
-    def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        wanted = set(names)
-        return ((name, value) for name, value in initial_values(moco, seed) if name in wanted)
-
-    return Weights(about, shapes, read, "the initial network")

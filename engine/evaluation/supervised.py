@@ -1,12 +1,13 @@
 """What training a classifier on labelled images needs, whichever part of the network learns: the task's common half,
 and its way through the trainer's loop from the run directory to the result."""
 
+import hashlib
 import io
 import json
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,12 +27,12 @@ from engine.evaluation.confusion import by_class, confusion_picture
 from engine.evaluation.images import open_labelled
 from engine.evaluation.measure import features
 from engine.evaluation.subject import Subject
-from engine.recipe import UserError, dump, fingerprint, loads, resume_differences
+from engine.recipe import UserError, dump, fingerprint
 from engine.tasks import Finetune, Linear
 from engine.training import report
 from engine.training.bad_images import BadImages
 from engine.training.metrics import MetricsLog
-from engine.training.run_directory import RunDirectory
+from engine.training.run_directory import RunDirectory, check_same_recipe
 from engine.training.sources import Sources
 from engine.training.trainer import Plan, Trainer
 
@@ -43,15 +44,19 @@ class Supervised(ABC):
     """The common half of a trainer's task (engine.training.trainer.Task) with labels.
 
     Args:
-        subject: the images' form, and the network whose output is classified.
-        identity: the digest of the weights that the run starts from.
+        subject: the images' form, and the network that is trained or whose features are.
+        weights_digest: of the weights that the run starts from.
     """
 
     metric: ClassVar[str]  # begins the monitor's keys
+    chosen: ClassVar[str]  # which row of the monitor is the result, in words
     keeps_partial: ClassVar[bool]  # whether the last, partial batch of an epoch is used
 
-    def __init__(self, recipe: Linear | Finetune, world: World, sources: Sources, subject: Subject, identity: str):
-        self.recipe, self.world, self.sources, self.subject, self.identity = recipe, world, sources, subject, identity
+    def __init__(
+        self, recipe: Linear | Finetune, world: World, sources: Sources, subject: Subject, weights_digest: str
+    ):
+        self.recipe, self.world, self.sources, self.subject = recipe, world, sources, subject
+        self.weights_digest = weights_digest
         self.directory = Path(recipe.run.dir)
         self.log: MetricsLog | None = None  # comes with the run directory, in `run`
         self.labels_N = torch.from_numpy(sources.train.labels)
@@ -135,7 +140,6 @@ class Supervised(ABC):
 
     def labels(self, batch: Batch) -> Tensor:
         """Of the images that the batch shows, on the device."""
-        self.bad_images.meet(batch.bad)
         return self.labels_N[batch.shown_B].to(self.world.device, non_blocking=True)
 
     def row(self, loss: float, lr: float) -> dict[str, float]:
@@ -197,19 +201,19 @@ class Supervised(ABC):
     # ---- checkpoints
 
     def checkpoint(self) -> dict[str, Any]:
-        state = self.bound() | {
+        state = self.begun_with() | {
             "step": self.step,
             "recipe": dump(self.recipe),
             "bad_images": self.bad_images.count(),
         }
         return {"tensors": self.tensors(), "state": state, "recipe_sha256": fingerprint(self.recipe)}
 
-    def bound(self) -> dict[str, Any]:
+    def begun_with(self) -> dict[str, str]:
         """What a resume must find as it was, beside the recipe."""
         return {
             "train": self.sources.train.fingerprint,
             "val": self.sources.val.fingerprint,
-            "network": self.identity,
+            "network": self.weights_digest,
         }
 
     def resume(self, saved: dict[str, Any]) -> None:
@@ -226,9 +230,18 @@ def open_images(recipe: Linear | Finetune, world: World) -> Sources:
         kind=data.source,
         dataset=data.dataset,
         dataset_options=data.dataset_options,
-        share=data.labels,
+        labels=data.labels,
         seed=recipe.run.seed,
     )
+
+
+def digest(values: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 of tensors in their order: name, shape, type and bits."""
+    sha256 = hashlib.sha256()
+    for name, tensor in values:
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha256.hexdigest()
 
 
 def run(task: Supervised, started: float) -> Mapping[str, float]:
@@ -247,9 +260,8 @@ def run(task: Supervised, started: float) -> Mapping[str, float]:
             directory.check_fresh()
         else:
             check_resume(found, task)
-        directory.write_recipe(recipe)
-        if found is not None:
             task.resume(load(found, task.tensors(), group=world.host_group))
+        directory.write_recipe(recipe)
         with agreement(world.host_group):
             monitor = f"{task.metric}_top1"
             task.log = MetricsLog(directory.path, task.step if found else -1, monitor=monitor, enabled=world.is_first)
@@ -265,24 +277,18 @@ def run(task: Supervised, started: float) -> Mapping[str, float]:
 
 def check_resume(checkpoint: Path, task: Supervised) -> None:
     """Raises UserError, on every rank, where a checkpoint was begun with another recipe, network or other images."""
-    recipe, directory = task.recipe, f"run.dir ({task.recipe.run.dir})"
+    directory = f"run.dir ({task.recipe.run.dir})"
     with agreement(task.world.host_group):
-        state = read_manifest(checkpoint).state
-        begun = loads(state["recipe"], f"recipe of {checkpoint}", kind=type(recipe))
-        differences = resume_differences(begun, recipe)
-        if differences:
+        manifest = read_manifest(checkpoint)
+        check_same_recipe(manifest, task.recipe)
+        begun, now = manifest.state, task.begun_with()
+        if begun["network"] != now["network"]:
             raise UserError(
-                f"{directory} holds a run with other values: {', '.join(differences)}; go on with its own, "
-                "or pass another --out"
-            )
-        bound = task.bound()
-        if state["network"] != bound["network"]:
-            raise UserError(
-                f"{directory} holds a run on another network; give it its own CHECKPOINT, or pass another --out"
+                f"{directory} holds a run on another network; give it its own CHECKPOINT, or pass another run.dir"
             )
         for name in ("train", "val"):
-            if state[name] != bound[name]:
-                raise UserError(f"--{name} must hold the images that {directory} began with; or pass another --out")
+            if begun[name] != now[name]:
+                raise UserError(f"--{name} must hold the images that {directory} began with; or pass another run.dir")
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
@@ -303,11 +309,10 @@ def closing(task: Supervised, seconds: Mapping[str, float]) -> dict[str, float]:
                 raise UserError(f"{task.directory / 'metrics.jsonl'} must have the rows of the run; start it anew")
             row = task.reported(rows)
             top1, top5 = (row[f"{task.metric}_{top}"] for top in ("top1", "top5"))
-            which = "the best" if row is max(rows, key=lambda each: each[f"{task.metric}_top1"]) else "the last"
             say(
                 task.world,
                 [
-                    f"result    top-1 {top1:.2%}, top-5 {top5:.2%} at epoch {row['epoch']:g}, {which}",
+                    f"result    top-1 {top1:.2%}, top-5 {top5:.2%} at epoch {row['epoch']:g}, {task.chosen}",
                     f"time      {', '.join(f'{what} {spent:.0f} s' for what, spent in seconds.items())}",
                     f"files     {task.directory}: classes.csv, confusion.png, metrics.jsonl, tensorboard/",
                 ],

@@ -32,12 +32,12 @@ def build_optimizer(
     """
     if name == "lars":
         return Lars(parameters, weight_decay, shard_group)
-    return adamw(parameters, weight_decay)
+    return adamw([{"params": list(parameters), "weight_decay": weight_decay}])
 
 
-def adamw(parameters: Iterable[torch.nn.Parameter] | Iterable[dict], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over parameters, or groups of them that may have values of their own."""
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=True)
+def adamw(groups: list[dict]) -> torch.optim.AdamW:
+    """AdamW over groups with `params` and `weight_decay`; the step sets each one's `lr`."""
+    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         # The state that AdamW would make in its first step.
         optimizer.state[parameter] = {

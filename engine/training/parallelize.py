@@ -52,15 +52,11 @@ def parallelize(
         shard: where a parameter rests. full, hybrid: sharded also between forward and backward; grad_op: gathered from
             the forward to the backward pass; replicate: whole on every rank.
     """
-    layout = lay_out(moco, mesh, group, shard, precision, compile)
-    # The momentum encoder must rest sharded after every forward: it never has a backward pass to do so, and its
-    # update writes shards, which weights still gathered from the last step would hide.
-    for encoder, resting in ((moco.base, layout.resharding), (moco.momentum, True)):
-        _shard_trunk(encoder.trunk, layout, resting)
-        _shard_head(encoder.projector, layout, resting)
+    layout = _layout(mesh, shard, precision, compile)
+    _prepare(moco, group, precision)
+    _shard_pair(moco.base.trunk, moco.base.projector, layout, trained=True)
+    _shard_pair(moco.momentum.trunk, moco.momentum.projector, layout, trained=False)
     _shard_head(moco.predictor, layout, layout.resharding)
-    for root in (moco.momentum.trunk, moco.momentum.projector):
-        forget_forwards(root)
 
 
 def parallelize_classifier(
@@ -74,33 +70,36 @@ def parallelize_classifier(
     compile: bool,
 ) -> None:
     """`parallelize` for a classifier that is trained and, where there is one, the moving average of its weights."""
-    layout = lay_out(classifier, mesh, group, shard, precision, compile)
-    _shard_trunk(classifier.trunk, layout, layout.resharding)
-    _shard_head(classifier.head, layout, layout.resharding)
-    if ema is not None:  # as the momentum encoder: never a backward pass, and an update that writes shards
-        lay_out(ema, mesh, group, shard, precision, compile)
-        _shard_trunk(ema.trunk, layout, resting=True)
-        _shard_head(ema.head, layout, resting=True)
-        for root in (ema.trunk, ema.head):
-            forget_forwards(root)
+    layout = _layout(mesh, shard, precision, compile)
+    for network in (classifier, ema):
+        if network is not None:
+            _prepare(network, group, precision)
+            _shard_pair(network.trunk, network.head, layout, trained=network is classifier)
 
 
-def lay_out(
-    network: nn.Module,
-    mesh: DeviceMesh,
-    group: torch.distributed.ProcessGroup,
-    shard: Shard,
-    precision: Precision,
-    compile: bool,
-) -> Layout:
-    """Set a network's type and BatchNorm's ranks; the layout in which its parts are then sharded."""
+def _layout(mesh: DeviceMesh, shard: Shard, precision: Precision, compile: bool) -> Layout:
+    if mesh["replicate"].size() == 1:
+        mesh = mesh["shard"]
+    return Layout(mesh, shard in ("full", "hybrid"), precision, compile)
+
+
+def _prepare(network: nn.Module, group: torch.distributed.ProcessGroup, precision: Precision) -> None:
     # A trunk's CLS token is a view of its tokens; FSDP warns of in-place writes to it, and there are none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     network.to(torch.float64 if precision == "float64" else torch.float32)
     set_batch_norm_group(network, group)
-    if mesh["replicate"].size() == 1:
-        mesh = mesh["shard"]
-    return Layout(mesh, shard in ("full", "hybrid"), precision, compile)
+
+
+def _shard_pair(trunk: nn.Module, head: nn.Module, layout: Layout, *, trained: bool) -> None:
+    """A trunk and what stands on it."""
+    # What is not trained (the momentum encoder, a moving average) must rest sharded after every forward: it never has a
+    # backward pass to do so, and its update writes shards, which weights still gathered from the last step would hide.
+    resting = layout.resharding or not trained
+    _shard_trunk(trunk, layout, resting)
+    _shard_head(head, layout, resting)
+    if not trained:
+        forget_forwards(trunk)
+        forget_forwards(head)
 
 
 def _shard_trunk(trunk: nn.Module, layout: Layout, resting: bool) -> None:
@@ -122,8 +121,8 @@ def _shard_head(head: nn.Module, layout: Layout, resting: bool) -> None:
 
 
 def forget_forwards(root: nn.Module) -> None:
-    """After every forward of `root`, clear what FSDP notes of it for the backward to come: after the momentum
-    encoder's none comes, and the notes of a long run would fill the memory. No public call does it."""
+    """After every forward of `root`, clear what FSDP notes of it for the backward to come: where none ever comes, the
+    notes of a long run would fill the memory. No public call does it."""
     states = [module._get_fsdp_state() for module in root.modules() if isinstance(module, FSDPModule)]
 
     def forget(*_: object) -> None:

@@ -20,7 +20,7 @@ from engine.data.sources import Source
 from engine.distributed import World, make_mesh
 from engine.evaluation.online_probe import PREFIX
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
-from engine.recipe import Pretrain, UserError, dump, fingerprint, loads, resume_differences, shape
+from engine.recipe import Pretrain, UserError, dump, fingerprint, shape
 from engine.training import report
 from engine.training.bad_images import BadImages
 from engine.training.guard import check_skips
@@ -28,7 +28,7 @@ from engine.training.health import health
 from engine.training.metrics import MetricsLog
 from engine.training.monitor import has_monitor, make_probe, monitor_row
 from engine.training.parallelize import check_compiler, materialize, parallelize
-from engine.training.run_directory import RunDirectory
+from engine.training.run_directory import RunDirectory, check_same_recipe
 from engine.training.schedule import Schedule
 from engine.training.sources import Sources, open_sources
 from engine.training.step import StepOutput, TrainState, train_step
@@ -117,20 +117,7 @@ def check_resume(checkpoint: Path, recipe: Pretrain, train: Source, world: World
     manifest = None
     with agreement(world.host_group):
         manifest = read_manifest(checkpoint)
-        begun = loads(manifest.state["recipe"], f"recipe of {checkpoint}", kind=type(recipe))
-        differences = resume_differences(begun, recipe)
-        if differences:
-            raise UserError(
-                f"run.dir ({recipe.run.dir}) holds a run with other values: {', '.join(differences)}; "
-                "go on with its own, or pass another run.dir"
-            )
-        wide = any(tensor["dtype"] == "float64" for tensor in manifest.tensors.values())
-        if wide != (recipe.parallel.precision == "float64"):
-            kept = "float64" if wide else "bf16 or float32"
-            raise UserError(
-                f"parallel.precision ({recipe.parallel.precision}) must be {kept}, in which the run in "
-                f"{recipe.run.dir} keeps its weights; pass it, or another run.dir"
-            )
+        check_same_recipe(manifest, recipe)
         # Imported weights (step 0) have seen no images yet.
         if manifest.state["data"] not in (None, train.fingerprint):
             raise UserError(

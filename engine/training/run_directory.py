@@ -8,9 +8,10 @@ from typing import IO
 
 from engine.agree import agreement, share
 from engine.checkpoint.layout import write_durably
+from engine.checkpoint.manifest import Manifest
 from engine.distributed import World
-from engine.recipe import UserError, dump
-from engine.tasks import Recipe
+from engine.recipe import UserError, dump, loads, resume_differences
+from engine.tasks import Linear, Recipe
 
 LOCK_SECONDS = 10.0  # ranks of a killed launch need a moment to notice and to let go
 VISIBLE_SECONDS = 10.0  # network file systems need a moment to show a new file
@@ -100,3 +101,22 @@ class RunDirectory:
         finally:
             if self.world.is_first:
                 token.unlink(missing_ok=True)
+
+
+def check_same_recipe(manifest: Manifest, recipe: Recipe) -> None:
+    """Raises UserError where a checkpoint was begun with values that a resume may not change."""
+    begun = loads(manifest.state["recipe"], f"recipe of the run in {recipe.run.dir}", kind=type(recipe))
+    differences = resume_differences(begun, recipe)
+    if differences:
+        raise UserError(
+            f"run.dir ({recipe.run.dir}) holds a run with other values: {', '.join(differences)}; "
+            "go on with its own, or pass another run.dir"
+        )
+    wide = any(tensor["dtype"] == "float64" for tensor in manifest.tensors.values())
+    precision = "float32" if isinstance(recipe, Linear) else recipe.parallel.precision
+    if wide != (precision == "float64"):
+        kept = "float64" if wide else "bf16 or float32"
+        raise UserError(
+            f"parallel.precision ({precision}) must be {kept}, in which the run in {recipe.run.dir} keeps its weights; "
+            "pass it, or another run.dir"
+        )

@@ -1,4 +1,4 @@
-"""Learning rate and encoder momentum as pure functions of the step (paper sections 3 and 5; nothing is stored)."""
+"""Learning rates and encoder momentum as pure functions of the step (paper sections 3 and 5; nothing is stored)."""
 
 import math
 from dataclasses import dataclass
@@ -47,3 +47,24 @@ class Schedule:
     def momentum_at(self, step: int) -> float:
         """Half a cosine from m0 to 1, without warm-up. `step` counts from 0."""
         return 1 - 0.5 * (1 + math.cos(math.pi * step / self.total_steps)) * (1 - self.momentum)
+
+
+@dataclass(frozen=True)
+class FinetuneSchedule:
+    """The learning rate of fine-tuning: linear warm-up from 0, then half a cosine from `peak_lr` to `min_lr`."""
+
+    peak_lr: float
+    min_lr: float
+    epochs: int
+    warmup_epochs: float
+    steps_per_epoch: int
+
+    def learning_rate_at(self, step: int) -> float:
+        """`step` counts from 0."""
+        return warmup_cosine(
+            step / self.steps_per_epoch,
+            peak=self.peak_lr,
+            lowest=self.min_lr,
+            warmup_epochs=self.warmup_epochs,
+            epochs=self.epochs,
+        )

@@ -8,6 +8,7 @@ from engine.agree import gather
 from engine.data.sources import Source, align_labels, open_source
 from engine.distributed import World, in_turn
 from engine.recipe import Pretrain, UserError, locate
+from engine.tasks import Finetune
 
 
 class Sources(NamedTuple):
@@ -26,7 +27,7 @@ def open_sources(recipe: Pretrain, recipe_file: Path, world: World) -> Sources:
 
     def find() -> Sources:
         sources = _open(recipe, recipe_file)
-        _check_size(recipe, sources.train)
+        check_batch(recipe, len(sources.train))
         return sources
 
     return open_together(find, world, f"data.root ({recipe.data.root})")
@@ -54,10 +55,11 @@ def _open(recipe: Pretrain, recipe_file: Path) -> Sources:
     return Sources(train, None if val is None else align_labels(train, val))
 
 
-def _check_size(recipe: Pretrain, train: Source) -> None:
+def check_batch(recipe: Pretrain | Finetune, images: int) -> None:
+    """Raises UserError where the training images do not fill one batch."""
     batch = recipe.train.global_batch_size
-    if len(train) < batch:
+    if images < batch:
         raise UserError(
-            f"train.global_batch_size ({batch}) must be at most the number of images ({len(train)} in "
-            f"{recipe.data.root}); pass train.global_batch_size={len(train)} or less, or give more images"
+            f"train.global_batch_size ({batch}) must be at most the number of training images ({images} in "
+            f"{recipe.data.root}); pass train.global_batch_size={images} or less, or give more images"
         )

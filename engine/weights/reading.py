@@ -78,7 +78,7 @@ def _unwrap(path: Path, content: Any) -> tuple[Mapping, Get, dict[str, torch.Siz
 
 
 def _interpret(origin: str, content: Mapping, get: Get, shapes: Mapping[str, torch.Size], heads: int | None) -> Weights:
-    about = own_words(content)
+    about = own_words(content.get(MARK))
     if any(name.startswith("module.base_encoder.") for name in shapes):
         return _reference(origin, content, get, shapes)
     if any(name.startswith("base.trunk.") for name in shapes):
@@ -89,9 +89,8 @@ def _interpret(origin: str, content: Mapping, get: Get, shapes: Mapping[str, tor
     return _trunk(origin, content, get, shapes, about, heads)
 
 
-def own_words(content: Mapping) -> About | None:
-    """What a file of this project says of itself."""
-    text = content.get(MARK)
+def own_words(text: object) -> About | None:
+    """What a file of this project says of itself; None where it says nothing."""
     if not isinstance(text, str):
         return None
     try:

@@ -6,20 +6,16 @@ import pytest
 
 from engine.encoders import open_weights
 from tests.distributed.launch import results
-from tests.test_finetune import CHECKPOINT, EVERYTHING, RECIPE, run, small_recipe
+from tests.test_finetune import CHECKPOINT, EVERYTHING, RECIPE, SMALL, run, small_recipe
 from tests.test_linear import VAL, rows
 
-OPTIONS = [
-    *EVERYTHING,
-    "train.global_batch_size=252",
-    "train.max_steps=5",
-]  # 2 and 3 ranks divide it; 3 batches an epoch
+# 2 and 3 ranks divide the batch, and an epoch has three.
+OPTIONS = [*EVERYTHING, "train.global_batch_size=252", "train.max_steps=5"]
 
 
 def launched(ranks: int, directory: Path, *overrides: str) -> dict:
-    small = ["train.max_steps=4", "log.every_steps=1", "checkpoint.every_steps=2", "optimizer.base_lr=1e-3"]
-    values = [*small, "parallel.precision=float64", *OPTIONS, *overrides]
     roots = ("--train", VAL, "--val", VAL, "--out", directory)
+    values = [*SMALL, *OPTIONS, *overrides]
     (found,) = results(ranks, "engine.evaluate", "finetune", CHECKPOINT, *roots, "--recipe", RECIPE, *values)
     return found
 

@@ -13,29 +13,13 @@ from torch import Tensor, nn
 
 from engine.training.guard import BufferSnapshot, check_gradients
 from engine.training.optim import adamw, local
-from engine.training.schedule import warmup_cosine
+from engine.training.schedule import FinetuneSchedule
 from models.classifier import Classifier
 
 NO_DECAY = ("pos_embed", "cls_token")  # beside biases and norms
 
 
-class TuneSchedule(NamedTuple):
-    """The learning rate: linear warm-up from 0, half a cosine from `peak` to `lowest`, a function of the step."""
-
-    peak: float
-    lowest: float
-    epochs: int
-    warmup_epochs: float
-    steps_per_epoch: int
-
-    def learning_rate_at(self, step: int) -> float:
-        epoch = step / self.steps_per_epoch
-        return warmup_cosine(
-            epoch, peak=self.peak, lowest=self.lowest, warmup_epochs=self.warmup_epochs, epochs=self.epochs
-        )
-
-
-class TuneOutput(NamedTuple):
+class FinetuneOutput(NamedTuple):
     """What a step saw, on the device. The loss is of all ranks, before the update."""
 
     loss: Tensor
@@ -43,7 +27,7 @@ class TuneOutput(NamedTuple):
     lr: float
 
 
-class TuneState:
+class FinetuneState:
     """Classifier, its moving average (EMA) where there is one, optimizer and counters: all that a checkpoint must hold.
 
     Args:
@@ -58,7 +42,7 @@ class TuneState:
         self,
         classifier: Classifier,
         ema: Classifier | None,
-        schedule: TuneSchedule,
+        schedule: FinetuneSchedule,
         *,
         weight_decay: float,
         layer_decay: float,
@@ -72,23 +56,25 @@ class TuneState:
         # FSDP swaps a module's parameters for gathered ones while it runs, so lists of shards are taken once, here.
         self.trained = dict(classifier.named_parameters())
         self.buffers = dict(classifier.named_buffers())
-        self.optimizer = adamw(decaying_groups(classifier, weight_decay, layer_decay), weight_decay)
+        self.saved = {f"model.{name}": tensor for name, tensor in saved(classifier).items()}
+        self.shards, self.ema_shards = floating(classifier), []
+        if ema is not None:
+            self.saved |= {f"ema.{name}": tensor for name, tensor in saved(ema).items()}
+            self.ema_shards = floating(ema)
+        self.optimizer = adamw(decaying_groups(classifier, weight_decay, layer_decay))
         self.copies = group.size() // shard_group.size()  # of every shard
-        self.pairs = list(zip(floating(ema), floating(classifier), strict=True)) if ema is not None else []
-        device = local(next(iter(self.trained.values()))).device
+        device = self.shards[0].device
         self.skipped = torch.zeros((), dtype=torch.long, device=device)  # steps without update so far
         self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=device)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint holds, by name; loading fills them in place."""
-        model = {f"model.{name}": tensor for name, tensor in saved(self.classifier).items()}
-        ema = {f"ema.{name}": tensor for name, tensor in saved(self.ema).items()} if self.pairs else {}
         optimizer = {
             f"optimizer.{kind}.{name}": tensor
             for name, parameter in self.trained.items()
             for kind, tensor in self.optimizer.state[parameter].items()
         }
-        return model | ema | optimizer | {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return self.saved | optimizer | {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
 
 def decaying_groups(classifier: Classifier, weight_decay: float, layer_decay: float) -> list[dict]:
@@ -101,7 +87,7 @@ def decaying_groups(classifier: Classifier, weight_decay: float, layer_decay: fl
         classifier.trunk, weight_decay, no_weight_decay_list=NO_DECAY, layer_decay=layer_decay
     )
     for group in groups:
-        group["lr_scale"] *= layer_decay
+        group["lr_scale"] *= layer_decay  # the classifier is one layer above the trunk's last
     head = {"lr_scale": 1.0, "params": [classifier.head.weight], "weight_decay": weight_decay}
     return [*groups, head, {"lr_scale": 1.0, "params": [classifier.head.bias], "weight_decay": 0.0}]
 
@@ -119,7 +105,7 @@ def saved(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name in persistent}
 
 
-def tune_step(state: TuneState, images: Tensor, target_BC: Tensor, uniform_BK: Tensor) -> TuneOutput:
+def finetune_step(state: FinetuneState, images: Tensor, target_BC: Tensor, uniform_BK: Tensor) -> FinetuneOutput:
     """Update the classifier once on this rank's images [B, 3, S, S] and their (soft) targets.
 
     Every rank has as many images. Where a gradient on any rank is not finite, nothing changes but the counters
@@ -140,13 +126,12 @@ def tune_step(state: TuneState, images: Tensor, target_BC: Tensor, uniform_BK: T
     state.optimizer.step()
     state.optimizer.zero_grad()
     before.restore_where(skip > 0)
-    if state.pairs:
-        ema, present = zip(*state.pairs, strict=True)
+    if state.ema is not None:
         with torch.no_grad():
-            torch._foreach_lerp_(ema, present, 1 - state.ema_decay)
+            torch._foreach_lerp_(state.ema_shards, state.shards, 1 - state.ema_decay)
     state.skipped += skip.long()
     state.skipped_in_a_row.add_(1).mul_(skip.long())
     state.step += 1
     mean_loss = loss.detach().clone()
     dist.all_reduce(mean_loss, group=state.group)
-    return TuneOutput(mean_loss / state.group.size(), grad_norm, lr)
+    return FinetuneOutput(mean_loss / state.group.size(), grad_norm, lr)
