@@ -18,6 +18,7 @@ from torchvision.datasets import CIFAR10
 
 from engine import evaluate
 from engine.checkpoint.layout import read_pointer
+from engine.checkpoint.load import read_tensors
 from engine.data.augment import flip_and_normalise
 from engine.data.decode import center_crop
 from engine.data.loader import train_batches
@@ -158,6 +159,10 @@ def test_the_run_against_plain_torch(tmp_path):
             mean.mul_(0.9).add_(parameter.detach(), alpha=0.1)
         losses.append(loss.item())
     assert [row["loss"] for row in rows(tmp_path, "loss")] == pytest.approx(losses, rel=1e-6)
+    ema = dict(read_tensors(tmp_path / "checkpoints/step_0000004"))
+    for (name, _), mean in zip(network.named_parameters(), average, strict=True):
+        place = name if name.startswith("head.") else f"trunk.{name}"
+        torch.testing.assert_close(ema[f"ema.{place}"], mean, rtol=1e-4, atol=1e-4)
     network.head = nn.Identity()
     trunk = fill_trunk(open_weights(str(tmp_path)).trunk("base"))
     images = torch.rand(3, 3, 64, 64)
