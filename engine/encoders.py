@@ -4,7 +4,6 @@ A CHECKPOINT is a run directory, a checkpoint directory, an exported file or fol
 `timm/<name>`.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from engine.checkpoint.load import read_tensors
 from engine.checkpoint.manifest import NAME as MANIFEST
 from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.front_door import say_once
-from engine.recipe import UserError, loads
+from engine.recipe import UserError, loads, task_of
 from engine.schema import one_line
 from engine.weights.architecture import Architecture, moco_shapes, of_recipe, trunk_shapes
 from engine.weights.reading import own_words, read_weights
@@ -106,6 +105,11 @@ def _from_shards(folder: Path) -> Weights:
     if (finetuned := own_words(manifest.state.get("about"))) is not None:
         return _from_finetuned(folder, manifest, finetuned)
     text = manifest.state.get("recipe")
+    if task_of(text) == "linear":
+        raise UserError(
+            f"CHECKPOINT ({folder}) must have a network, and a run of task linear has a classifier alone; "
+            "pass the CHECKPOINT that it was made on"
+        )
     recipe = loads(text if isinstance(text, str) else "", f"recipe of {folder}")
     architecture = of_recipe(recipe.model)
     expected = moco_shapes(architecture, recipe.model.projector_hidden_dim, recipe.model.output_dim)
@@ -136,21 +140,24 @@ def _from_shards(folder: Path) -> Weights:
 
 
 def _from_finetuned(folder: Path, manifest: Manifest, about: About) -> Weights:
-    """The trunk of a fine-tuned network; `about` is what its run knew of the weights that it began with."""
-    prefix, ours = f"{MODEL}trunk.", "base.trunk."
-    expected = {ours + name: shape for name, shape in trunk_shapes(about.architecture).items()}
-    found = {
-        ours + name.removeprefix(prefix): torch.Size(entry["shape"])
-        for name, entry in manifest.tensors.items()
+    """The trunk of a fine-tuned network and, as its momentum encoder, that of its moving average where it has one."""
+    theirs = {f"{MODEL}trunk.": "base.trunk.", "ema.trunk.": "momentum.trunk."}
+    names = {
+        ours + name.removeprefix(prefix): name
+        for prefix, ours in theirs.items()
+        for name in manifest.tensors
         if name.startswith(prefix)
     }
+    found = {name: torch.Size(manifest.tensors[other]["shape"]) for name, other in names.items()}
+    trunk = trunk_shapes(about.architecture)
+    encoders = {name.split(".")[0] for name in found} | {"base"}
+    expected = {f"{encoder}.trunk.{name}": shape for encoder in sorted(encoders) for name, shape in trunk.items()}
     check_names(found, expected, str(folder))
 
-    def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in read_tensors(folder, [prefix + name.removeprefix(ours) for name in names]):
-            yield ours + name.removeprefix(prefix), tensor
+    def read(wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        ours = {names[name]: name for name in wanted}
+        return ((ours[name], tensor) for name, tensor in read_tensors(folder, list(ours)))
 
-    about = dataclasses.replace(about, step=manifest.step, epoch=None, knn_top1=None)
     return Weights(about, expected, read, str(folder))
 
 

@@ -98,7 +98,8 @@ def linear(arguments: list[str]) -> None:
 def finetune(arguments: list[str]) -> None:
     """All of a network and a classifier on it, trained on labelled images as DeiT is.
 
-    The run directory is resumed by the same command. --labels 1% takes that share of every class's training images.
+    The run directory is resumed by the same command. --labels 1% takes that share of the training images, as many of
+    every class.
     --baseline initial starts from the network as it was before pre-training: what the labels teach alone.
     """
     parser = _parser("finetune", finetune.__doc__)
@@ -189,7 +190,58 @@ def _add_network(parser: Parser) -> None:
 def _add_run(parser: Parser, recipes: str) -> None:
     parser.add_argument("--recipe", type=Path, help=recipes)
     parser.add_argument("--out", type=Path, metavar="RUN_DIR", help="instead of the recipe's run.dir")
-    parser.add_argument("--labels", metavar="SHARE", help="of every class's training images, as 1%% (default: all)")
+    parser.add_argument(
+        "--labels", metavar="SHARE", help="of the training images, as many of every class, as 1%% (default: all)"
+    )
+    parser.add_argument("overrides", nargs="*", default=[], metavar="dotted.key=value", help="e.g. train.epochs=30")
+
+
+def _run_recipe(options: argparse.Namespace, kind: type[Task]) -> Task:
+    """The recipe with what the command line says in its place."""
+    given = {"data.root": options.train, "data.val_root": options.val, "data.dataset": options.dataset}
+    given |= {"data.source": options.source or (options.dataset and "torchvision"), "data.workers": options.workers}
+    given["run.dir"] = options.out and str(options.out)
+    given["data.labels"] = options.labels and read_share(options.labels, "--labels")
+    recipe = _load(options, given, kind)
+    if (options.train is None) != (options.val is None):
+        missing, other = ("--train", "--val") if options.train is None else ("--val", "--train")
+        raise UserError(f"{missing} (missing) must be given with {other}; pass both, or none for the recipe's own")
+    if options.train is None:
+        roots = {"data.root": recipe.data.root, "data.val_root": recipe.data.val_root}
+        given |= {key: root and str(locate(root, options.recipe)) for key, root in roots.items()}
+    elif given["data.source"] is None and recipe.data.source != "torchvision":
+        # A torchvision dataset's root looks like any folder: the recipe knows better than a guess.
+        given["data.source"] = _kind(options.train, options)
+    recipe = _load(options, given, kind)
+    check_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    return recipe
+
+
+def _load(options: argparse.Namespace, given: dict[str, Any], kind: type[Task]) -> Task:
+    # JSON is YAML: no path is taken for another kind of value.
+    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    return load(options.recipe, [*overrides, *options.overrides], kind)
+
+
+def _add_encoder(parser: Parser) -> None:
+    parser.add_argument("--encoder", choices=("base", "momentum"), default="base", help="default: base")
+
+
+def _add_network(parser: Parser) -> None:
+    _add_encoder(parser)
+    parser.add_argument("--features", help="of a ViT: cls, mean (of the patches) or last4 (CLS of four blocks)")
+    parser.add_argument(
+        "--baseline", choices=("initial", "pixels"), help="measure the untrained network, or no network, instead"
+    )
+    parser.add_argument("--crop-fraction", type=float, help="of the resized shorter side (default: as it was trained)")
+
+
+def _add_run(parser: Parser, recipes: str) -> None:
+    parser.add_argument("--recipe", type=Path, help=recipes)
+    parser.add_argument("--out", type=Path, metavar="RUN_DIR", help="instead of the recipe's run.dir")
+    parser.add_argument(
+        "--labels", metavar="SHARE", help="of the training images, as many of every class, as 1%% (default: all)"
+    )
     parser.add_argument("overrides", nargs="*", default=[], metavar="dotted.key=value", help="e.g. train.epochs=30")
 
 

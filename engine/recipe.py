@@ -84,6 +84,13 @@ def loads(text: str | bytes, origin: str, overrides: Sequence[str] = (), kind: t
     return recipe
 
 
+def task_of(text: object) -> str | None:
+    """The task of a recipe's YAML; None where it says none that is known."""
+    raw = parse(text, "recipe") if isinstance(text, str) else None
+    task = raw.get("task") if isinstance(raw, dict) else None
+    return task if isinstance(task, str) and task in TASKS else None
+
+
 def dump(recipe: Recipe) -> str:
     """YAML that loads back to an equal recipe."""
     return unparse(dataclasses.asdict(recipe))
@@ -148,6 +155,8 @@ def _check_combinations(recipe: Recipe) -> None:
         _check_schedule_and_ranks(recipe)
     if isinstance(recipe, Pretrain):
         _check_pretrain(recipe)
+    if isinstance(recipe, Finetune):
+        _check_rates(recipe)
 
 
 def _check_pretrain(recipe: Pretrain) -> None:
@@ -155,6 +164,14 @@ def _check_pretrain(recipe: Pretrain) -> None:
     sigma = recipe.augment.blur_sigma
     if sigma[0] > sigma[1]:
         raise wrong("augment.blur_sigma", sigma, "a list of the smallest and the largest sigma, in this order")
+
+
+def _check_rates(recipe: Finetune) -> None:
+    peak = recipe.optimizer.base_lr * recipe.train.global_batch_size / 512
+    if recipe.optimizer.min_lr > peak:
+        raise wrong(
+            "optimizer.min_lr", recipe.optimizer.min_lr, f"at most the peak lr, base_lr * batch / 512 ({peak:g})"
+        )
 
 
 def _check_schedule_and_ranks(recipe: Pretrain | Finetune) -> None:

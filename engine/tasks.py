@@ -195,7 +195,7 @@ class LinearTrain:
 
 @section
 class LabelledData(Data):
-    """labels: the share of every class's training images that is used, chosen by run.seed."""
+    """labels: the share of the training images that is used, as many of every class; run.seed chooses them."""
 
     labels: float = key(CROP, default=1.0)
 

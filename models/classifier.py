@@ -3,16 +3,14 @@
 Shapes: B images of this rank, D feature width, C classes, K paths that may be dropped.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
+from models.drop_path import ChosenDropPath
 from models.initial import generator_for
 from models.norm import GlobalBatchNorm
-from models.trunk import blocks
 
 INITIAL_STD = 0.02  # of the classifier's weight
 
@@ -22,11 +20,11 @@ class Classifier(nn.Module):
 
     Args:
         trunk: a fresh one (models.trunk); in training it takes one crop batch.
-        drop_path: the share of samples for which the last block's residual branches are left out; it grows with the
-            depth from 0.
+        drop_path: the highest share of samples for which a residual branch is left out; mostly it grows with the depth
+            from 0.
 
     Raises:
-        ValueError: the trunk has no such branches, and `drop_path` is not 0.
+        ValueError: the trunk has no stochastic depth, or one of another kind, and `drop_path` is not 0.
     """
 
     def __init__(self, trunk: nn.Module, classes: int, drop_path: float = 0.0):
@@ -47,35 +45,16 @@ class Classifier(nn.Module):
             path.scale_B = (uniform_B >= path.probability).float() / (1 - path.probability)
 
 
-class ChosenDropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016) of a residual branch [B, ...]: dropped, or divided by the share kept.
-
-    timm's draws from a global generator for the rank's batch; here `scale_B` is set from outside before each forward.
-    """
-
-    def __init__(self, probability: float):
-        super().__init__()
-        self.probability = probability
-        self.scale_B: Tensor | None = None
-
-    def forward(self, branch: Tensor) -> Tensor:
-        if not self.training:
-            return branch
-        return branch * self.scale_B.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
-
-
 def _put_drop_paths(trunk: nn.Module, highest: float) -> list[ChosenDropPath]:
-    """Put one into every place that timm's blocks have for it, linearly more probable with depth, as timm has it."""
-    found: list[ChosenDropPath] = []
-    units = blocks(trunk) if highest > 0 else []
-    for number, unit in enumerate(units):
-        probability = highest * number / max(len(units) - 1, 1)
-        for name, child in unit.named_children():
-            if re.fullmatch(r"drop_path\d*", name) and isinstance(child, nn.Identity | DropPath) and probability > 0:
-                found.append(ChosenDropPath(probability))
-                setattr(unit, name, found[-1])
-    if highest > 0 and not found:
-        raise ValueError(f"model.drop_path ({highest}) must be 0 for this trunk, which has no branches to drop")
+    """Put one into every place where the trunk's library has stochastic depth of this highest probability."""
+    probabilities = trunk.drop_paths(highest) if highest > 0 else {}
+    if highest > 0 and not probabilities:
+        raise ValueError(f"model.drop_path ({highest}) must be 0 for this trunk, which has no stochastic depth")
+    found = []
+    for path, probability in probabilities.items():
+        found.append(ChosenDropPath(probability))
+        parent, _, name = path.rpartition(".")
+        setattr(trunk.get_submodule(parent), name, found[-1])
     return found
 
 

@@ -14,7 +14,14 @@ def build_resnet(layers: tuple[int, int, int, int] = (3, 4, 6, 3), width_per_gro
     trunk.num_features = trunk.fc.in_features
     trunk.fc = nn.Identity()
     trunk.initial_values = seeded(initial_value)
+    trunk.group_matcher = group_matcher
+    trunk.drop_paths = lambda _: {}  # torchvision's has no stochastic depth
     return trunk
+
+
+def group_matcher(coarse: bool = False) -> dict[str, str]:
+    """How timm tells the layers of a ResNet by their parameters' names: by stage, or by block."""
+    return {"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
 
 def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

@@ -9,6 +9,7 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from models.drop_path import drop_path_places
 from models.initial import Draw
 from models.norm import replace_batch_norm
 from models.resnet import build_resnet
@@ -20,7 +21,8 @@ TIMM = "timm/"
 def build_trunk(name: str, *, image_size: int, freeze_patch_projection: bool, shape: dict | None = None) -> nn.Module:
     """The trunk that a recipe names: [V*B, 3, H, W] -> [V*B, num_features].
 
-    Beside torch's attributes a trunk has `num_features` and `initial_values(seed)`, the values that it starts from.
+    Beside torch's attributes a trunk has `num_features`, `initial_values(seed)`, the values that it starts from,
+    `drop_paths(highest)`, the probability of every place of stochastic depth, and timm's `group_matcher`.
 
     Args:
         name: a ViT name with `shape`, `resnet50`, or `timm/<any timm model>`.
@@ -41,6 +43,7 @@ def _build_timm(name: str, image_size: int, freeze_patch_projection: bool) -> nn
         raise ValueError(f"model.name (timm/{name}) must be a timm model; do `timm.list_models()` to see them")
     trunk = _create_timm(name, image_size)
     trunk.initial_values = partial(_initial_timm_values, name, image_size)
+    trunk.drop_paths = partial(_timm_drop_paths, name, image_size)
     for path, module in trunk.named_modules():
         if (isinstance(module, nn.Dropout) and module.p > 0) or (isinstance(module, DropPath) and module.drop_prob > 0):
             raise ValueError(f"model.name (timm/{name}) must have no dropout, for one run on any ranks; {path} has")
@@ -53,11 +56,11 @@ def _build_timm(name: str, image_size: int, freeze_patch_projection: bool) -> nn
     return trunk
 
 
-def _create_timm(name: str, image_size: int) -> nn.Module:
+def _create_timm(name: str, image_size: int, **options: float) -> nn.Module:
     try:
-        return timm.create_model(name, num_classes=0, img_size=image_size)
+        return timm.create_model(name, num_classes=0, img_size=image_size, **options)
     except TypeError:  # only networks with fixed positions take an image size
-        return timm.create_model(name, num_classes=0)
+        return timm.create_model(name, num_classes=0, **options)
     except RuntimeError as error:  # an unknown tag, say
         raise ValueError(f"model.name (timm/{name}) must be a timm model: {error}") from error
 
@@ -79,6 +82,15 @@ def _initial_timm_values(name: str, image_size: int, seed: int) -> Draw:
         values = _create_timm(name, image_size)
     tensors = {**dict(values.named_parameters()), **dict(values.named_buffers())}
     return lambda tensor_name, _: tensors[tensor_name].detach()
+
+
+def _timm_drop_paths(name: str, image_size: int, highest: float) -> dict[str, float]:
+    with torch.device("meta"):
+        try:
+            twin = _create_timm(name, image_size, drop_path_rate=highest)
+        except TypeError:  # it takes no such argument
+            return {}
+    return drop_path_places(twin, image_size)
 
 
 def is_vit(trunk: nn.Module) -> bool:

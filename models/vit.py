@@ -3,6 +3,7 @@
 Shapes: V views, B images of this rank, D channels.
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from models.drop_path import drop_path_places
 from models.initial import seeded
 from models.norm import GlobalBatchNorm
 
@@ -31,7 +33,8 @@ def build_vit(
     Positions are a fixed sin-cos embedding. `freeze_patch_projection` is the paper's stability trick (section 4.2): the
     patch projection keeps its random values, weight and bias.
     """
-    trunk = VisionTransformer(
+    make = partial(
+        VisionTransformer,
         img_size=image_size,
         patch_size=patch_size,
         embed_dim=dim,
@@ -44,11 +47,18 @@ def build_vit(
         weight_init="skip",
         **({"embed_layer": ConvStem} if conv_stem else {}),
     )
+    trunk = make()
+    trunk.drop_paths = partial(_drop_paths, make, image_size)
     trunk.initial_values = seeded(initial_value, grid=trunk.patch_embed.grid_size)
     trunk.pos_embed.requires_grad_(False)
     if freeze_patch_projection:
         trunk.patch_embed.proj.requires_grad_(False)
     return trunk
+
+
+def _drop_paths(make: Callable[..., nn.Module], image_size: int, highest: float) -> dict[str, float]:
+    with torch.device("meta"):
+        return drop_path_places(make(drop_path_rate=highest), image_size)
 
 
 class ConvStem(nn.Module):

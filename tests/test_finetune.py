@@ -1,6 +1,7 @@
 """Fine-tuning: the classifier is timm's, the step is plain AdamW, and what a run does and refuses."""
 
 import dataclasses
+import itertools
 import json
 import math
 import pickle
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -26,13 +28,17 @@ from engine.data.sources import open_source
 from engine.distributed import process_group
 from engine.encoders import open_encoder, open_trunk, open_weights
 from engine.evaluation import finetune as finetuning
+from engine.evaluation import probe as probes
 from engine.front_door import RunFailed
 from engine.recipe import UserError, load
-from engine.tasks import Finetune
+from engine.tasks import Finetune, Linear
+from engine.training.finetune_step import decaying_groups
 from engine.weights.architecture import Architecture
+from engine.weights.card import model_card
 from engine.weights.classifying import write_classifier
 from engine.weights.weights import About, Weights, fill_trunk
-from models.classifier import ChosenDropPath, Classifier, starting_values
+from models.classifier import Classifier, starting_values
+from models.drop_path import ChosenDropPath
 from models.resnet import build_resnet
 from models.trunk import build_trunk
 from models.vit import build_vit
@@ -102,12 +108,58 @@ def test_a_branch_is_dropped_for_the_samples_chosen_and_grows_for_the_others():
     assert path.eval()(branch) is branch
 
 
+def test_batch_norm_takes_the_batch_as_one():
+    """Not as two views: an odd batch passes, and the statistics move once."""
+    classifier = Classifier(build_vit(image_size=16, patch_size=8, dim=16, depth=1, heads=2, conv_stem=True), 3)
+    for parameter in classifier.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    images = torch.randn(5, 3, 16, 16)
+    first = classifier.trunk.patch_embed.proj[1]
+    classifier.train()(images)
+    assert first.num_batches_tracked == 1
+    mean_C = classifier.trunk.patch_embed.proj[0](images).mean((0, 2, 3))
+    torch.testing.assert_close(first.running_mean, 0.1 * mean_C)
+
+
 def test_other_trunks_drop_paths_too_or_say_that_they_cannot():
     trunk = build_trunk("timm/convnext_atto", image_size=32, freeze_patch_projection=False)
     paths = Classifier(trunk, 3, 0.2).drop_paths
-    assert len(paths) == 11 and paths[-1].probability == 0.2
-    with pytest.raises(ValueError, match=r"model.drop_path \(0.2\) must be 0"):
+    assert len(paths) == 11 and paths[-1].probability == pytest.approx(0.2)
+    with pytest.raises(ValueError, match=r"model.drop_path \(0.2\) must be 0 for this trunk, which has no stochastic"):
         Classifier(build_resnet(), 3, 0.2)
+    mixer = build_trunk("timm/mixer_s32_224", image_size=224, freeze_patch_projection=False)
+    with pytest.raises(ValueError, match="is not of one branch"):  # it has one for the two branches of a block
+        Classifier(mixer, 3, 0.2)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_resnet", "deit_tiny_distilled_patch16_224"])
+def test_rates_and_weight_decay_are_timms_of_the_whole_network(name):
+    size = 160 if name.startswith("test") else 224
+    with torch.device("meta"):
+        trunk = build_trunk(f"timm/{name}", image_size=size, freeze_patch_projection=False)
+        classifier, whole = Classifier(trunk, 5, 0.2), timm.create_model(name, num_classes=5, drop_path_rate=0.2)
+    own = whole.no_weight_decay() if hasattr(whole, "no_weight_decay") else ()
+    named = {id(p): n.removeprefix("trunk.") for n, p in classifier.named_parameters()}
+    named |= {id(p): n for n, p in whole.named_parameters()}
+    ours, theirs = (
+        {named[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+        for groups in (
+            decaying_groups(classifier, 0.1, 0.5),
+            param_groups_layer_decay(whole, 0.1, own, layer_decay=0.5),
+        )
+    )
+    trunks = dict(trunk.named_parameters()).keys()
+    assert {name: ours[name] for name in trunks} == {name: theirs[name] for name in trunks}
+    assert (ours["head.weight"], ours["head.bias"]) == ((1, 0.1), (1, 0))
+    paths = {path: module.drop_prob for path, module in whole.named_modules() if isinstance(module, DropPath)}
+    assert {p: m.probability for p, m in trunk.named_modules() if isinstance(m, ChosenDropPath)} == {
+        path: probability for path, probability in paths.items() if probability > 0
+    }
+
+
+def test_a_resnet_of_ours_has_layers_too():
+    scales = {group["lr_scale"] for group in decaying_groups(Classifier(build_resnet(), 3), 0.1, 0.5)}
+    assert scales == {0.5**n for n in range(18)}  # classifier, 16 blocks, stem
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -129,7 +181,7 @@ def test_the_run_against_plain_torch(tmp_path):
     assert sorted({group["lr_scale"] for group in groups}) == pytest.approx([0.6**3, 0.6**2, 0.6, 1])
     adamw, average = torch.optim.AdamW(groups, lr=0.0), [p.detach().clone() for p in network.parameters()]
     augment = flip_and_normalise(0.5, encoder.about.mean, encoder.about.std, seed=0, dtype=torch.float64)
-    losses = []
+    losses, rates = [], []
     batches = train_batches(
         source,
         seed=0,
@@ -152,13 +204,15 @@ def test_the_run_against_plain_torch(tmp_path):
         loss.backward()
         peak, epoch = 1e-3 * 100 / 512, step / 10
         cosine = 1e-5 + (peak - 1e-5) * 0.5 * (1 + math.cos(math.pi * (epoch - 0.2) / 1.8))
+        rates.append(peak * epoch / 0.2 if epoch < 0.2 else cosine)
         for group in adamw.param_groups:
-            group["lr"] = group["lr_scale"] * (peak * epoch / 0.2 if epoch < 0.2 else cosine)
+            group["lr"] = group["lr_scale"] * rates[-1]
         adamw.step()
         for mean, parameter in zip(average, network.parameters(), strict=True):
             mean.mul_(0.9).add_(parameter.detach(), alpha=0.1)
         losses.append(loss.item())
     assert [row["loss"] for row in rows(tmp_path, "loss")] == pytest.approx(losses, rel=1e-6)
+    assert [row["lr"] for row in rows(tmp_path, "loss")] == pytest.approx(rates, rel=1e-12)
     ema = dict(read_tensors(tmp_path / "checkpoints/step_0000004"))
     for (name, _), mean in zip(network.named_parameters(), average, strict=True):
         place = name if name.startswith("head.") else f"trunk.{name}"
@@ -203,25 +257,30 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path):
 def test_a_finetuned_run_is_a_checkpoint_for_every_front_door(finished, capsys):
     """Its trunk is opened from the shards, and is not the one that it began with."""
     trunk, about = open_encoder(str(finished[0])).trunk, open_weights(str(finished[0])).known()
-    assert about.step == 6 and about.licence == "CC-BY-NC-4.0" and about.image_size == 64
+    assert about.licence == "CC-BY-NC-4.0" and about.image_size == 64 and "task: finetune" in about.finetuned
+    assert "fine-tuned on labels" in model_card(about, "timm", "base", "")
+    average = open_encoder(str(finished[0]), "momentum").trunk
     images = torch.rand(2, 3, 64, 64)
-    assert not torch.allclose(trunk(images), open_encoder(CHECKPOINT).trunk(images), atol=1e-3)
+    features = [network(images) for network in (trunk, average, open_encoder(CHECKPOINT).trunk)]
+    assert not any(torch.allclose(*pair, atol=1e-3) for pair in itertools.combinations(features, 2))
     evaluate.main(["rankme", str(finished[0]), "--data", str(VAL), "--workers", "0"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rankme"] > 1
 
 
-def test_timm_makes_the_finetuned_network_from_the_runs_folder(finished):
+@pytest.mark.parametrize(("folder", "key"), [("timm", "top1"), ("timm_ema", "ema_top1")])
+def test_timm_makes_the_finetuned_network_from_the_runs_folder(finished, folder, key):
     """Its top-1 on the validation images, normalised as its config says, is the run's."""
     directory, result = finished
-    network = timm.create_model(f"local-dir:{directory / 'timm'}", pretrained=True).eval()
+    network = timm.create_model(f"local-dir:{directory / folder}", pretrained=True).eval()
     config, source = network.pretrained_cfg, open_source("shards", VAL, "all")
+    assert (config["interpolation"], config["crop_pct"]) == ("bicubic", 1)
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
     crops = [center_crop(source.read(i), 64, config["crop_pct"], config["interpolation"]) for i in range(len(source))]
     with torch.no_grad():
         prediction = network((torch.stack(crops) / 255 - mean) / std).argmax(1)
     found = (prediction == torch.from_numpy(source.labels)).float().mean().item()
-    assert found == pytest.approx(result["top1"], abs=0.002)
-    assert json.loads((directory / "timm/config.json").read_text())["label_names"] == list(source.classes)
+    assert found == pytest.approx(result[key], abs=0.002)
+    assert json.loads((directory / folder / "config.json").read_text())["label_names"] == list(source.classes)
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "test_mambaout"])
@@ -338,6 +397,7 @@ def test_recipes_say_what_the_paper_says():
         ("train.warmup_epochs=101", r"train.warmup_epochs \(101.0\) must be at most train.epochs \(100\)"),
         ("parallel.replicate=2", r"parallel.replicate \(2\) must be 1 under parallel.shard full"),
         ("model.name=vit_small", "model.name is no key of the recipe"),
+        ("optimizer.min_lr=1", r"optimizer.min_lr \(1.0\) must be at most the peak lr, .* \(0.00019531"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(tmp_path, override, words):
@@ -351,6 +411,34 @@ def test_a_resume_refuses_what_differs(finished):
         run(small_recipe(finished[0], *options, "augment.mixup=0.2"))
     with pytest.raises(UserError, match="holds a run on another network"):
         run(small_recipe(finished[0], *options), baseline="initial")
+
+
+def test_what_timm_cannot_do_is_found_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match=r"augment.randaugment \(rand-tweights-n20\) must be what timm can do \(Cannot"):
+        run(small_recipe(tmp_path, "augment.randaugment=rand-tweights-n20"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_of_other_tasks_are_told_apart(finished, tmp_path):
+    """Where they are looked for as a run to go on with, and as a CHECKPOINT."""
+    data = ["data.workers=0", f"data.root={VAL}", f"data.val_root={VAL}", "data.source=shards", "train.max_steps=1"]
+    linear = load(
+        ROOT / "recipes/linear_vit.yaml", [f"run.dir={tmp_path}", "train.global_batch_size=500", *data], Linear
+    )
+    with process_group() as world:
+        probes.probe(linear, CHECKPOINT, "base", world)
+        wrong_place = dataclasses.replace(linear, run=dataclasses.replace(linear.run, dir=str(finished[0])))
+        with pytest.raises(UserError, match="holds a run of task finetune, not linear; pass another"):
+            probes.probe(wrong_place, CHECKPOINT, "base", world)
+    with pytest.raises(UserError, match="holds a run of task linear, not finetune; pass another"):
+        run(small_recipe(tmp_path))
+    with pytest.raises(UserError, match="a run of task linear has a classifier alone; pass the CHECKPOINT that it was"):
+        open_weights(str(tmp_path))
+
+
+def test_a_diverged_run_says_how_to_start_anew(tmp_path):
+    with pytest.raises(RunFailed, match=r"weights have diverged; start anew with a lower optimizer.base_lr"):
+        run(small_recipe(tmp_path, "optimizer.base_lr=1e30", "train.warmup_epochs=0", "parallel.precision=float32"))
 
 
 def test_a_network_without_branches_says_so(tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ class Mix:
         images, labels = torch.cat([images_BCSS, other_BCSS]), torch.cat([label_B, other_label_B])
         with generators_at(self.seed, 0, step, MIX):
             mixed, target = mixup(images, labels)
-        return mixed[: len(label_B)], target[: len(label_B)]
+        return mixed[: len(label_B)].clone(), target[: len(label_B)]  # the other half need not live on
 
     def plain_target(self, label_B: Tensor) -> Tensor:
         """Smoothed targets [B, C] of images that are not mixed."""

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from engine.agree import agreement
 from engine.checkpoint.layout import read_pointer
@@ -25,7 +26,8 @@ from engine.distributed import World, in_turn, make_mesh
 from engine.encoders import open_trunk
 from engine.evaluation.subject import Subject
 from engine.evaluation.supervised import TOP, Supervised, closing, digest, open_images, run, say
-from engine.recipe import UserError
+from engine.recipe import UserError, dump
+from engine.schema import one_line, wrong
 from engine.tasks import Finetune
 from engine.training.finetune_step import FinetuneOutput, FinetuneSchedule, FinetuneState, finetune_step
 from engine.training.guard import check_skips
@@ -57,8 +59,9 @@ def finetune(
     started = time.perf_counter()
     sources = open_images(recipe, world)
     check_batch(recipe, len(sources.train))
-    weights = in_turn(world, lambda: open_trunk(checkpoint, encoder, untrained=baseline == "initial"))
+    weights = in_turn(world, lambda: open_fetched(checkpoint, encoder, untrained=baseline == "initial"))
     with agreement(world.host_group):
+        check_randaugment(recipe)
         networks = make_networks(recipe, weights, len(sources.train.classes))
         if recipe.parallel.compile:
             check_compiler(world.device)
@@ -67,8 +70,26 @@ def finetune(
     row = closing(task, run(task, started))
     with agreement(world.host_group):
         if world.is_first:
-            leave_classifier(task)
+            leave_classifiers(task)
     return {key.removeprefix("finetune_"): value for key, value in row.items() if key.endswith(("top1", "top5"))}
+
+
+def check_randaugment(recipe: Finetune) -> None:
+    """Raises UserError where timm cannot do what the recipe names."""
+    config = recipe.augment.randaugment
+    if config is None:
+        return
+    try:
+        RandAugment(config, 0, 8, (0.5,) * 3, recipe.augment.interpolation)(Image.new("RGB", (8, 8)), 0, 0)
+    except Exception as error:  # timm asserts, looks up and draws without saying what was wrong
+        raise wrong("augment.randaugment", config, f"what timm can do ({one_line(error)})") from error
+
+
+def open_fetched(checkpoint: str, encoder: EncoderName, *, untrained: bool) -> Weights:
+    """`open_trunk`, of which a first tensor was read: published weights are then on this machine."""
+    weights = open_trunk(checkpoint, encoder, untrained=untrained)
+    list(weights.read(sorted(weights.shapes)[:1]))
+    return weights
 
 
 def make_networks(recipe: Finetune, weights: Weights, classes: int) -> tuple[Classifier, Classifier | None]:
@@ -211,18 +232,18 @@ class Finetuning(Supervised):
         health = {"grad_norm": output.grad_norm.item(), "skipped_steps": int(self.state.skipped)}
         return self.row(output.loss.item(), output.lr) | health
 
-    def predict(self) -> tuple[Tensor, Tensor]:
-        return self._predict(self.state.classifier)
-
-    def _predict(self, network: Classifier) -> tuple[Tensor, Tensor]:
-        logit_NC, label_N = self.val_outputs(dataclasses.replace(self.subject, network=network))
-        return self.gathered(logit_NC.topk(min(TOP, logit_NC.shape[1])).indices, label_N)
+    def predict(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Of the classifier and of its moving average, in one pass over the images."""
+        ema = self.state.ema
+        networks = {self.metric: self.state.classifier} | ({} if ema is None else {"ema": ema})
+        subject = dataclasses.replace(self.subject, network=SideBySide(networks.values()))
+        logit_NX, label_N = self.val_outputs(subject, "start anew with a lower optimizer.base_lr in another run.dir")
+        top = [logit_NC.topk(min(TOP, len(self.classes))).indices for logit_NC in logit_NX.chunk(len(networks), 1)]
+        return self.gathered(dict(zip(networks, top, strict=True)), label_N)
 
     def evaluate(self) -> dict[str, float] | None:
-        row = super().evaluate()
-        if row is not None and self.state.ema is not None:
-            row |= self.accuracy("ema", *self._predict(self.state.ema))
-        return row
+        check_skips(self.state.skipped_in_a_row, self.step)
+        return super().evaluate()
 
     def reported(self, rows: list[dict[str, float]]) -> dict[str, float]:
         """The last: nothing is chosen on the validation images."""
@@ -241,7 +262,8 @@ class Finetuning(Supervised):
 
     def checkpoint(self) -> dict[str, Any]:
         saved = super().checkpoint()
-        saved["state"]["about"] = self.weights.known().to_json()  # by which engine.encoders opens the run
+        about = dataclasses.replace(self.weights.known(), finetuned=dump(self.recipe))
+        saved["state"]["about"] = about.to_json()  # by which engine.encoders opens the run
         return saved
 
     def resume(self, saved: dict[str, Any]) -> None:
@@ -249,24 +271,38 @@ class Finetuning(Supervised):
         self.state.step = saved["step"]
 
 
-def leave_classifier(task: Finetuning) -> None:
-    """Trunk and classifier of the last step as a folder for timm, where timm has such a network."""
-    checkpoints, folder = task.directory / "checkpoints", task.directory / "timm"
+class SideBySide(nn.ModuleList):
+    """The logits of several classifiers for the same images, one after the other: [B, n * C]."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([network(images) for network in self], 1)
+
+
+def leave_classifiers(task: Finetuning) -> None:
+    """Trunk and classifier of the last step, and their moving averages, as folders for timm where it has such ones."""
+    leave_classifier(task, "base", "model", "timm")
+    if task.state.ema is not None:
+        leave_classifier(task, "momentum", "ema", "timm_ema")
+
+
+def leave_classifier(task: Finetuning, encoder: EncoderName, prefix: str, name: str) -> None:
+    checkpoints, folder = task.directory / "checkpoints", task.directory / name
     checkpoint = checkpoints / read_pointer(checkpoints, "latest")
-    head = dict(read_tensors(checkpoint, ["model.head.weight", "model.head.bias"]))
+    names = [f"{prefix}.head.{part}" for part in ("weight", "bias")]
+    head = dict(read_tensors(checkpoint, names))
     try:
         write_classifier(
-            open_trunk(str(checkpoint)),
-            (head["model.head.weight"], head["model.head.bias"]),
+            open_trunk(str(checkpoint), encoder),
+            (head[names[0]], head[names[1]]),
             task.classes,
             folder,
             interpolation=task.subject.interpolation,
             crop_fraction=task.subject.crop_fraction,
         )
     except ValueError as error:
-        say(task.world, [f"          no folder for timm: {error}; the checkpoint has all of the network"])
+        say(task.world, [f"          no {folder} for timm: {error}; the checkpoint has all of the network"])
     else:
-        say(task.world, [f"          timm.create_model('local-dir:{folder}', pretrained=True) has all of the network"])
+        say(task.world, [f"          timm.create_model('local-dir:{folder}', pretrained=True) is all of the network"])
 
 
 def exchanged(images_BCSS: Tensor, label_B: Tensor, world: World) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 from engine.data.sources import Source, align_labels, open_source
 from engine.data.subset import take_labels
 from engine.distributed import World
+from engine.front_door import say_once
 from engine.recipe import UserError
 from engine.training.sources import Sources, open_together
 
@@ -23,8 +24,8 @@ def open_labelled(
 ) -> Sources:
     """Training and validation images with labels in one numbering.
 
-    A root may hold `train` and `val`, of which each side takes its own; else all of it. labels: the share of every
-    class's training images that is taken; seed chooses them (engine.data.subset).
+    A root may hold `train` and `val`, of which each side takes its own; else all of it. labels: the share of the
+    training images that is taken, as many of every class; seed chooses them (engine.data.subset).
 
     Raises:
         UserError: on every rank, where images are missing, unlabelled, of a class that is unknown in train, of a single
@@ -42,6 +43,8 @@ def open_labelled(
                 )
         if len(found[0].classes) < 2:
             raise UserError(f"--train ({train}) must hold two classes or more; it has one, {found[0].classes[0]}")
+        if found[0].fingerprint == found[1].fingerprint:
+            say_once("warning: --train and --val are the same images: the result says nothing of new ones")
         return Sources(take_labels(found[0], labels, seed), align_labels(*found))
 
     return open_together(find, world, f"--train ({train}) and --val ({val})")
@@ -63,4 +66,6 @@ def _open(root: str, split: str, kind: str, name: str, options: dict[str, Any]) 
     source = open_source(kind, path, split, key=name, **options)
     if source is None and kind == "torchvision":
         raise UserError(f"{name} ({root}) must have a validation split; torchvision's {options['dataset']} has none")
+    if source is None and (any(path.glob("train*.tar")) if kind == "shards" else (path / "train").is_dir()):
+        raise UserError(f"{name} ({root}) must hold val beside train, or be the validation images' own root; add it")
     return open_source(kind, path, "all", key=name, **options) if source is None else source

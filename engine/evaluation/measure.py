@@ -62,11 +62,17 @@ def measure_fast_linear(subject: Subject, sources: Sources, world: World, worker
 
 
 def features(
-    subject: Subject, source: Source, what: str | None, world: World, workers: int
+    subject: Subject,
+    source: Source,
+    what: str | None,
+    world: World,
+    workers: int,
+    remedy: str = "evaluate an earlier checkpoint",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's share of a source: features [N, D], ids [N] and labels [N] on the CPU.
 
-    what: the name under which progress shows; None for none.
+    what: the name under which progress shows; None for none. remedy: what a user does about features that are not
+    finite.
 
     Raises:
         RunFailed: on every rank, where no image can be read or a feature is not finite.
@@ -96,7 +102,7 @@ def features(
     if not sum(rows for rows, _ in ranks):
         raise RunFailed(f"none of {len(source)} images could be read, {source.name(0)} and others; mend them")
     if not all(finite for _, finite in ranks):
-        raise RunFailed("features are not finite: the network's weights have diverged; evaluate an earlier checkpoint")
+        raise RunFailed(f"features are not finite: the network's weights have diverged; {remedy}")
     return feature_ND, id_N, label_N
 
 

@@ -109,12 +109,12 @@ class Probing(Supervised):
     @cached_property
     def val_features(self) -> tuple[Tensor, Tensor]:
         """Once, for the trunk is frozen."""
-        return self.val_outputs(self.subject)
+        return self.val_outputs(self.subject, "give an earlier CHECKPOINT")
 
-    def predict(self) -> tuple[Tensor, Tensor]:
+    def predict(self) -> tuple[dict[str, Tensor], Tensor]:
         feature_ND, label_N = self.val_features
         top = [self.probe.predict(rows.to(self.world.device)).cpu() for rows in feature_ND.split(ROWS)]
-        return self.gathered(torch.cat(top), label_N)
+        return self.gathered({self.metric: torch.cat(top)}, label_N)
 
     def reported(self, rows: list[dict[str, float]]) -> dict[str, float]:
         """The first of those with the highest top-1. An early end inside an epoch counts where none was finished."""

@@ -84,8 +84,11 @@ class Supervised(ABC):
     def describe(self, output: Any) -> dict[str, float]: ...
 
     @abstractmethod
-    def predict(self) -> tuple[Tensor, Tensor]:
-        """The likeliest classes [Q, min(5, C)] and the labels [Q] of all ranks' validation images, on the CPU."""
+    def predict(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Of all ranks' validation images, on the CPU: the likeliest classes [Q, min(5, C)] and the labels [Q].
+
+        A network's classes stand under the name with which its keys in the monitor begin, `metric` first.
+        """
 
     @abstractmethod
     def reported(self, rows: list[dict[str, float]]) -> dict[str, float]:
@@ -152,27 +155,26 @@ class Supervised(ABC):
         """Of the validation images; before the first step there is nothing to know."""
         if self.step == 0:
             return None
-        prediction_QT, label_Q = self.predict()
-        row = {"epoch": self.step / self.steps_per_epoch} | self.accuracy(self.metric, prediction_QT, label_Q)
+        predictions, label_Q = self.predict()
+        row = {"epoch": self.step / self.steps_per_epoch}
+        for name, prediction_QT in predictions.items():
+            right_QT = prediction_QT == label_Q[:, None]
+            row[f"{name}_top1"] = right_QT[:, 0].double().mean().item()
+            row[f"{name}_top5"] = right_QT.any(1).double().mean().item()
         if self.world.is_first and self.reported([*self.monitor_rows(), row]) is row:
-            self.show_classes(prediction_QT[:, 0], label_Q)
+            self.show_classes(predictions[self.metric][:, 0], label_Q)
         return row
 
-    @staticmethod
-    def accuracy(name: str, prediction_QT: Tensor, label_Q: Tensor) -> dict[str, float]:
-        right_QT = prediction_QT == label_Q[:, None]
-        top1, top5 = right_QT[:, 0].double().mean().item(), right_QT.any(1).double().mean().item()
-        return {f"{name}_top1": top1, f"{name}_top5": top5}
-
-    def val_outputs(self, subject: Subject) -> tuple[Tensor, Tensor]:
+    def val_outputs(self, subject: Subject, remedy: str) -> tuple[Tensor, Tensor]:
         """This rank's outputs of the subject's network, and labels, of the validation images."""
-        output_ND, _, label_N = features(subject, self.sources.val, None, self.world, self.recipe.data.workers)
+        workers = self.recipe.data.workers
+        output_ND, _, label_N = features(subject, self.sources.val, None, self.world, workers, remedy)
         return output_ND, label_N
 
-    def gathered(self, prediction_NT: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
-        """All ranks' rows."""
-        prediction, label = zip(*gather((prediction_NT, label_N), self.world.host_group), strict=True)
-        return torch.cat(prediction), torch.cat(label)
+    def gathered(self, predictions: dict[str, Tensor], label_N: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The rows of all ranks, of one."""
+        parts, labels = zip(*gather((predictions, label_N), self.world.host_group), strict=True)
+        return {name: torch.cat([part[name] for part in parts]) for name in predictions}, torch.cat(labels)
 
     def show_classes(self, prediction_Q: Tensor, label_Q: Tensor) -> None:
         """classes.csv and confusion.png of the epoch that is the result so far."""
@@ -257,7 +259,7 @@ def run(task: Supervised, started: float) -> Mapping[str, float]:
         clean(directory.checkpoints, world.host_group)
         found = newest_valid(directory.checkpoints, world.host_group)
         if found is None:
-            directory.check_fresh()
+            directory.check_fresh(recipe)
         else:
             check_resume(found, task)
             task.resume(load(found, task.tensors(), group=world.host_group))

@@ -3,6 +3,7 @@
 Shapes: B images of this rank, C classes, K paths of stochastic depth.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -83,13 +84,23 @@ def decaying_groups(classifier: Classifier, weight_decay: float, layer_decay: fl
     A group has `lr_scale`, its share of the rate: 1 for the classifier, layer_decay for the trunk's last layer, and so
     on down. Biases, norms, positions and CLS have no weight decay, as in DeiT.
     """
-    groups = param_groups_layer_decay(
-        classifier.trunk, weight_decay, no_weight_decay_list=NO_DECAY, layer_decay=layer_decay
+    trunk = classifier.trunk
+    own = trunk.no_weight_decay() if hasattr(trunk, "no_weight_decay") else ()
+    return param_groups_layer_decay(
+        _Whole(classifier), weight_decay, no_weight_decay_list={*NO_DECAY, *own}, layer_decay=layer_decay
     )
-    for group in groups:
-        group["lr_scale"] *= layer_decay  # the classifier is one layer above the trunk's last
-    head = {"lr_scale": 1.0, "params": [classifier.head.weight], "weight_decay": weight_decay}
-    return [*groups, head, {"lr_scale": 1.0, "params": [classifier.head.bias], "weight_decay": 0.0}]
+
+
+class _Whole:
+    """What timm asks of a network that it groups: a trunk's layers and names, with the classifier on top of them."""
+
+    def __init__(self, classifier: Classifier):
+        self.classifier, self.group_matcher = classifier, classifier.trunk.group_matcher
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.classifier.trunk.named_parameters()
+        for name, parameter in self.classifier.head.named_parameters():
+            yield f"head.{name}", parameter
 
 
 def floating(module: nn.Module) -> list[Tensor]:

@@ -56,7 +56,7 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
         clean(directory.checkpoints, world.host_group)
         found, manifest = newest_valid(directory.checkpoints, world.host_group), None
         if found is None:
-            directory.check_fresh()
+            directory.check_fresh(recipe)
         else:
             manifest = check_resume(found, recipe, sources.train, world)
         task = Pretraining(recipe, world, sources, build_state(recipe, moco, world, schedule))

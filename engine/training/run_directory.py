@@ -10,7 +10,7 @@ from engine.agree import agreement, share
 from engine.checkpoint.layout import write_durably
 from engine.checkpoint.manifest import Manifest
 from engine.distributed import World
-from engine.recipe import UserError, dump, loads, resume_differences
+from engine.recipe import UserError, dump, loads, resume_differences, task_of
 from engine.tasks import Linear, Recipe
 
 LOCK_SECONDS = 10.0  # ranks of a killed launch need a moment to notice and to let go
@@ -44,9 +44,11 @@ class RunDirectory:
         if self.lock is not None:
             self.lock.close()
 
-    def check_fresh(self) -> None:
-        """Raises UserError, on every rank, where a start from nothing would bury a run that is all damaged."""
+    def check_fresh(self, recipe: Recipe) -> None:
+        """Raises UserError, on every rank, where a start would bury a run: all of it damaged, or of another task."""
         with agreement(self.world.host_group):
+            if (self.path / "recipe.yaml").exists():
+                check_same_task((self.path / "recipe.yaml").read_text(), recipe)
             damaged = sorted(path.name for path in self.checkpoints.glob("step_*.damaged-*"))
             if damaged:
                 raise UserError(
@@ -105,6 +107,7 @@ class RunDirectory:
 
 def check_same_recipe(manifest: Manifest, recipe: Recipe) -> None:
     """Raises UserError where a checkpoint was begun with values that a resume may not change."""
+    check_same_task(manifest.state["recipe"], recipe)
     begun = loads(manifest.state["recipe"], f"recipe of the run in {recipe.run.dir}", kind=type(recipe))
     differences = resume_differences(begun, recipe)
     if differences:
@@ -119,4 +122,12 @@ def check_same_recipe(manifest: Manifest, recipe: Recipe) -> None:
         raise UserError(
             f"parallel.precision ({precision}) must be {kept}, in which the run in {recipe.run.dir} keeps its weights; "
             "pass it, or another run.dir"
+        )
+
+
+def check_same_task(text: str, recipe: Recipe) -> None:
+    """Raises UserError where the recipe that was found in the run directory is of another task."""
+    if task_of(text) not in (None, recipe.task):
+        raise UserError(
+            f"run.dir ({recipe.run.dir}) holds a run of task {task_of(text)}, not {recipe.task}; pass another run.dir"
         )

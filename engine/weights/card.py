@@ -52,16 +52,21 @@ def model_card(about: About, name: str, encoder: str, command: str) -> str:
         facts["data"] = f"{source} ({values['data.source']})"
         facts |= {key: values[key] for key in SHOWN}
         recipe = f"\n## Recipe\n\n```yaml\n{about.recipe.strip()}\n```\n"
-    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     note = ""
     if about.licence:
         note = (
             f"\nThese weights come from files published under {about.licence}, which binds what is made of them too.\n"
         )
+    how, learned = "pre-trained with MoCo v3", "self-supervised"
+    if about.finetuned is not None:
+        how, learned = f"{how} and fine-tuned on labels", "fine-tuned"
+        facts["kNN top-1"] = "not measured after fine-tuning"
+        recipe += f"\n## Recipe of fine-tuning\n\n```yaml\n{about.finetuned.strip()}\n```\n"
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     use = USES[name].format(arch=about.architecture.name)
     return (
-        f"---\nlicense: {licence}\ntags: [moco-v3, self-supervised, feature-extraction]\n---\n\n"
-        f"# {about.architecture.name}, pre-trained with MoCo v3\n{note}\n"
+        f"---\nlicense: {licence}\ntags: [moco-v3, {learned}, feature-extraction]\n---\n\n"
+        f"# {about.architecture.name}, {how}\n{note}\n"
         f"| | |\n|---|---|\n{table}\n\n"
         f"## Use\n\n```python\n{use}\n```\n\n## Made by\n\n```\n{command}\n```\n{recipe}"
     )

@@ -26,6 +26,7 @@ class About:
 
     image_size, mean, std: of the images that the trunk takes. recipe: YAML. arch, epoch: as a published file has them.
     knn_top1: the run's newest at or before the step. licence: of the weights, where it is known.
+    finetuned: YAML of the recipe by which labels have changed the weights since; None where they have not.
     """
 
     architecture: Architecture
@@ -38,6 +39,7 @@ class About:
     arch: str | None = None
     knn_top1: float | None = None
     licence: str | None = None
+    finetuned: str | None = None
 
     @property
     def crop_fraction(self) -> float:
@@ -56,9 +58,10 @@ class About:
         about = cls(**content | {key: tuple(map(float, content[key])) for key in ("mean", "std")})
         if type(about.image_size) is not int or len(about.mean) != 3 or len(about.std) != 3:
             raise ValueError("image_size, mean and std must be an integer and three numbers each")
-        texts, counts = (about.recipe, about.arch, about.licence), (about.step, about.epoch)
+        texts = (about.recipe, about.arch, about.licence, about.finetuned)
+        counts = (about.step, about.epoch)
         if any(not isinstance(t, str | None) for t in texts) or any(type(c) not in (int, NoneType) for c in counts):
-            raise ValueError("recipe, arch and licence must be text, step and epoch integers")
+            raise ValueError("recipe, arch, licence and finetuned must be text, step and epoch integers")
         if not isinstance(about.knn_top1, float | None) or not (about.licence or "-").isprintable():
             raise ValueError("knn_top1 must be a number and licence a name")
         return about
@@ -101,7 +104,7 @@ class Weights:
 
     def trunk(self, encoder: EncoderName) -> "Weights":
         """One encoder's trunk alone, as base.trunk.*. Raises UserError where it is not there."""
-        if encoder != "base" and not self.is_whole:
+        if not any(name.startswith(f"{encoder}.trunk.") for name in self.shapes):
             raise UserError(f"--encoder ({encoder}) must be base for {self.origin}, which holds one trunk alone")
         theirs, ours = f"{encoder}.trunk.", "base.trunk."
         names = {ours + n.removeprefix(theirs): n for n in self.shapes if n.startswith(theirs)}
