@@ -254,6 +254,19 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path):
     assert [row["lr"] for row in ours] == [row["lr"] for row in theirs]
 
 
+@pytest.mark.slow
+def test_compiled_is_eager(tmp_path):
+    """In bf16 too it runs; in float32 it is the eager run but for rounding, and each network compiles a few graphs."""
+    options = [*EVERYTHING, "train.global_batch_size=250", "parallel.precision=float32"]
+    run(small_recipe(tmp_path / "eager", *options))
+    run(small_recipe(tmp_path / "compiled", *options, "parallel.compile=true"))
+    run(small_recipe(tmp_path / "bf16", *options, "parallel.compile=true", "parallel.precision=bf16"))
+    eager, compiled, bf16 = (
+        [row["loss"] for row in rows(tmp_path / name, "loss")] for name in ("eager", "compiled", "bf16")
+    )
+    assert compiled == pytest.approx(eager, rel=1e-4) and bf16 == pytest.approx(eager, rel=2e-2) and len(eager) == 4
+
+
 def test_a_finetuned_run_is_a_checkpoint_for_every_front_door(finished, capsys):
     """Its trunk is opened from the shards, and is not the one that it began with."""
     trunk, about = open_encoder(str(finished[0])).trunk, open_weights(str(finished[0])).known()
