@@ -365,10 +365,13 @@ def cifar10(tmp_path_factory) -> Path:
     return root
 
 
-def test_the_transfer_recipe_trains_on_files_of_cifar_10(cifar10, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "flowers102", "pets"])
+def test_the_transfer_recipes_train_on_files_of_cifar_10(cifar10, tmp_path, monkeypatch, capsys, name):
     monkeypatch.setattr(CIFAR10, "_check_integrity", lambda _: True)  # it knows the checksums of the real files alone
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    arguments = ["finetune", CHECKPOINT, "--recipe", str(ROOT / "recipes/transfer_cifar10.yaml")]
+    arguments = ["finetune", CHECKPOINT, "--recipe", str(ROOT / f"recipes/transfer_{name}.yaml")]
+    if name != "cifar10":  # whose recipe says itself what the files are
+        arguments += ["--dataset", "CIFAR10", "data.dataset_options={}"]
     arguments += ["--train", str(cifar10), "--val", str(cifar10), "--out", str(tmp_path / "run"), "--workers", "0"]
     evaluate.main([*arguments, "train.global_batch_size=20", "train.max_steps=5", "parallel.compile=false"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
