@@ -56,13 +56,17 @@ def _build_timm(name: str, image_size: int, freeze_patch_projection: bool) -> nn
     return trunk
 
 
-def _create_timm(name: str, image_size: int, **options: float) -> nn.Module:
-    try:
-        return timm.create_model(name, num_classes=0, img_size=image_size, **options)
-    except TypeError:  # only networks with fixed positions take an image size
-        return timm.create_model(name, num_classes=0, **options)
-    except RuntimeError as error:  # an unknown tag, say
-        raise ValueError(f"model.name (timm/{name}) must be a timm model: {error}") from error
+def _create_timm(name: str, image_size: int, drop_path: float = 0.0) -> nn.Module:
+    # Only networks with fixed positions take an image size. Some drop paths unless they are told not to.
+    size, rate = {"img_size": image_size}, {"drop_path_rate": drop_path}
+    for options in (size | rate, rate, size):
+        try:
+            return timm.create_model(name, num_classes=0, **options)
+        except TypeError:
+            continue
+        except RuntimeError as error:  # an unknown tag, say
+            raise ValueError(f"model.name (timm/{name}) must be a timm model: {error}") from error
+    return timm.create_model(name, num_classes=0)
 
 
 def _output_width(trunk: nn.Module, name: str, image_size: int) -> int:
@@ -86,11 +90,7 @@ def _initial_timm_values(name: str, image_size: int, seed: int) -> Draw:
 
 def _timm_drop_paths(name: str, image_size: int, highest: float) -> dict[str, float]:
     with torch.device("meta"):
-        try:
-            twin = _create_timm(name, image_size, drop_path_rate=highest)
-        except TypeError:  # it takes no such argument
-            return {}
-    return drop_path_places(twin, image_size)
+        return drop_path_places(_create_timm(name, image_size, highest), image_size)
 
 
 def is_vit(trunk: nn.Module) -> bool:

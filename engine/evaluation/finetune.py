@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from engine.agree import agreement
@@ -299,8 +300,8 @@ def leave_classifier(task: Finetuning, encoder: EncoderName, prefix: str, name: 
             interpolation=task.subject.interpolation,
             crop_fraction=task.subject.crop_fraction,
         )
-    except ValueError as error:
-        say(task.world, [f"          no {folder} for timm: {error}; the checkpoint has all of the network"])
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:  # another network, timm's words, a full disk
+        say(task.world, [f"          no {folder} for timm: {one_line(error)}; the checkpoint has all of the network"])
     else:
         say(task.world, [f"          timm.create_model('local-dir:{folder}', pretrained=True) is all of the network"])
 

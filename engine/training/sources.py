@@ -60,6 +60,6 @@ def check_batch(recipe: Pretrain | Finetune, images: int) -> None:
     batch = recipe.train.global_batch_size
     if images < batch:
         raise UserError(
-            f"train.global_batch_size ({batch}) must be at most the number of training images ({images} in "
+            f"train.global_batch_size ({batch}) must be at most the number of images ({images} in "
             f"{recipe.data.root}); pass train.global_batch_size={images} or less, or give more images"
         )

@@ -41,10 +41,12 @@ def check_same(directory: Path, found: dict, alone: tuple[Path, dict]) -> None:
         assert (tensors[0][name] - tensor).abs().max() <= floor, name
 
 
+@pytest.mark.slow
 def test_two_ranks(alone, tmp_path):
     check_same(tmp_path, launched(2, tmp_path), alone)
 
 
 def test_three_ranks_go_on_from_the_checkpoint_of_one(alone, tmp_path):
+    """The first and the last exchange what they mix with; the one in the middle mixes with its own."""
     run(small_recipe(tmp_path, *OPTIONS, "train.max_steps=2"))
     check_same(tmp_path, launched(3, tmp_path, "parallel.shard=grad_op"), alone)

@@ -90,7 +90,7 @@ def worker(rank: int, world: int, folder: str) -> None:
         "predictions": classify(bank, label, ids, query, **options),
         "other_tiles": classify(bank, label, ids, query, **options, tile=3, chunk=5),
         "one_holder": classify(whole[held], whole_label[held], whole_id[held], query, **options),
-        "accuracy": knn_accuracy(trunk, batches_of(TRAIN, 1), batches_of(VAL, 2), **FORM, k=20),
+        "accuracy": knn_accuracy(bank, ids, label, query, query_label, k=20),
         "refusals": refusals(bank, label, ids, query),
         "rankme": rankme_from_gram(feature_gram(bank)),
         "training": trunk.training,
