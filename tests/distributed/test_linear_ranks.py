@@ -1,11 +1,14 @@
 """Linear classification, kNN and RankMe from the command line: on 1, 2 and 3 or 4 ranks what one rank finds."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import ROOT, results, torchrun
+from engine import evaluate
+from tests.distributed.launch import ROOT, torchrun
 
 CHECKPOINT = ROOT / "tests/golden/I_vit_small_shape.pth.tar"
 VAL = ROOT / "recipes/data/fashion_mnist/val.tar"
@@ -13,12 +16,23 @@ ROOTS = ("--train", VAL, "--val", VAL)
 EPOCHS = 2
 
 
+def output(ranks: int, *arguments: object) -> str:
+    """What engine.evaluate prints; one rank needs no launch."""
+    if ranks > 1:
+        done = torchrun(ranks, "engine.evaluate", *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        evaluate.main(list(map(str, arguments)))
+    return printed.getvalue()
+
+
 def linear(ranks: int, directory: Path, *overrides: str) -> dict:
     """1,000 images in batches of 333: an epoch ends with a batch of one, which all ranks but one have nothing of."""
     recipe = ("--recipe", ROOT / "recipes/linear_vit.yaml", "--out", directory, "--workers", 0)
     small = ("train.global_batch_size=333", f"train.epochs={EPOCHS}", "optimizer.base_lr=0.5", "log.every_steps=1")
-    (found,) = results(ranks, "engine.evaluate", "linear", CHECKPOINT, *ROOTS, *recipe, *small, *overrides)
-    return found
+    return json.loads(output(ranks, "linear", CHECKPOINT, *ROOTS, *recipe, *small, *overrides).splitlines()[-1])
 
 
 def rows(directory: Path, key: str) -> list[dict]:
@@ -51,11 +65,7 @@ def test_three_ranks_train_the_classifier_of_one_and_go_on_from_its_checkpoint(a
     ],
 )
 def test_measurements_have_the_same_digits_on_any_ranks(worlds, name, options):
-    found = []
-    for ranks in worlds:
-        done = torchrun(ranks, "engine.evaluate", name, CHECKPOINT, *options, "--workers", 0)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(done.stdout)
+    found = [output(ranks, name, CHECKPOINT, *options, "--workers", 0) for ranks in worlds]
     assert len(set(found)) == 1 and json.loads(found[0].splitlines()[-1])
 
 

@@ -13,6 +13,7 @@ from engine.checkpoint.load import read_tensors
 from tests.distributed.launch import torchrun
 
 WITHOUT = "evaluate.online_probe=false"
+WORKERS = {"full": 1, "grad_op": 3, "hybrid": 0, "replicate": 0}  # by sharding
 FLOOR = 0.01  # of a tensor's largest entry, under which differences are absolute (tests/golden/README.md)
 
 
@@ -80,24 +81,26 @@ def test_the_online_probe_leaves_the_run_alone(alone):
     assert len({row["probe_loss"] for row in rows(alone / "vit")}) == 20  # and it learns
 
 
+def sharded(kind: str, shard: str) -> tuple:
+    """The run of a kind under a sharding, with 0, 1 or 3 workers."""
+    values = [f"parallel.shard={shard}", f"parallel.replicate={2 if shard == 'hybrid' else 1}"]
+    return f"{kind}_{shard}", kind, *values, f"data.workers={WORKERS[shard]}"
+
+
 def test_two_ranks(alone, tmp_path):
     """Every sharding, and 1 and 3 workers; then a run in two halves, and one that goes on with one rank.
 
     One half of resnet_halves has no online probe, and one of to_four.
     """
-    shardings = ["full", "grad_op", "hybrid", "replicate"]
-    runs = []
-    for number, shard in enumerate(shardings):
-        values = [f"parallel.shard={shard}", f"parallel.replicate={2 if shard == 'hybrid' else 1}"]
-        values.append(f"data.workers={(1, 3, 0, 0)[number]}")
-        runs += [(f"{kind}_{shard}", kind, *values) for kind in ("vit", "resnet")]
+    pairs = [*(("vit", shard) for shard in WORKERS), ("resnet", "full"), ("resnet", "hybrid")]
+    runs = [sharded(*pair) for pair in pairs]
     runs += [("vit_halves", "vit", f"train.max_steps={s}") for s in (9, 20)]
     runs += [("resnet_halves", "resnet", "train.max_steps=9", WITHOUT), ("resnet_halves", "resnet")]
     runs += [("conv", "vit_conv"), ("to_one", "vit", "train.max_steps=9"), ("to_four", "resnet", "train.max_steps=9")]
     launch(2, tmp_path, *runs)
+    for kind, shard in pairs:
+        assert_same_run(tmp_path / f"{kind}_{shard}", alone / kind)
     for kind in ("vit", "resnet"):
-        for shard in shardings:
-            assert_same_run(tmp_path / f"{kind}_{shard}", alone / kind)
         assert_bitwise(tmp_path / f"{kind}_halves", tmp_path / f"{kind}_full", probe=kind == "vit")
     assert ["probe_loss" in row for row in rows(tmp_path / "resnet_halves")] == [False] * 9 + [True] * 11
     assert_same_run(tmp_path / "conv", alone / "vit_conv")
@@ -106,7 +109,14 @@ def test_two_ranks(alone, tmp_path):
     assert_same_run(tmp_path / "to_one", alone / "vit")
 
     hybrid = ["parallel.shard=hybrid", "parallel.replicate=2"]
-    launch(4, tmp_path, ("four", "vit", *hybrid), ("four_lars", "resnet"), ("to_four", "resnet", *hybrid, WITHOUT))
+    launch(4, tmp_path, ("four", "vit", *hybrid), ("to_four", "resnet", *hybrid, WITHOUT))
     assert_same_run(tmp_path / "four", alone / "vit")
-    assert_same_run(tmp_path / "four_lars", alone / "resnet")
     assert_same_run(tmp_path / "to_four", alone / "resnet", ("model.",))
+
+
+@pytest.mark.slow
+def test_the_resnet_under_the_other_shardings_and_on_four_ranks(alone, tmp_path):
+    launch(2, tmp_path, sharded("resnet", "grad_op"), sharded("resnet", "replicate"))
+    launch(4, tmp_path, ("resnet_four", "resnet"))
+    for name in ("resnet_grad_op", "resnet_replicate", "resnet_four"):
+        assert_same_run(tmp_path / name, alone / "resnet")
