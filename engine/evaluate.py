@@ -14,12 +14,17 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.front_door import Parser, enter, say_once
 from engine.recipe import Task, UserError, check_world, load, locate
 from engine.schema import wrong
 from engine.tasks import Finetune, Linear
+
+if TYPE_CHECKING:
+    from engine.distributed import World
+    from engine.evaluation.subject import Subject
+    from engine.training.sources import Sources
 
 WORKERS_AT_MOST = 12  # processes per rank that decode, where --workers does not say
 
@@ -41,15 +46,10 @@ def knn(arguments: list[str]) -> None:
 
     _say_loading(options)
     from engine.distributed import process_group
-    from engine.evaluation.images import open_labelled
     from engine.evaluation.measure import measure_knn
-    from engine.evaluation.subject import open_subject
 
     with process_group() as world:
-        sources = open_labelled(
-            options.train, options.val, world, kind=_kind(options.train, options), dataset=options.dataset
-        )
-        subject = open_subject(options.checkpoint, world, **_network(options))
+        subject, sources = _open_both(options, world)
         results = measure_knn(subject, sources, ks, world, _workers(options))
     if len(ks) > 1:
         rows = [f"{r['k']:>6} {100 * r['top1']:>7.2f} {100 * r['top5']:>7.2f}" for r in results]
@@ -126,15 +126,10 @@ def _fast_linear(options: argparse.Namespace) -> None:
     _say_loading(options)
     from engine.distributed import process_group
     from engine.evaluation.fast_linear import best, table
-    from engine.evaluation.images import open_labelled
     from engine.evaluation.measure import measure_fast_linear
-    from engine.evaluation.subject import open_subject
 
     with process_group() as world:
-        sources = open_labelled(
-            options.train, options.val, world, kind=_kind(options.train, options), dataset=options.dataset
-        )
-        subject = open_subject(options.checkpoint, world, **_network(options))
+        subject, sources = _open_both(options, world)
         scores = measure_fast_linear(subject, sources, world, _workers(options))
     _say("top-1 on val by learning rate and weight decay (wd), in per cent:")
     _say(table(scores))
@@ -153,6 +148,16 @@ def _paper_linear(options: argparse.Namespace) -> None:
     with process_group() as world:
         result = probe(recipe, options.checkpoint, options.encoder, world)
     _say(json.dumps(result))
+
+
+def _open_both(options: argparse.Namespace, world: "World") -> tuple["Subject", "Sources"]:
+    """The network and the labelled images to measure it on; the images first, for their mistakes cost the least."""
+    from engine.evaluation.images import open_labelled
+    from engine.evaluation.subject import open_subject
+
+    kind = _kind(options.train, options)
+    sources = open_labelled(options.train, options.val, world, kind=kind, dataset=options.dataset)
+    return open_subject(options.checkpoint, world, **_network(options)), sources
 
 
 COMMANDS = {"knn": knn, "rankme": rankme, "linear": linear, "finetune": finetune}
@@ -221,50 +226,6 @@ def _load(options: argparse.Namespace, given: dict[str, Any], kind: type[Task]) 
     # JSON is YAML: no path is taken for another kind of value.
     overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     return load(options.recipe, [*overrides, *options.overrides], kind)
-
-
-def _add_encoder(parser: Parser) -> None:
-    parser.add_argument("--encoder", choices=("base", "momentum"), default="base", help="default: base")
-
-
-def _add_network(parser: Parser) -> None:
-    _add_encoder(parser)
-    parser.add_argument("--features", help="of a ViT: cls, mean (of the patches) or last4 (CLS of four blocks)")
-    parser.add_argument(
-        "--baseline", choices=("initial", "pixels"), help="measure the untrained network, or no network, instead"
-    )
-    parser.add_argument("--crop-fraction", type=float, help="of the resized shorter side (default: as it was trained)")
-
-
-def _add_run(parser: Parser, recipes: str) -> None:
-    parser.add_argument("--recipe", type=Path, help=recipes)
-    parser.add_argument("--out", type=Path, metavar="RUN_DIR", help="instead of the recipe's run.dir")
-    parser.add_argument(
-        "--labels", metavar="SHARE", help="of the training images, as many of every class, as 1%% (default: all)"
-    )
-    parser.add_argument("overrides", nargs="*", default=[], metavar="dotted.key=value", help="e.g. train.epochs=30")
-
-
-def _run_recipe(options: argparse.Namespace, kind: type[Task]) -> Task:
-    """The recipe with what the command line says in its place."""
-    own = load(options.recipe, options.overrides, kind)
-    given = {"data.root": options.train, "data.val_root": options.val, "data.dataset": options.dataset}
-    if (options.train is None) != (options.val is None):
-        missing, other = ("--train", "--val") if options.train is None else ("--val", "--train")
-        raise UserError(f"{missing} (missing) must be given with {other}; pass both, or none for the recipe's own")
-    if options.train is None:
-        roots = {"data.root": own.data.root, "data.val_root": own.data.val_root}
-        given |= {key: root and str(locate(root, options.recipe)) for key, root in roots.items()}
-    # A torchvision dataset's root looks like any folder: the recipe knows better than a guess.
-    if options.source or options.dataset or (options.train and own.data.source != "torchvision"):
-        given["data.source"] = _kind(options.train or own.data.root, options)
-    given |= {"data.workers": options.workers, "run.dir": options.out and str(options.out)}
-    given["data.labels"] = options.labels and read_share(options.labels, "--labels")
-    # JSON is YAML: no path is taken for another kind of value.
-    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    recipe = load(options.recipe, [*overrides, *options.overrides], kind)
-    check_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-    return recipe
 
 
 def _network(options: argparse.Namespace) -> dict[str, Any]:

@@ -124,6 +124,13 @@ def test_linear_takes_roots_and_overrides_from_the_command_line(folders, tmp_pat
     }
 
 
+def test_linear_takes_a_dataset_of_torchvision_and_its_options(tmp_path, capsys):
+    arguments = ["linear", CHECKPOINT, "--recipe", VIT, "--source", "torchvision", "--dataset", "FakeData"]
+    arguments += ["--train", tmp_path, "--val", tmp_path, "--out", tmp_path / "run", "train.max_steps=1"]
+    options = "data.dataset_options={size: 60, image_size: [3, 32, 32], num_classes: 5}"
+    assert result(capsys, *arguments, options, "train.global_batch_size=50")["top5"] == 1
+
+
 @pytest.mark.parametrize(
     "command", [("knn",), ("linear", "--fast"), ("linear", "--recipe", VIT), ("finetune", "--recipe", FINETUNE)]
 )

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from engine.recipe import check_world, load
 from engine.training.pretrain import pretrain
 
 ROOT = Path(__file__).parents[1]
+TOPS = ("engine", "models", "tests")
 FOUNDATION = {
     f"engine.{name}"
     for name in ("schema", "tasks", "recipe", "front_door", "agree", "distributed", "training.schedule")
@@ -69,6 +71,16 @@ def may_import(name: str, other: str) -> bool:
 def test_arrows_go_one_way(path):
     wrong = [other for other in imports(path) if not may_import(module_name(path), other)]
     assert not wrong, f"{module_name(path)} must not import {wrong}"
+
+
+@pytest.mark.parametrize("path", sorted(path for top in TOPS for path in (ROOT / top).rglob("*.py")), ids=module_name)
+def test_no_name_is_defined_twice(path):
+    """The second would silently take the place of the first."""
+    tree = ast.parse(path.read_text())
+    for scope in [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]:
+        plain = [n for n in scope.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.decorator_list]
+        twice = [name for name, count in Counter(node.name for node in plain).items() if count > 1]
+        assert not twice, f"{module_name(path)} defines {twice} twice"
 
 
 def recording(section: object, read: set[str]) -> object:
