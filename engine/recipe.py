@@ -167,11 +167,9 @@ def _check_pretrain(recipe: Pretrain) -> None:
 
 
 def _check_rates(recipe: Finetune) -> None:
-    peak = recipe.optimizer.base_lr * recipe.train.global_batch_size / 512
-    if recipe.optimizer.min_lr > peak:
-        raise wrong(
-            "optimizer.min_lr", recipe.optimizer.min_lr, f"at most the peak lr, base_lr * batch / 512 ({peak:g})"
-        )
+    low, peak = recipe.optimizer.min_lr, recipe.peak_lr
+    if low > peak:
+        raise wrong("optimizer.min_lr", low, f"at most the peak lr, base_lr * batch / 512 ({peak:g})")
 
 
 def _check_schedule_and_ranks(recipe: Pretrain | Finetune) -> None:

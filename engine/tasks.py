@@ -295,6 +295,11 @@ class Finetune:
     evaluate: FinetuneEvaluate
     parallel: Parallel
 
+    @property
+    def peak_lr(self) -> float:
+        """The highest learning rate, by DeiT's rule."""
+        return self.optimizer.base_lr * self.train.global_batch_size / 512
+
 
 Recipe = Pretrain | Linear | Finetune
 TASKS: dict[str, type[Recipe]] = {"pretrain": Pretrain, "linear": Linear, "finetune": Finetune}

@@ -144,10 +144,10 @@ def build_state(
 
 
 def make_schedule(recipe: Finetune, images: int) -> FinetuneSchedule:
-    train, optimizer = recipe.train, recipe.optimizer
+    train = recipe.train
     return FinetuneSchedule(
-        peak_lr=optimizer.base_lr * train.global_batch_size / 512,
-        min_lr=optimizer.min_lr,
+        peak_lr=recipe.peak_lr,
+        min_lr=recipe.optimizer.min_lr,
         epochs=train.epochs,
         warmup_epochs=train.warmup_epochs,
         steps_per_epoch=steps_per_epoch(images, train.global_batch_size),

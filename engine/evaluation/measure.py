@@ -77,27 +77,7 @@ def features(
     Raises:
         RunFailed: on every rank, where no image can be read or a feature is not finite.
     """
-    ids, batches = rank_slice(len(source), world.rank, world.size, BATCH)
-    found = _reported(
-        eval_batches(
-            source,
-            ids,
-            batch_size=BATCH,
-            image_size=subject.image_size,
-            crop_fraction=subject.crop_fraction,
-            interpolation=subject.interpolation,
-            workers=workers,
-            batches=batches,
-        )
-    )
-    feature_ND, id_N, label_N = extract(
-        subject.network,
-        found if what is None else _progress(found, batches, f"features of {what}", "batch", world),
-        mean=subject.mean,
-        std=subject.std,
-        device=world.device,
-        dtype=subject.dtype,
-    )
+    feature_ND, id_N, label_N = unchecked_features(subject, source, what, world, workers)
     ranks = gather((len(feature_ND), bool(feature_ND.isfinite().all())), world.host_group)
     if not sum(rows for rows, _ in ranks):
         raise RunFailed(f"none of {len(source)} images could be read, {source.name(0)} and others; mend them")
@@ -106,9 +86,35 @@ def features(
     return feature_ND, id_N, label_N
 
 
-def _reported(batches: Iterator[EvalBatch]) -> Iterator[EvalBatch]:
+def unchecked_features(
+    subject: Subject, source: Source, what: str | None, world: World, workers: int, consequence: str = "it is left out"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`features` that may be none or not finite. consequence: what is said to follow for an unreadable image."""
+    ids, batches = rank_slice(len(source), world.rank, world.size, BATCH)
+    found = eval_batches(
+        source,
+        ids,
+        batch_size=BATCH,
+        image_size=subject.image_size,
+        crop_fraction=subject.crop_fraction,
+        interpolation=subject.interpolation,
+        workers=workers,
+        batches=batches,
+    )
+    found = _reported(found, consequence)
+    return extract(
+        subject.network,
+        found if what is None else _progress(found, batches, f"features of {what}", "batch", world),
+        mean=subject.mean,
+        std=subject.std,
+        device=world.device,
+        dtype=subject.dtype,
+    )
+
+
+def _reported(batches: Iterator[EvalBatch], consequence: str) -> Iterator[EvalBatch]:
     for batch in batches:
-        report.bad_images(batch.bad, "it is left out")
+        report.bad_images(batch.bad, consequence)
         yield batch
 
 

@@ -1,25 +1,20 @@
 """The monitor of pre-training: how well the base trunk's features tell the classes of labelled images apart.
 
-Shapes: N images of this rank, Q validation images of all ranks, D features.
+Shapes: Q validation images of all ranks, D features.
 """
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from engine.data.loader import EvalBatch, eval_batches
-from engine.data.sources import Source
 from engine.distributed import World
-from engine.evaluation.features import extract, rank_slice
 from engine.evaluation.knn import gather_rows, knn_accuracy
+from engine.evaluation.measure import unchecked_features
 from engine.evaluation.online_probe import OnlineProbe
+from engine.evaluation.subject import Subject
 from engine.recipe import Pretrain
-from engine.training import report
 from engine.training.sources import Sources
 from engine.training.step import TrainState
 
-BATCH = 128  # images per forward, whatever the number of ranks
 K = 20  # neighbours
 
 
@@ -54,32 +49,13 @@ def monitor_row(
     All ranks call it together. The trunk computes in `dtype`. Raises what `knn.knn_accuracy` and `features.extract`
     raise, on all ranks alike.
     """
-    bank = _features(recipe, world, sources.train, trunk, dtype)
-    queries = _features(recipe, world, sources.val, trunk, dtype)
+    augment, evaluate = recipe.augment, recipe.evaluate
+    subject = Subject(trunk, recipe.model.image_size, augment.mean, augment.std, evaluate.crop_fraction, dtype=dtype)
+    bank, queries = (
+        unchecked_features(subject, source, None, world, recipe.data.workers, "it is left out of the monitor")
+        for source in sources
+    )
     query_QD, _, label_Q = gather_rows(*(rows.to(world.device) for rows in queries), world.group)
     knn = knn_accuracy(*bank, query_QD, label_Q, k=K, group=world.group)
     row = {"knn_top1": knn["top1"], "knn_top5": knn["top5"]}
     return row if probe is None else row | probe.accuracy(query_QD, label_Q)
-
-
-def _features(
-    recipe: Pretrain, world: World, source: Source, trunk: nn.Module, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of this rank's share of a source: features [N, D], ids [N] and labels [N] on the CPU."""
-    batches, augment = _batches(recipe, world, source), recipe.augment
-    return extract(trunk, batches, mean=augment.mean, std=augment.std, device=world.device, dtype=dtype)
-
-
-def _batches(recipe: Pretrain, world: World, source: Source) -> Iterator[EvalBatch]:
-    ids, batches = rank_slice(len(source), world.rank, world.size, BATCH)
-    for batch in eval_batches(
-        source,
-        ids,
-        batch_size=BATCH,
-        image_size=recipe.model.image_size,
-        crop_fraction=recipe.evaluate.crop_fraction,
-        workers=recipe.data.workers,
-        batches=batches,
-    ):
-        report.bad_images(batch.bad, "it is left out of the monitor")
-        yield batch
