@@ -33,3 +33,10 @@ class Source(ABC):
     @abstractmethod
     def name(self, i: int) -> str:
         """What messages call image i."""
+
+    def labels_among(self, classes: tuple[str, ...]) -> np.ndarray:
+        """The labels in the numbering of other classes, among which are all of this source's, matched by name."""
+        if classes == self.classes:  # by number, as two classes may have one name: ImageNet's cranes
+            return self.labels
+        number = {name: i for i, name in enumerate(classes)}
+        return np.array([number[name] for name in self.classes], np.int64)[self.labels]

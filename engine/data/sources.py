@@ -65,18 +65,14 @@ def align_labels(train: Source, val: Source) -> Source:
     aligned.labels, aligned.classes = None, None
     if train.labels is None or val.labels is None:
         return aligned
-    if val.classes == train.classes:  # by number, as two classes may have one name: ImageNet's cranes
-        aligned.labels, aligned.classes = val.labels, val.classes
-        return aligned
-    number = {name: i for i, name in enumerate(train.classes)}
-    unknown = [name for name in val.classes if name not in number]
+    known = set(train.classes)
+    unknown = [name for name in val.classes if name not in known]
     if unknown:
         raise UserError(
             f"validation classes ({', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}) must be among the "
-            f"{len(number)} classes of the training data; name the folders alike"
+            f"{len(known)} classes of the training data; name the folders alike"
         )
-    aligned.labels = np.array([number[name] for name in val.classes], np.int64)[val.labels]
-    aligned.classes = train.classes
+    aligned.labels, aligned.classes = val.labels_among(train.classes), train.classes
     return aligned
 
 

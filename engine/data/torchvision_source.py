@@ -103,13 +103,9 @@ class JoinedSource(Source):
 def _joined_labels(parts: Sequence[Source]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
     if any(part.labels is None for part in parts):
         return None, None
-    classes = parts[0].classes
-    if all(part.classes == classes for part in parts):  # two classes may have one name: ImageNet's cranes
-        return np.concatenate([part.labels for part in parts]), classes
-    classes = tuple(dict.fromkeys(name for part in parts for name in part.classes))
-    number = {name: i for i, name in enumerate(classes)}
-    renumbered = [np.array([number[name] for name in part.classes], np.int64)[part.labels] for part in parts]
-    return np.concatenate(renumbered), classes
+    same = all(part.classes == parts[0].classes for part in parts)
+    classes = parts[0].classes if same else tuple(dict.fromkeys(name for part in parts for name in part.classes))
+    return np.concatenate([part.labels_among(classes) for part in parts]), classes
 
 
 # ---- which splits ----------------------------------------------------------------------------------------------------
