@@ -8,9 +8,9 @@ replaced if it is there. The table is printed too, as Markdown.
 import json
 from pathlib import Path
 
-from engine.evaluation.runs import AXES, METRICS, alone, by_recipe, check_metrics, read_runs
-from engine.front_door import Parser, enter
-from engine.recipe import UserError
+from engine.cli import Parser, enter
+from engine.errors import UserError
+from engine.pictures.runs import AXES, METRICS, alone, by_recipe, check_metrics, read_runs
 
 
 def main(arguments: list[str]) -> None:
@@ -22,8 +22,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--merge-seeds", action="store_true", help="runs that differ only in run.seed as one line")
     options = parser.parse_args(arguments)
 
-    from engine.evaluation.canvas import SUFFIXES, check_out
-    from engine.evaluation.curves import Comparison, draw_comparison
+    from engine.pictures.canvas import SUFFIXES, check_out
+    from engine.pictures.comparison import Comparison, draw_comparison
 
     check_out(options.out, (*SUFFIXES, ".html"))
     axes = options.against.split(",")

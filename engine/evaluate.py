@@ -16,15 +16,17 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.front_door import Parser, enter, say_once
-from engine.recipe import Task, UserError, check_world, load, locate
-from engine.schema import wrong
-from engine.tasks import Finetune, Linear
+from engine.cli import Parser, enter
+from engine.errors import UserError
+from engine.logger import say_once
+from engine.recipe.load import Task, check_world, load, locate
+from engine.recipe.schema import wrong
+from engine.recipe.sections import Finetune, Linear
 
 if TYPE_CHECKING:
-    from engine.distributed import World
+    from engine.data.splits import Sources
+    from engine.distributed.world import World
     from engine.evaluation.subject import Subject
-    from engine.training.sources import Sources
 
 WORKERS_AT_MOST = 12  # processes per rank that decode, where --workers does not say
 
@@ -45,7 +47,7 @@ def knn(arguments: list[str]) -> None:
     ks = _read_ks(options.k)
 
     _say_loading(options)
-    from engine.distributed import process_group
+    from engine.distributed.world import process_group
     from engine.evaluation.measure import measure_knn
 
     with process_group() as world:
@@ -65,7 +67,7 @@ def rankme(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
 
     _say_loading(options)
-    from engine.distributed import process_group
+    from engine.distributed.world import process_group
     from engine.evaluation.images import open_unlabelled
     from engine.evaluation.measure import measure_rankme
     from engine.evaluation.subject import open_subject
@@ -114,8 +116,8 @@ def finetune(arguments: list[str]) -> None:
     recipe = _run_recipe(options, Finetune)
 
     _say_loading(options)
-    from engine.distributed import process_group
-    from engine.evaluation.finetune import finetune as run
+    from engine.distributed.world import process_group
+    from engine.runs.finetune import finetune as run
 
     with process_group() as world:
         result = run(recipe, options.checkpoint, options.encoder, options.baseline, world)
@@ -124,7 +126,7 @@ def finetune(arguments: list[str]) -> None:
 
 def _fast_linear(options: argparse.Namespace) -> None:
     _say_loading(options)
-    from engine.distributed import process_group
+    from engine.distributed.world import process_group
     from engine.evaluation.fast_linear import best, table
     from engine.evaluation.measure import measure_fast_linear
 
@@ -142,8 +144,8 @@ def _paper_linear(options: argparse.Namespace) -> None:
     recipe = _run_recipe(options, Linear)
 
     _say_loading(options)
-    from engine.distributed import process_group
-    from engine.evaluation.probe import probe
+    from engine.distributed.world import process_group
+    from engine.runs.linear import probe
 
     with process_group() as world:
         result = probe(recipe, options.checkpoint, options.encoder, world)

@@ -9,7 +9,7 @@ import shlex
 from functools import partial
 from pathlib import Path
 
-from engine.front_door import Parser, enter
+from engine.cli import Parser, enter
 
 FORMATS = ("timm", "torchvision", "moco_v3", "deit", "safetensors", "transformers", "onnx")
 
@@ -23,8 +23,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--force", action="store_true", help="replace what is at OUT")
     options = parser.parse_args(arguments)
 
-    from engine.encoders import open_weights  # takes seconds, and a mistake in the arguments should show before
     from engine.weights.exporting import export
+    from engine.weights.opening import open_weights  # takes seconds, and a mistake in the arguments should show before
 
     result = export(
         partial(open_weights, options.checkpoint),

@@ -9,8 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine.front_door import Parser, enter, say_once
-from engine.recipe import Pretrain, UserError, load
+from engine.cli import Parser, enter
+from engine.errors import UserError
+from engine.logger import say_once
+from engine.recipe.load import Pretrain, load
 
 OF_TRUNK = ("base.projector", "momentum.trunk", "momentum.projector", "predictor")  # what a trunk alone lacks
 
@@ -37,13 +39,13 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
 
     from engine.checkpoint.layout import checkpoint_folders
     from engine.checkpoint.save import save
-    from engine.distributed import process_group
-    from engine.encoders import open_weights
-    from engine.recipe import dump, fingerprint
+    from engine.distributed.world import process_group
+    from engine.recipe.load import dump, fingerprint
+    from engine.runs.pretrain import build_state, make_networks, make_schedule
     from engine.training.optim import local
-    from engine.training.pretrain import build_state, make_networks, make_schedule
     from engine.weights.adopting import adopt
     from engine.weights.architecture import of_recipe
+    from engine.weights.opening import open_weights
 
     checkpoints = Path(recipe.run.dir) / "checkpoints"
     if checkpoint_folders(checkpoints):

@@ -7,8 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from engine.front_door import Parser, enter, say_once
-from engine.recipe import check_world, load
+from engine.cli import Parser, enter
+from engine.logger import say_once
+from engine.recipe.load import check_world, load
 
 
 def main(arguments: list[str]) -> None:
@@ -21,8 +22,8 @@ def main(arguments: list[str]) -> None:
     check_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     say_once(f"{options.recipe} -> {recipe.run.dir}: loading PyTorch", sys.stdout)
     # These imports take seconds, and a mistake in the recipe should show before.
-    from engine.distributed import process_group
-    from engine.training.pretrain import pretrain
+    from engine.distributed.world import process_group
+    from engine.runs.pretrain import pretrain
 
     with process_group() as world:
         pretrain(recipe, options.recipe, world)

@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.front_door import Parser, enter, say_once
-from engine.recipe import UserError, load
+from engine.cli import Parser, enter
+from engine.errors import UserError
+from engine.logger import say_once
+from engine.recipe.load import load
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from engine.data.loader import EvalBatch
     from engine.data.sources import Source
-    from engine.encoders import Encoder
+    from engine.weights.opening import Encoder
     from engine.weights.weights import About
 
 VIEWED = 6  # images in `views`
@@ -35,7 +37,7 @@ BATCH = 128
 
 def main(arguments: list[str]) -> None:
     options = _parser().parse_args(arguments)
-    from engine.evaluation.canvas import check_out
+    from engine.pictures.canvas import check_out
 
     check_out(options.out)
     options.show(options)
@@ -93,13 +95,13 @@ def views(options: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
+    from engine.data import bad_images
     from engine.data.decode import crop_box, crop_draws
     from engine.data.loader import train_batches
-    from engine.distributed import process_group
-    from engine.evaluation.pictures import Sample, draw_views
-    from engine.training import report
-    from engine.training.pretrain import make_augment
-    from engine.training.sources import open_sources
+    from engine.data.splits import open_sources
+    from engine.distributed.world import process_group
+    from engine.pictures.pictures import Sample, draw_views
+    from engine.runs.pretrain import make_augment
 
     with process_group() as world:
         source = open_sources(recipe, Path(options.recipe), world).train
@@ -108,7 +110,7 @@ def views(options: argparse.Namespace) -> None:
     shares = {"global_batch_size": min(VIEWED, len(source)), "rank": 0, "world_size": 1}
     form = {"image_size": size, "crop_min": augment.crop_min, "workers": 0, "pin_memory": False}
     batch = next(iter(train_batches(source, seed=seed, first_step=0, last_step=1, **shares, **form)))
-    report.bad_images(batch.bad, "it is left out of the picture")
+    bad_images.report(batch.bad, "it is left out of the picture")
     unreadable = {bad.name for bad in batch.bad}
 
     eager = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, compile=False))
@@ -134,9 +136,9 @@ def attention(options: argparse.Namespace) -> None:
     import torch
 
     from engine.data.decode import center_crop, decode
-    from engine.encoders import open_encoder
-    from engine.evaluation.attention import check_attention, class_attention
-    from engine.evaluation.pictures import draw_attention
+    from engine.pictures.attention import check_attention, class_attention
+    from engine.pictures.pictures import draw_attention
+    from engine.weights.opening import open_encoder
 
     try:
         image = decode(Path(options.image).read_bytes())
@@ -159,8 +161,8 @@ def neighbours(options: argparse.Namespace) -> None:
     say_once("loading PyTorch")
     import torch
 
-    from engine.evaluation.geometry import nearest, spread
-    from engine.evaluation.pictures import Gallery, draw_neighbours
+    from engine.pictures.geometry import nearest, spread
+    from engine.pictures.pictures import Gallery, draw_neighbours
 
     encoder, source = _open(options)
     feature_ND, id_N, label_N = _features(encoder, source, options)
@@ -175,11 +177,11 @@ def neighbours(options: argparse.Namespace) -> None:
 
 def embedding(options: argparse.Namespace) -> None:
     """A map of images by their features, coloured by class where they have one."""
-    from engine.evaluation.geometry import check_method, flat_map
+    from engine.pictures.geometry import check_method, flat_map
 
     check_method(options.method)
     say_once("loading PyTorch")
-    from engine.evaluation.pictures import draw_map
+    from engine.pictures.pictures import draw_map
 
     encoder, source = _open(options)
     feature_ND, id_N, label_N = _features(encoder, source, options)
@@ -193,7 +195,7 @@ def embedding(options: argparse.Namespace) -> None:
 def _open(options: argparse.Namespace) -> "tuple[Encoder, Source]":
     """The trunk, and the validation images of --data; all of its images where it tells none apart."""
     from engine.data.sources import guess_kind, open_source
-    from engine.encoders import open_encoder
+    from engine.weights.opening import open_encoder
 
     if (options.dataset is not None) != (options.source == "torchvision"):
         raise UserError(f"--dataset ({options.dataset}) must go with --source torchvision; pass both, or neither")
@@ -225,12 +227,12 @@ def _images(source: "Source", id_N: "Tensor", about: "About") -> "Tensor":
 
 
 def _batches(source: "Source", ids: "np.ndarray", about: "About", workers: int) -> "Iterator[EvalBatch]":
+    from engine.data import bad_images
     from engine.data.loader import eval_batches
-    from engine.training import report
 
     form = {"batch_size": BATCH, "image_size": about.image_size, "crop_fraction": about.crop_fraction}
     for batch in eval_batches(source, ids, workers=workers, **form):
-        report.bad_images(batch.bad, "it is left out of the picture")
+        bad_images.report(batch.bad, "it is left out of the picture")
         yield batch
 
 

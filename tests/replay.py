@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from engine.distributed import World, make_mesh, process_group
+from engine.distributed.world import World, make_mesh, process_group
 from engine.training.parallelize import materialize, parallelize
 from engine.training.schedule import Schedule
 from engine.training.step import StepOutput, TrainState, train_step

@@ -8,29 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from engine.distributed import process_group
-from engine.recipe import check_world, load
-from engine.training.pretrain import pretrain
+from engine.distributed.world import process_group
+from engine.recipe.load import check_world, load
+from engine.runs.pretrain import pretrain
 
 ROOT = Path(__file__).parents[1]
 TOPS = ("engine", "models", "tests")
-FOUNDATION = {
-    f"engine.{name}"
-    for name in ("schema", "tasks", "recipe", "front_door", "agree", "distributed", "training.schedule")
-}
-# The one place that sees everything: the loop, and what puts a run or a measurement together around it.
-ASSEMBLY = {
-    f"engine.training.{name}"
-    for name in ("trainer", "pretrain", "monitor", "report", "run_directory", "sources", "bad_images")
-} | {f"engine.evaluation.{name}" for name in ("images", "subject", "measure", "supervised", "probe", "finetune")}
-DOORS = {f"engine.{path.stem}" for path in (ROOT / "engine").glob("*.py")} - FOUNDATION - {"engine.encoders"}
-# Parts that may see a neighbour (beside modules of their own folder, outside of training).
-NEIGHBOURS = {
-    "engine.training.step": {f"engine.training.{name}" for name in ("guard", "loss", "optim", "schedule")},
-    "engine.training.guard": {"engine.training.optim"},
-    "engine.training.finetune_step": {"engine.training.guard", "engine.training.optim"},
-    "engine.training.health": {"engine.training.step"},
-}
+# The law of arrows: a room imports rooms to its left, and models. A room is a folder or a file of engine/; all other
+# files there are doors.
+ROOMS = (
+    *("errors", "torch_internals", "logger", "files", "recipe", "distributed", "data", "checkpoint", "training"),
+    *("weights", "evaluation", "pictures", "runs", "cli", "doors"),
+)
 
 
 def module_name(path: Path) -> str:
@@ -50,19 +39,18 @@ def imports(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] in ("engine", "models", "tests")}
 
 
+def room(name: str) -> int:
+    """The place of a module of engine in the order of rooms."""
+    part = name.split(".")[1]
+    return ROOMS.index(part if part in ROOMS else "doors")
+
+
 def may_import(name: str, other: str) -> bool:
     if other.startswith("models."):
         return True
     if name.startswith("models.") or other.startswith("tests"):
         return False
-    if name in FOUNDATION:
-        return other in FOUNDATION
-    if name in DOORS or other in FOUNDATION:
-        return True
-    if name in ASSEMBLY or name == "engine.encoders":
-        return other not in DOORS
-    same_folder = name.rpartition(".")[0] == other.rpartition(".")[0] != "engine.training"
-    return same_folder or other in NEIGHBOURS.get(name, ())
+    return name.split(".")[:2] == other.split(".")[:2] or room(other) < room(name)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +76,8 @@ def recording(section: object, read: set[str]) -> object:
 
     class Recording(type(section)):
         def __getattribute__(self, name: str):
-            if sys._getframe(1).f_globals["__name__"] not in ("engine.recipe", "engine.schema", "dataclasses", "copy"):
+            reader = sys._getframe(1).f_globals["__name__"]
+            if not reader.startswith("engine.recipe.") and reader not in ("dataclasses", "copy"):
                 read.add(name)
             return super().__getattribute__(name)
 

@@ -5,13 +5,13 @@ import fcntl
 import os
 import re
 import secrets
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from engine.recipe import UserError
+from engine.errors import UserError
+from engine.logger import say
 
 POINTERS = ("latest", "best")
 LOCK = ".lock"
@@ -122,8 +122,3 @@ def _lock(file: TextIO, checkpoints: Path) -> bool:
             raise
         return False
     return True
-
-
-def say(text: str) -> None:
-    """One line for the user, on stderr: the last line of stdout belongs to the front doors."""
-    print(text, file=sys.stderr, flush=True)

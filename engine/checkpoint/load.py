@@ -10,13 +10,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from engine.agree import agreement, by_rank, describe, rank, share, size
 from engine.checkpoint import layout
 from engine.checkpoint.dcp import dcp_arguments
-from engine.checkpoint.layout import say
 from engine.checkpoint.manifest import Damaged, Manifest, read_manifest, verify
 from engine.checkpoint.metadata import entry, read_metadata
-from engine.recipe import UserError
+from engine.distributed.agreement import agreement, by_rank, describe, rank, share, size
+from engine.errors import UserError
+from engine.logger import say
 
 _LISTED = 10  # problems that an error names
 

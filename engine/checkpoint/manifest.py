@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.layout import write_durably
-from engine.recipe import UserError
+from engine.errors import UserError
 
 NAME = "MANIFEST.json"
 METADATA = ".metadata"  # torch.distributed.checkpoint's own table of contents

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from engine.agree import rank
 from engine.checkpoint import layout
-from engine.checkpoint.layout import say
-from engine.recipe import UserError
+from engine.distributed.agreement import rank
+from engine.errors import UserError
+from engine.logger import say
 
 
 def retain(checkpoints: Path, keep: int, group: dist.ProcessGroup | None = None) -> list[Path]:

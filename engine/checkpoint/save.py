@@ -15,13 +15,13 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from engine.agree import agreement, by_rank, describe, gather, rank, share, size
 from engine.checkpoint import layout, manifest
 from engine.checkpoint.dcp import dcp_arguments
-from engine.checkpoint.layout import say
 from engine.checkpoint.manifest import Damaged, Manifest, read_manifest, verify, write_manifest
 from engine.checkpoint.metadata import entry
-from engine.recipe import UserError
+from engine.distributed.agreement import agreement, by_rank, describe, gather, rank, share, size
+from engine.errors import UserError
+from engine.logger import say
 
 
 class SaveFailed(UserError):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import functional as F
 
 from engine.data.philox import CROP, uniform
-from engine.tasks import Interpolation
+from engine.recipe.sections import Interpolation
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")

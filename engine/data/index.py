@@ -19,8 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.data.decode import is_image_name
-from engine.recipe import UserError
-from engine.schema import one_line
+from engine.errors import UserError, one_line
 
 _FORMAT = 1
 _BLOCK = 512

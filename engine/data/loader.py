@@ -23,11 +23,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from engine.data.bad_images import Bad
 from engine.data.decode import center_crop, crop_draws, random_crops
-from engine.data.sampler import REPEAT, samples_of_steps, steps_per_epoch
+from engine.data.order import REPEAT, samples_of_steps, steps_per_epoch
 from engine.data.sources import Source
-from engine.recipe import UserError
-from engine.tasks import Interpolation
+from engine.errors import UserError
+from engine.recipe.sections import Interpolation
 
 _PREFETCH = 2  # batches that each worker has under way or waiting
 _NEIGHBOURS = 100  # how far to look for an image in place of an unreadable one
@@ -35,18 +36,11 @@ _SHARED_MEMORY = "/dev/shm"
 _PR_SET_PDEATHSIG = 1
 
 
-class Bad(NamedTuple):
-    """An image that could not be read, and why."""
-
-    name: str
-    reason: str
-
-
 class Batch(NamedTuple):
     """One rank's share of a training batch.
 
     step is 0-based and global; crops uint8 [V, B, 3, S, S], one per view; sample_B int64, the samples' identity: an
-    image's number in the source, and which repetition of it (engine.data.sampler). For every entry of `bad` the crops
+    image's number in the source, and which repetition of it (engine.data.order). For every entry of `bad` the crops
     of one sample show the next readable image in the source instead: shown_B is the number of the image they show.
     """
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.data.decode import RESAMPLING
 from engine.data.philox import ERASE_HOW, ERASE_WHETHER, MIX, RANDAUGMENT, random_bits, uniform
-from engine.tasks import Interpolation
+from engine.recipe.sections import Interpolation
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from engine.data.decode import IMAGE_SUFFIXES, decode, is_image_name
 from engine.data.index import Names, TarReader, open_index
 from engine.data.source import Source, Split
 from engine.data.torchvision_source import open_torchvision
-from engine.recipe import UserError
+from engine.errors import UserError
 
 _TAR = re.compile(r"[^.].*\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz)")
 

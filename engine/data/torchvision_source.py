@@ -15,8 +15,7 @@ from PIL import Image
 
 from engine.data.decode import to_rgb
 from engine.data.source import Source, Split
-from engine.recipe import UserError
-from engine.schema import one_line
+from engine.errors import UserError, one_line
 
 # What torchvision's datasets call the two splits, in order of preference.
 _SPLITS = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid", "test")}

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.sources import Source, align_labels, open_source
+from engine.data.splits import Sources, open_together
 from engine.data.subset import take_labels
-from engine.distributed import World
-from engine.front_door import say_once
-from engine.recipe import UserError
-from engine.training.sources import Sources, open_together
+from engine.distributed.world import World
+from engine.errors import UserError
+from engine.logger import say_once
 
 
 def open_labelled(

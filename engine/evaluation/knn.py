@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from engine.recipe import UserError
+from engine.errors import UserError
 
 TOP = 5
 _GRID = 2**23

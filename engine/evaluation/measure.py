@@ -6,19 +6,19 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.agree import gather
+from engine.data import bad_images
 from engine.data.loader import EvalBatch, eval_batches
 from engine.data.sources import Source
-from engine.distributed import World
+from engine.data.splits import Sources
+from engine.distributed.agreement import gather
+from engine.distributed.world import World
+from engine.errors import RunFailed
 from engine.evaluation import fast_linear
 from engine.evaluation.fast_linear import Score
 from engine.evaluation.features import extract, rank_slice
 from engine.evaluation.knn import accuracy, check_k, classify, gather_rows
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.evaluation.subject import Subject
-from engine.front_door import RunFailed
-from engine.training import report
-from engine.training.sources import Sources
 
 BATCH = 128  # images per forward, whatever the number of ranks: so features have the same bits on any
 
@@ -114,7 +114,7 @@ def unchecked_features(
 
 def _reported(batches: Iterator[EvalBatch], consequence: str) -> Iterator[EvalBatch]:
     for batch in batches:
-        report.bad_images(batch.bad, consequence)
+        bad_images.report(batch.bad, consequence)
         yield batch
 
 

@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from engine.recipe import UserError
+from engine.errors import UserError
 
 CHOICES = "own, cls, mean or last<n>, as last4"
 

@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from engine.distributed import World, in_turn
-from engine.encoders import open_trunk, open_weights
+from engine.distributed.world import World, in_turn
 from engine.evaluation.readout import readout
-from engine.tasks import Interpolation
+from engine.recipe.sections import Interpolation
+from engine.weights.opening import open_trunk, open_weights
 from engine.weights.weights import EncoderName, fill_trunk
 
 Baseline = Literal["initial", "pixels"]

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.front_door import RunFailed
+from engine.errors import RunFailed
 from engine.training.optim import local
 
 SKIPS_IN_A_ROW = 10  # steps without update after which a run has failed

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from engine.recipe import UserError
-from engine.tasks import Precision, Shard
+from engine.errors import UserError
+from engine.recipe.sections import Precision, Shard
 from models.classifier import Classifier
 from models.moco import MoCo
 from models.norm import set_batch_norm_group

@@ -7,7 +7,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from engine.schema import UserError
+from engine.errors import UserError
 from engine.weights.architecture import Architecture, by_shape, moco_shapes, trunk_shapes
 from engine.weights.weights import Weights, check_names
 from models.vit import sincos_position

@@ -10,8 +10,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from engine.recipe import Model, UserError, shape
-from engine.schema import one_line
+from engine.errors import UserError, one_line
+from engine.recipe.load import Model, shape
 from models.moco import MoCo
 from models.resnet import build_resnet
 from models.shapes import VIT_SHAPES

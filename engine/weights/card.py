@@ -1,6 +1,6 @@
 """The model card beside a folder export."""
 
-from engine.recipe import flatten, loads
+from engine.recipe.load import flatten, loads
 from engine.weights.weights import About
 
 SHOWN = (

@@ -14,8 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from engine.front_door import RunFailed, say_once
-from engine.schema import UserError, one_line
+from engine.errors import RunFailed, UserError, one_line
+from engine.logger import say_once
 from engine.weights.card import model_card
 from engine.weights.formats import FORMATS, check_out, fitting_architecture, is_file
 from engine.weights.memory import peak_bytes, reset_peak, resident_bytes

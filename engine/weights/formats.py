@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.schema import UserError
+from engine.errors import UserError
 from engine.weights.architecture import Architecture, by_shape
 from engine.weights.weights import Weights
 

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from engine.front_door import RunFailed
-from engine.schema import one_line
+from engine.errors import RunFailed, one_line
 from engine.weights.memory import peak_bytes
 from engine.weights.reading import read_weights
 from engine.weights.weights import EncoderName, Weights, fill_trunk

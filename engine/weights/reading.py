@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.schema import UserError, one_line
+from engine.errors import UserError, one_line
 from engine.weights import tables
 from engine.weights.architecture import (
     REFERENCE_HEADS,

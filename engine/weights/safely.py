@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.schema import UserError, one_line
+from engine.errors import UserError, one_line
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _ADVICE = "use an intact copy, or a file of another source"

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from engine.recipe import UserError, loads
+from engine.errors import UserError
+from engine.recipe.load import loads
 from engine.weights.architecture import Architecture
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of published files

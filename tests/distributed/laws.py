@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from engine.distributed import World, make_mesh, process_group
+from engine.distributed.world import World, make_mesh, process_group
 from engine.evaluation.online_probe import OnlineProbe
 from engine.training import step as step_module
 from engine.training.guard import check_gradients

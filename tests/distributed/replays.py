@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from engine.distributed import process_group
+from engine.distributed.world import process_group
 from tests.replay import Trace, replay
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -18,7 +18,7 @@ from engine.checkpoint.load import load, newest_valid, read_tensors
 from engine.checkpoint.manifest import read_manifest
 from engine.checkpoint.retain import clean, retain
 from engine.checkpoint.save import SaveFailed, save
-from engine.recipe import UserError
+from engine.errors import UserError
 
 SHA = "0" * 64
 STATE = {"sample": 12345, "lr": 0.1 + 0.2}

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.encoders import open_weights
+from engine.weights.opening import open_weights
 from tests.distributed.launch import results
-from tests.test_finetune import CHECKPOINT, EVERYTHING, RECIPE, SMALL, run, small_recipe
-from tests.test_linear import VAL, rows
+from tests.evaluation.test_linear import VAL, rows
+from tests.runs.test_finetune import CHECKPOINT, EVERYTHING, RECIPE, SMALL, run, small_recipe
 
 # 2 and 3 ranks divide the batch, and an epoch has three.
 OPTIONS = [*EVERYTHING, "train.global_batch_size=252", "train.max_steps=5"]

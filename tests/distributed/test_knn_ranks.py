@@ -11,11 +11,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from engine.errors import UserError
 from engine.evaluation.features import extract, rank_slice
 from engine.evaluation.knn import classify, gather_rows, knn_accuracy
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
-from engine.recipe import UserError
-from tests.test_knn import padded_batch
+from tests.evaluation.test_knn import padded_batch
 
 WORLDS = (1, 2, 4)
 BATCH = 8

@@ -7,9 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from engine.distributed import process_group
-from engine.recipe import load
-from engine.training.pretrain import pretrain
+from engine.distributed.world import process_group
+from engine.recipe.load import load
+from engine.runs.pretrain import pretrain
 
 RECIPE = Path(__file__).parents[2] / "recipes/quickstart.yaml"
 # Random images, 7 steps an epoch: 20 steps cross two ends of an epoch and leave the warm-up.

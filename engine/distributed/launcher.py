@@ -1,0 +1,26 @@
+"""The launcher of this process: torchrun, where there is one."""
+
+import os
+import threading
+import time
+from functools import cache
+
+ORPHAN_CHECK_SECONDS = 1.0
+
+
+@cache
+def end_with_launcher() -> None:
+    """From now on this process, if torchrun started it, exits within seconds of torchrun's death.
+
+    To be called early: PyTorch takes seconds to load, and a launcher that dies meanwhile would not be missed.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_with(parent: int) -> None:
+    # A rank that outlives its launcher would go on training beside the job that replaces it.
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_CHECK_SECONDS)
+    os.write(2, b"the launcher is gone: this rank exits; the newest checkpoint is kept\n")
+    os._exit(1)

@@ -1,0 +1,92 @@
+"""The process group's life: start, devices, mesh, a stop signal that all ranks agree on, end."""
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from engine.distributed.agreement import agreement
+from engine.distributed.launcher import end_with_launcher
+from engine.errors import UserError
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)  # a rank may index millions of images while the others wait
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all of them. `host_group` carries small CPU messages beside the training traffic."""
+
+    rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup
+    host_group: dist.ProcessGroup
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def process_group():
+    """Join the other processes of the launch (or be the only one); yields the World.
+
+    GPUs are used where there are any. Under torchrun a rank whose agent died exits within seconds.
+    """
+    end_with_launcher()
+    cuda = torch.cuda.is_available()
+    device = _own_gpu() if cuda else torch.device("cpu")
+    launched = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if cuda else None, **launched)
+    try:
+        host_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        yield World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, host_group)
+    except BaseException:
+        # NCCL's farewell waits for kernels whose peers may never come: after a failure the process just ends.
+        if not cuda:
+            dist.destroy_process_group()
+        raise
+    dist.barrier(host_group)  # a rank that leaves early would take the store with it
+    dist.destroy_process_group()
+
+
+def _own_gpu() -> torch.device:
+    """This rank's GPU, set to compute the same bits every time, in the precision that it is asked for."""
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise UserError(f"--nproc-per-node must be at most {gpus}, the number of GPUs of this node; start fewer ranks")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # only wanted for finding bugs, and slow
+    torch.backends.cudnn.allow_tf32 = False
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def in_turn(world: World, make: Callable[[], T]) -> T:
+    """What `make` returns, on rank 0 first: it alone fetches or builds what the others then find.
+
+    Raises:
+        UserError: on every rank, where it was raised on any.
+    """
+    made = None
+    for turn in (world.is_first, not world.is_first):
+        with agreement(world.host_group):
+            if turn:
+                made = make()
+    return made
+
+
+def make_mesh(world: World, shard: str, replicate: int) -> DeviceMesh:
+    """The ranks as a grid ("replicate", "shard"): a parameter is spread along the second, copied along the first."""
+    copies = {"replicate": world.size, "hybrid": replicate}.get(shard, 1)
+    return init_device_mesh(world.device.type, (copies, world.size // copies), mesh_dim_names=("replicate", "shard"))

@@ -1,0 +1,236 @@
+"""Runs side by side: what their metrics.jsonl say, as curves and as a table.
+
+Rows bear no time. Each loss row has the speed since the one before, so the time of training follows: images of its
+steps over images per second, added up. Checkpoints and evaluations, during which that clock stands still, do not count.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.recipe.load import FREE_ON_RESUME
+from engine.recipe.schema import parse
+
+AXES = ("step", "epoch", "time")
+# What a comparison shows unless told otherwise.
+METRICS = ("loss", "knn_top1", "probe_top1", "rankme", "images_per_second")
+NAMES = {
+    "loss": "loss",
+    "knn_top1": "kNN top-1",
+    "knn_top5": "kNN top-5",
+    "probe_top1": "probe top-1",
+    "probe_top5": "probe top-5",
+    "probe_loss": "probe loss",
+    "rankme": "RankMe",
+    "images_per_second": "images/s",
+    "lr": "learning rate",
+}
+SHARES = ("knn_top1", "knn_top5", "probe_top1", "probe_top5")  # from 0 to 1, shown as percentages
+_APART = frozenset(("run.dir", "run.seed")) | FREE_ON_RESUME  # in which runs differ that are one but for the seed
+_PLACE = ("step", "epoch")
+
+
+class Run:
+    """A run directory's recipe, {dotted key: value}, and the rows of its metrics.jsonl in order."""
+
+    def __init__(self, name: str, recipe: dict[str, Any], rows: list[dict[str, Any]]):
+        self.name, self.recipe, self.rows = name, recipe, rows
+
+    @property
+    def metrics(self) -> list[str]:
+        """Numbers that were logged at least once."""
+        numbers = {key: isinstance(value, int | float | None) for row in self.rows for key, value in row.items()}
+        return [name for name, is_number in numbers.items() if is_number and name not in _PLACE]
+
+    def series(self, metric: str) -> dict[int, float]:
+        """{step: value} where the metric was logged; NaN where it was not finite."""
+        values = {row["step"]: row[metric] for row in self.rows if metric in row}
+        return {step: value if isinstance(value, int | float) else np.nan for step, value in values.items()}
+
+    @cached_property
+    def seconds(self) -> dict[int, float]:
+        """{step: seconds of training until then}."""
+        total, last, batch = 0.0, 0, self.recipe["train.global_batch_size"]
+        seconds = {0: 0.0}
+        for step, speed in self.series("images_per_second").items():
+            if speed > 0:
+                total += (step - last) * batch / speed
+                seconds[step], last = total, step
+        return seconds
+
+    def places(self, steps: Sequence[int], axis: str) -> np.ndarray:
+        """Where steps lie on an axis: their numbers, their epochs, or the seconds of training until them."""
+        known = {"step": {s: s for s in steps}, "epoch": self.series("epoch"), "time": self.seconds}[axis]
+        if not known:
+            raise UserError(f"RUN ({self.name}) must log its epochs to be shown against them; pass --against step")
+        return np.interp(steps, list(known), list(known.values()))
+
+    @property
+    def epochs(self) -> float:
+        return max(self.series("epoch").values(), default=0.0)
+
+
+class Curve(NamedTuple):
+    """A metric of runs that differ in their seeds: mean, lowest and highest at each place of an axis."""
+
+    place: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+class Group(NamedTuple):
+    """Runs that are shown as one: a single run, or those of one recipe with several seeds."""
+
+    name: str
+    runs: list[Run]
+
+    def curve(self, metric: str, axis: str) -> Curve:
+        """Over the steps at which every run of the group has the metric."""
+        each = [run.series(metric) for run in self.runs]
+        steps = [step for step in each[0] if all(step in series for series in each)]
+        value_RS = np.array([[series[step] for step in steps] for series in each], dtype=float)
+        place_RS = np.array([run.places(steps, axis) if steps else [] for run in self.runs])
+        return Curve(place_RS.mean(0), value_RS.mean(0), value_RS.min(0), value_RS.max(0))
+
+
+def read_run(path: Path) -> Run:
+    """A run directory, which may be one in progress: a last line that is not complete does not count.
+
+    Raises UserError where the folder is no run or another line is damaged.
+    """
+    recipe_file, metrics_file = path / "recipe.yaml", path / "metrics.jsonl"
+    try:
+        text, lines = recipe_file.read_bytes(), metrics_file.read_bytes().split(b"\n")
+    except OSError as error:
+        missing = Path(error.filename).name if path.is_dir() else "the folder"
+        raise UserError(
+            f"RUN ({path}) must be a run directory; {missing} cannot be read: {error.strerror}; name another"
+        ) from error
+    rows = [_row(line, f"{metrics_file} line {number}") for number, line in enumerate(lines[:-1], start=1)]
+    sections = parse(text, f"recipe ({recipe_file})")
+    if not isinstance(sections, dict):
+        raise UserError(f"recipe ({recipe_file}) must be a mapping of keys to values; name another RUN")
+    recipe = {
+        f"{name}.{key}": value
+        for name, section in sections.items()
+        if isinstance(section, dict)
+        for key, value in section.items()
+    }
+    if not isinstance(recipe.get("train.global_batch_size"), int):
+        raise UserError(f"recipe ({recipe_file}) must have train.global_batch_size; name another RUN")
+    return Run(path.resolve().name, recipe, rows)
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise UserError(f"{where} ({line[:40]!r}) must be a JSON object with a step; mend the line")
+    return row
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs, of which each has a name of its own: its folder's, or its path where several folders are called so.
+
+    Raises UserError as `read_run`, where a run is given twice, and where none has logged anything.
+    """
+    twice = [path for i, path in enumerate(paths) if path.resolve() in [other.resolve() for other in paths[:i]]]
+    if twice:
+        raise UserError(f"RUN ({twice[0]}) must be given once; leave the second one out")
+    runs = [read_run(path) for path in paths]
+    names = [run.name for run in runs]
+    for run, path in zip(runs, paths, strict=True):
+        if names.count(run.name) > 1:
+            run.name = str(path)
+    if not any(run.rows for run in runs):
+        raise UserError(f"RUN ({paths[0]}) must have logged something, and neither has any other; wait a little")
+    return runs
+
+
+def alone(runs: Sequence[Run]) -> list[Group]:
+    return [Group(run.name, [run]) for run in runs]
+
+
+def by_recipe(runs: Sequence[Run]) -> list[Group]:
+    """Runs together that differ only in the seed, or in what a resume may change; named by how their names begin."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        same = next((group for group in groups if _bound(group[0]) == _bound(run)), None)
+        if same is None:
+            groups.append([run])
+        else:
+            same.append(run)
+    return [Group(_group_name(group), group) for group in groups]
+
+
+def _bound(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in run.recipe.items() if key not in _APART}
+
+
+def _group_name(runs: list[Run]) -> str:
+    if len(runs) == 1:
+        return runs[0].name
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*(run.name for run in runs), strict=False))
+    common = "".join(letters[0] for letters in alike).rstrip("-_. ")
+    seeds = {run.recipe.get("run.seed") for run in runs}
+    return f"{common or runs[0].name} ({len(runs)} {'seeds' if len(seeds) == len(runs) else 'runs'})"
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def check_metrics(runs: Sequence[Run], metrics: Sequence[str] | None) -> list[str]:
+    """The metrics to show: those asked for, else those of METRICS that some run has.
+
+    Raises UserError for one that no run has.
+    """
+    known = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    for name in metrics or ():
+        if name not in known:
+            raise UserError(f"--metrics ({name}) must be logged by a run; these are: {', '.join(known)}")
+    return list(metrics or [name for name in METRICS if name in known])
+
+
+def table(groups: Sequence[Group], metrics: Sequence[str], *, timed: bool) -> list[list[str]]:
+    """Cells, the head first: each metric's last value (speed: the median), over seeds mean and standard deviation.
+
+    timed: with the time of training, too.
+    """
+    rows = [["run", "epochs", *(NAMES.get(name, name) for name in metrics), *["training"] * timed]]
+    for group in groups:
+        epochs = max(run.epochs for run in group.runs)
+        total = group.runs[0].recipe.get("train.epochs", "?")
+        values = [_cell(name, [_summary(run, name) for run in group.runs]) for name in metrics]
+        seconds = np.mean([max(run.seconds.values()) for run in group.runs])
+        rows.append([group.name, f"{epochs:.4g} of {total}", *values, *[duration(seconds)] * timed])
+    return rows
+
+
+def _summary(run: Run, metric: str) -> float:
+    values = list(run.series(metric).values()) or [np.nan]
+    return float(np.median(values)) if metric == "images_per_second" else values[-1]
+
+
+def _cell(metric: str, values: list[float]) -> str:
+    if not np.isfinite(values).all():
+        return "-"
+    scale, unit = (100, " %") if metric in SHARES else (1, "")
+    mean = scale * np.mean(values)
+    digits = 1 if unit else max(0, 3 - int(np.floor(np.log10(abs(mean) or 1)) + 1))
+    spread = f" ± {scale * np.std(values, ddof=1):,.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:,.{digits}f}{spread}{unit}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,279 @@
+"""The recipe of a run: its keys, its checks, its identity.
+
+A recipe is what the user wrote; nothing here rewrites a value of it, and derived values live where they are used.
+Reading one imports neither torch nor numpy, so that a mistake shows at once. Every complaint is a `UserError`.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine.errors import UserError, one_line
+from engine.recipe.schema import parse, read_section, show, unparse, wrong
+from engine.recipe.sections import (
+    CONV_VITS,
+    PLAIN_VITS,
+    SHAPE_KEYS,
+    TASKS,
+    TIMM_VIT,
+    Checkpoint,
+    Data,
+    Evaluate,
+    Finetune,
+    FinetuneEvaluate,
+    LinearEvaluate,
+    Log,
+    Model,
+    Parallel,
+    Pretrain,
+    Recipe,
+)
+from models.shapes import VIT_SHAPES
+
+Task = TypeVar("Task", bound=Recipe)
+
+# A section has a form for each task.
+FREE_SECTIONS = {
+    "checkpoint": [Checkpoint],
+    "log": [Log],
+    "evaluate": [Evaluate, LinearEvaluate, FinetuneEvaluate],
+    "parallel": [Parallel],
+}
+FREE_ON_RESUME = frozenset(
+    ["run.dir", "data.root", "data.val_root", "data.workers", "train.max_steps"]
+    + [
+        f"{name}.{field.name}"
+        for name, kinds in FREE_SECTIONS.items()
+        for kind in kinds
+        for field in dataclasses.fields(kind)
+    ]
+)
+
+
+# ---- reading and writing ---------------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), kind: type[Task] = Pretrain) -> Task:
+    """The checked recipe of a YAML file, after `dotted.key=value` overrides (value: YAML; of equal keys the last).
+
+    Raises UserError for a file that cannot be read, is not YAML or not a mapping, for a task other than `kind`, for an
+    unknown or missing key, and for a value of a wrong type, out of range or at odds with another.
+    """
+    try:
+        text = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = one_line(getattr(error, "strerror", None) or error)
+        raise UserError(f"recipe ({one_line(path)}) must be a readable file: {reason}; pass the path of one") from None
+    return loads(text, f"recipe ({one_line(path)})", overrides, kind)
+
+
+def loads(text: str | bytes, origin: str, overrides: Sequence[str] = (), kind: type[Task] = Pretrain) -> Task:
+    """`load` for YAML text; `origin` names it in errors."""
+    raw = parse(text, origin)
+    if not isinstance(raw, dict) or not raw:
+        found = show(raw) if raw else "nothing"
+        raise UserError(f"{origin} must be a mapping of keys to values; found {found}")
+    for override in overrides:
+        _apply(raw, override)
+    recipe = _build(raw, kind)
+    _check_combinations(recipe)
+    return recipe
+
+
+def task_of(text: object) -> str | None:
+    """The task of a recipe's YAML; None where it says none that is known."""
+    raw = parse(text, "recipe") if isinstance(text, str) else None
+    task = raw.get("task") if isinstance(raw, dict) else None
+    return task if isinstance(task, str) and task in TASKS else None
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML that loads back to an equal recipe."""
+    return unparse(dataclasses.asdict(recipe))
+
+
+def _apply(raw: dict, override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"override ({one_line(override)}) must be of the form dotted.key=value; write it so")
+    *parents, leaf = dotted.split(".")
+    for name in parents:
+        raw = raw.setdefault(name, {})
+        if not isinstance(raw, dict):
+            raise UserError(f"{one_line(dotted)} is no key of the recipe; {name} holds a value and no keys")
+    raw[leaf] = parse(text, f"override ({one_line(override)})")
+
+
+def _build(raw: dict, kind: type[Task]) -> Task:
+    task = raw.get("task")
+    if not isinstance(task, str) or task not in TASKS:
+        found = show(task) if "task" in raw else "missing"
+        raise UserError(f"task ({found}) must be one of {', '.join(TASKS)}; set it at the top of the recipe")
+    if TASKS[task] is not kind:
+        wanted = next(name for name, other in TASKS.items() if other is kind)
+        raise UserError(f"task ({task}) must be {wanted} for this command; pass a recipe of that task")
+    kinds = {field.name: field.type for field in dataclasses.fields(TASKS[task]) if field.name != "task"}
+    known = [f"{name}.{field.name}" for name, part in kinds.items() for field in dataclasses.fields(part)]
+    for name in _keys(raw):
+        if name not in known and name not in kinds and name != "task":
+            raise UserError(f"{one_line(name)} is no key of the recipe; {_advice(name, known)}")
+    for name in kinds:
+        if not isinstance(raw.get(name, {}), dict):
+            raise wrong(name, raw[name], "a mapping", f"write its keys below it, as {name}: {{key: value}}")
+    return kind(task=task, **{name: read_section(name, part, raw.get(name, {})) for name, part in kinds.items()})
+
+
+def _keys(raw: dict) -> Iterable[str]:
+    """Dotted names of what a recipe holds: the keys inside its sections, and what is no section itself."""
+    for name, value in raw.items():
+        yield from (f"{name}.{inner}" for inner in value) if isinstance(value, dict) and value else (name,)
+
+
+def _advice(dotted: str, known: list[str]) -> str:
+    """The nearest right key: the same name in another section, else the most similar name."""
+    leaf = dotted.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == leaf]
+    leaves = {name.rpartition(".")[2]: name for name in known}
+    close = (
+        difflib.get_close_matches(dotted, same, 1, cutoff=0)
+        or difflib.get_close_matches(dotted, known, 1)
+        or [leaves[name] for name in difflib.get_close_matches(leaf, leaves, 1)]
+    )
+    return f"did you mean {close[0]}?" if close else "remove it"
+
+
+# ---- values at odds with each other ----------------------------------------------------------------------------------
+
+
+def _check_combinations(recipe: Recipe) -> None:
+    _check_data(recipe.data)
+    if isinstance(recipe, Pretrain | Finetune):
+        _check_schedule_and_ranks(recipe)
+    if isinstance(recipe, Pretrain):
+        _check_pretrain(recipe)
+    if isinstance(recipe, Finetune):
+        _check_rates(recipe)
+
+
+def _check_pretrain(recipe: Pretrain) -> None:
+    _check_model(recipe.model)
+    sigma = recipe.augment.blur_sigma
+    if sigma[0] > sigma[1]:
+        raise wrong("augment.blur_sigma", sigma, "a list of the smallest and the largest sigma, in this order")
+
+
+def _check_rates(recipe: Finetune) -> None:
+    low, peak = recipe.optimizer.min_lr, recipe.peak_lr
+    if low > peak:
+        raise wrong("optimizer.min_lr", low, f"at most the peak lr, base_lr * batch / 512 ({peak:g})")
+
+
+def _check_schedule_and_ranks(recipe: Pretrain | Finetune) -> None:
+    train, parallel = recipe.train, recipe.parallel
+    if train.warmup_epochs > train.epochs:
+        raise wrong("train.warmup_epochs", train.warmup_epochs, f"at most train.epochs ({train.epochs})")
+    if parallel.shard != "hybrid" and parallel.replicate != 1:
+        do = "pass parallel.replicate=1 or parallel.shard=hybrid"
+        raise wrong("parallel.replicate", parallel.replicate, f"1 under parallel.shard {parallel.shard}", do)
+
+
+def _check_data(data: Data) -> None:
+    if data.source == "torchvision":
+        if data.dataset is None:
+            raise wrong("data.dataset", None, "the name of a class of torchvision.datasets")
+        return
+    if data.dataset is not None:
+        raise wrong("data.dataset", data.dataset, f"null under data.source {data.source}")
+    if data.dataset_options:
+        raise wrong("data.dataset_options", data.dataset_options, f"{{}} under data.source {data.source}")
+
+
+def _check_model(model: Model) -> None:
+    name, resolved = model.name, shape(model)
+    if model.freeze_patch_projection and name not in PLAIN_VITS and not TIMM_VIT.match(name):
+        raise wrong("model.freeze_patch_projection", True, f"false for {name}, which is no plain ViT")
+    for field in SHAPE_KEYS:
+        value = getattr(model, field)
+        if name in ("vit", "vit_conv") and value is None:
+            raise wrong(f"model.{field}", value, f"an integer >= 1 for {name}, which has no shape of its own")
+        if resolved is None and value is not None:
+            raise wrong(f"model.{field}", value, f"null for {name}, whose shape is fixed")
+    if resolved is not None:
+        _check_shape(model.image_size, **resolved)
+
+
+def _check_shape(image_size: int, patch_size: int, dim: int, depth: int, heads: int, conv_stem: bool) -> None:
+    if dim % heads:
+        raise wrong("model.dim", dim, f"divisible by model.heads ({heads})")
+    if dim % 4:
+        raise wrong("model.dim", dim, "divisible by 4: sine and cosine of row and column")
+    if not conv_stem and image_size % patch_size:
+        raise wrong("model.image_size", image_size, f"divisible by model.patch_size ({patch_size})")
+    if conv_stem and patch_size not in (2, 4, 8, 16, 32):
+        raise wrong("model.patch_size", patch_size, "2, 4, 8, 16 or 32: each convolution of the stem halves")
+    if conv_stem and dim % (patch_size // 2):
+        raise wrong("model.dim", dim, f"divisible by {patch_size // 2}: the width of the stem doubles up to it")
+
+
+def shape(model: Model) -> dict[str, Any] | None:
+    """{patch_size, dim, depth, heads, conv_stem} of a ViT: the recipe's own values over those of the named network.
+
+    None for networks that bring their shape (resnet50, timm/*).
+    """
+    if model.name not in PLAIN_VITS + CONV_VITS:
+        return None
+    named = VIT_SHAPES.get(model.name, {"conv_stem": model.name in CONV_VITS})
+    return named | {name: getattr(model, name) for name in SHAPE_KEYS if getattr(model, name) is not None}
+
+
+def check_world(recipe: Recipe, world_size: int) -> None:
+    """Raises UserError where `world_size` processes cannot run the recipe. For before any process group is made."""
+    batch = recipe.train.global_batch_size
+    if batch % world_size:
+        do = f"start another number of processes or pass train.global_batch_size={-(-batch // world_size) * world_size}"
+        raise wrong("train.global_batch_size", batch, f"divisible by the number of processes ({world_size})", do)
+    replicas = recipe.parallel.replicate if isinstance(recipe, Pretrain | Finetune) else 1
+    if world_size % replicas:
+        raise wrong("parallel.replicate", replicas, f"a divisor of the number of processes ({world_size})")
+
+
+# ---- identity and files ----------------------------------------------------------------------------------------------
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """{dotted key: value} of the whole recipe, `task` included; data.dataset_options is one value."""
+    sections = dataclasses.asdict(recipe)
+    task = sections.pop("task")
+    return {"task": task} | {f"{name}.{leaf}": value for name, part in sections.items() for leaf, value in part.items()}
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """sha256, in hex, of every key that a resume may not change."""
+    bound = {name: value for name, value in flatten(recipe).items() if name not in FREE_ON_RESUME}
+    return hashlib.sha256(json.dumps(bound, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def resume_differences(old: Recipe, new: Recipe) -> list[str]:
+    """`key (old -> new)` for each key that differs though a resume may not change it; empty: it may go on."""
+    before, after = flatten(old), flatten(new)
+    if old.task != new.task:
+        return [f"task ({old.task} -> {new.task})"]
+    return [
+        f"{name} ({show(before[name])} -> {show(after[name])})"
+        for name in before
+        if name not in FREE_ON_RESUME and before[name] != after[name]
+    ]
+
+
+def locate(path: str, recipe_file: str | Path) -> Path:
+    """A path that a recipe names: relative to the working directory, else to the recipe file's folder.
+
+    Where nothing is at either place it is the one in the working directory; the caller says that it is missing.
+    """
+    here, beside = Path(path), Path(recipe_file).parent / path
+    return beside if os.path.exists(beside) and not os.path.exists(here) else here

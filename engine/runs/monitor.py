@@ -1,0 +1,61 @@
+"""The monitor of pre-training: how well the base trunk's features tell the classes of labelled images apart.
+
+Shapes: Q validation images of all ranks, D features.
+"""
+
+import torch
+from torch import nn
+
+from engine.data.splits import Sources
+from engine.distributed.world import World
+from engine.evaluation.knn import gather_rows, knn_accuracy
+from engine.evaluation.measure import unchecked_features
+from engine.evaluation.online_probe import OnlineProbe
+from engine.evaluation.subject import Subject
+from engine.recipe.load import Pretrain
+from engine.training.step import TrainState
+
+K = 20  # neighbours
+
+
+def has_monitor(sources: Sources) -> bool:
+    """kNN needs labels on both sides and enough training images to be neighbours; the online probe the labels."""
+    return sources.val is not None and sources.val.labels is not None and len(sources.train) >= K
+
+
+def make_probe(
+    recipe: Pretrain, world: World, sources: Sources, state: TrainState, dtype: torch.dtype
+) -> OnlineProbe | None:
+    """The recipe's online probe; None where it wants none or there is nothing to monitor with."""
+    if not (recipe.evaluate.online_probe and has_monitor(sources)):
+        return None
+    return OnlineProbe(
+        state.moco.base.trunk.num_features,
+        sources.train.labels,
+        len(sources.train.classes),
+        state.schedule,
+        seed=recipe.run.seed,
+        device=world.device,
+        dtype=dtype,
+        group=world.group,
+    )
+
+
+def monitor_row(
+    recipe: Pretrain, world: World, sources: Sources, trunk: nn.Module, dtype: torch.dtype, probe: OnlineProbe | None
+) -> dict[str, float]:
+    """Top-1 and top-5 on the validation images, from 0 to 1, by kNN and by the probe; equal on all ranks.
+
+    All ranks call it together. The trunk computes in `dtype`. Raises what `knn.knn_accuracy` and `features.extract`
+    raise, on all ranks alike.
+    """
+    augment, evaluate = recipe.augment, recipe.evaluate
+    subject = Subject(trunk, recipe.model.image_size, augment.mean, augment.std, evaluate.crop_fraction, dtype=dtype)
+    bank, queries = (
+        unchecked_features(subject, source, None, world, recipe.data.workers, "it is left out of the monitor")
+        for source in sources
+    )
+    query_QD, _, label_Q = gather_rows(*(rows.to(world.device) for rows in queries), world.group)
+    knn = knn_accuracy(*bank, query_QD, label_Q, k=K, group=world.group)
+    row = {"knn_top1": knn["top1"], "knn_top5": knn["top5"]}
+    return row if probe is None else row | probe.accuracy(query_QD, label_Q)

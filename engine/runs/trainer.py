@@ -1,0 +1,191 @@
+"""The loop: steps, and between them metrics, checkpoints and evaluation, each at its time.
+
+What is trained is a `Task`'s business; when things happen is the trainer's.
+"""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.checkpoint.layout import point, step_name
+from engine.checkpoint.retain import retain
+from engine.checkpoint.save import save
+from engine.distributed.agreement import agreement, share
+from engine.distributed.signals import StopSignal
+from engine.distributed.world import World
+from engine.errors import Interrupted
+from engine.runs.log import MetricsLog
+
+
+class Task(Protocol):
+    """What the loop trains. Every method is called on all ranks together."""
+
+    @property
+    def step(self) -> int:
+        """Updates so far."""
+
+    @property
+    def images_per_step(self) -> int:
+        """Of all ranks."""
+
+    def batches(self, last_step: int) -> Iterable[Any]:
+        """This rank's batches from the present step up to, not including, `last_step`."""
+
+    def train_step(self, batch: Any) -> Any:
+        """One update; returns what `describe` reads. Must not wait for the device."""
+
+    def describe(self, output: Any) -> dict[str, float]:
+        """Metrics of a step, the loss among them; equal on all ranks. May raise RunFailed."""
+
+    def evaluate(self) -> dict[str, float] | None:
+        """The monitor's row, or None where there is nothing to evaluate with."""
+
+    def picture(self, batch: Any) -> Tensor:
+        """uint8 [3, H, W]: what this rank's networks see of a batch."""
+
+    def checkpoint(self) -> dict[str, Any]:
+        """`tensors`, `state` and `recipe_sha256` of a checkpoint (engine.checkpoint.save)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When things happen, in steps. `evaluate_every` 0: never. The run ends after `last_step` steps."""
+
+    last_step: int
+    log_every: int
+    checkpoint_every: int
+    keep: int
+    evaluate_every: int
+
+    def logs_after(self, step: int) -> bool:
+        return step in (1, self.last_step) or step % self.log_every == 0
+
+    def saves_after(self, step: int) -> bool:
+        return step == self.last_step or step % self.checkpoint_every == 0
+
+    def evaluates_after(self, step: int) -> bool:
+        return self.evaluate_every > 0 and (step in (0, self.last_step) or step % self.evaluate_every == 0)
+
+
+class Trainer:
+    """Drives a task through a plan; checkpoints go below `checkpoints`, metrics to `log`."""
+
+    def __init__(self, task: Task, plan: Plan, *, world: World, checkpoints: Path, log: MetricsLog):
+        self.task, self.plan, self.world, self.log = task, plan, world, log
+        self.checkpoints = checkpoints
+        self.seconds: Counter[str] = Counter()  # where the wall time went
+
+    def run(self) -> None:
+        """Train to the end of the plan.
+
+        Raises:
+            Interrupted: a signal came; the state is saved and the same command goes on.
+            RunFailed: the task cannot go on.
+        """
+        with StopSignal(self.world) as stop, self._progress_bar() as self.bar:
+            self._evaluate_if_due()
+            self._restart_clock()
+            for batch in self._timed("data", self.task.batches(self.plan.last_step)):
+                with self._time("training"):
+                    output = self.task.train_step(batch)
+                    self._log_if_due(output, batch)
+                signum = stop.agreed()
+                # An evaluation takes minutes on large data, and a scheduler's grace is short: save before it.
+                if signum or self.plan.saves_after(self.task.step) or self.plan.evaluates_after(self.task.step):
+                    self._save()
+                if signum and self.task.step < self.plan.last_step:
+                    self._say(
+                        f"stopped by a signal after step {self.task.step}, which is saved; the same command goes on"
+                    )
+                    raise Interrupted(signum)
+                self._evaluate_if_due()
+
+    def _log_if_due(self, output: Any, batch: Any) -> None:
+        step = self.task.step
+        self.bar.update()
+        if not self.plan.logs_after(step):
+            return
+        row = self.task.describe(output)
+        now = time.perf_counter()
+        row["images_per_second"] = (step - self.clock[0]) * self.task.images_per_step / (now - self.clock[1])
+        self._restart_clock()
+        self.log.loss_row(step, row)
+        if step == 1:
+            self.log.images("views", self.task.picture(batch), step)
+        speed = f"{row['images_per_second']:,.0f} images/s"
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}")
+        if self.bar.disable:
+            self._say(f"step {step}/{self.plan.last_step}  loss {row['loss']:.4f}  {speed}")
+
+    def _evaluate_if_due(self) -> None:
+        step = self.task.step
+        # Only the rank that writes the log knows what is in it.
+        if not self.plan.evaluates_after(step) or share(self.log.has_monitor_row(step), self.world.host_group):
+            return
+        with self._time("evaluation"):
+            row = self.task.evaluate()
+        if row is not None:
+            self.log.monitor_row(step, row)
+            self._point_to_best()
+            self._say(
+                f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items() if key != "epoch")
+            )
+        self._restart_clock()
+
+    def _point_to_best(self) -> None:
+        """Let `best` name the checkpoint that the monitor likes most."""
+        step = self.log.best_step()
+        if self.world.is_first and step is not None:
+            point(self.checkpoints, "best", self.checkpoints / step_name(step))
+
+    def _save(self) -> None:
+        with self._time("checkpoints"):
+            with agreement(self.world.host_group):
+                self.log.sync()
+            save(self.checkpoints, self.task.step, **self.task.checkpoint(), group=self.world.host_group)
+            if self.world.is_first:
+                retain(self.checkpoints, self.plan.keep)
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self.clock = (self.task.step, time.perf_counter())
+
+    @contextmanager
+    def _time(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start
+
+    def _timed(self, what: str, items: Iterable[Any]) -> Iterator[Any]:
+        iterator = iter(items)
+        while True:
+            with self._time(what):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
+
+    def _progress_bar(self) -> tqdm:
+        # On a terminal a bar; in a log file the lines of _log_if_due.
+        return tqdm(
+            total=self.plan.last_step,
+            initial=self.task.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (self.world.is_first and sys.stderr.isatty()),
+        )
+
+    def _say(self, text: str) -> None:
+        if self.world.is_first:
+            tqdm.write(text)
+            sys.stdout.flush()  # a log file shows the step when it is done

@@ -1,0 +1,206 @@
+"""Any CHECKPOINT opened, for every front door: as named weights, or as a trunk ready to use.
+
+A CHECKPOINT is a run directory, a checkpoint directory, an exported file or folder, a published .pth.tar or
+`timm/<name>`.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoint.layout import POINTERS, read_pointer
+from engine.checkpoint.load import read_tensors
+from engine.checkpoint.manifest import NAME as MANIFEST
+from engine.checkpoint.manifest import Manifest, read_manifest
+from engine.errors import UserError, one_line
+from engine.logger import say_once
+from engine.recipe.load import loads, task_of
+from engine.weights.architecture import Architecture, moco_shapes, of_recipe, trunk_shapes
+from engine.weights.reading import own_words, read_weights
+from engine.weights.weights import About, EncoderName, Weights, check_names, fill_trunk
+from models.moco import MoCo, initial_values
+from models.trunk import TIMM
+
+MODEL = "model."  # how the networks' tensors begin in a sharded checkpoint
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A trunk to take features from, and what is known about it (the images that it takes, its recipe).
+
+    trunk: [B, 3, S, S] -> [B, D], in eval mode, float32, on the CPU, without gradients.
+    """
+
+    trunk: nn.Module
+    about: About
+
+
+def open_encoder(checkpoint: str, encoder: EncoderName = "base") -> Encoder:
+    """The trunk of a CHECKPOINT's base or momentum encoder. Raises UserError."""
+    weights = open_trunk(checkpoint, encoder)
+    return Encoder(fill_trunk(weights), weights.known())
+
+
+def open_trunk(checkpoint: str, encoder: EncoderName = "base", *, untrained: bool = False) -> Weights:
+    """One trunk's weights of a CHECKPOINT, or what they were before training; says what is not taken over.
+
+    Raises UserError.
+    """
+    weights = open_weights(checkpoint)
+    for note in weights.notes:
+        say_once(note)
+    return _untrained(weights.known()) if untrained else weights.trunk(encoder)
+
+
+def open_weights(checkpoint: str) -> Weights:
+    """The weights of a CHECKPOINT; no tensor is read yet. Raises UserError."""
+    if checkpoint.startswith(TIMM) and not Path(checkpoint).exists():
+        return _from_timm(checkpoint)
+    path = Path(checkpoint)
+    if not path.exists():
+        raise UserError(
+            f"CHECKPOINT ({checkpoint}) must exist; pass a run, a checkpoint, an export, a file or timm/<name>"
+        )
+    sharded = _sharded_folder(path)
+    return read_weights(path) if sharded is None else _from_shards(sharded)
+
+
+def _untrained(about: About) -> Weights:
+    """The trunk before training, as a run of its recipe begins."""
+    seed = loads(about.recipe, "recipe of the checkpoint").run.seed if about.recipe else 0
+    with torch.device("meta"):
+        moco = MoCo(about.architecture.build, 1, 1)  # its heads are not drawn
+    shapes = {n: t.shape for n, t in moco.state_dict().items() if n.startswith("base.trunk.")}
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        wanted = set(names)
+        return ((name, value) for name, value in initial_values(moco, seed) if name in wanted)
+
+    return Weights(about, shapes, read, "the untrained network")
+
+
+def _sharded_folder(path: Path) -> Path | None:
+    """The checkpoint that a path means; None where it is no sharded one."""
+    if path.name in POINTERS and path.is_file():
+        return path.parent / (read_pointer(path.parent, path.name) or "")
+    if (path / MANIFEST).exists():
+        return path
+    for checkpoints in (path / "checkpoints", path):
+        if name := read_pointer(checkpoints, "latest") if checkpoints.is_dir() else None:
+            return checkpoints / name
+    if (path / "checkpoints").is_dir() or (path / "recipe.yaml").exists():
+        raise UserError(
+            f"CHECKPOINT ({path}) must be a run with a checkpoint; it has none yet: run it, or pass another"
+        )
+    return None
+
+
+def _from_shards(folder: Path) -> Weights:
+    manifest = read_manifest(folder)
+    if (finetuned := own_words(manifest.state.get("about"))) is not None:
+        return _from_finetuned(folder, manifest, finetuned)
+    text = manifest.state.get("recipe")
+    if task_of(text) == "linear":
+        raise UserError(
+            f"CHECKPOINT ({folder}) must have a network, and a run of task linear has a classifier alone; "
+            "pass the CHECKPOINT that it was made on"
+        )
+    recipe = loads(text if isinstance(text, str) else "", f"recipe of {folder}")
+    architecture = of_recipe(recipe.model)
+    expected = moco_shapes(architecture, recipe.model.projector_hidden_dim, recipe.model.output_dim)
+    found = {
+        name.removeprefix(MODEL): torch.Size(entry["shape"])
+        for name, entry in manifest.tensors.items()
+        if name.startswith(MODEL)
+    }
+    check_names(found, expected, str(folder))
+    rows = _metrics(folder.parent.parent / "metrics.jsonl", manifest.step)
+    about = About(
+        architecture,
+        recipe.model.image_size,
+        recipe.augment.mean,
+        recipe.augment.std,
+        recipe=text,
+        step=manifest.step,
+        epoch=int(rows["epoch"]) if "epoch" in rows else None,
+        knn_top1=rows.get("knn_top1"),
+        licence=manifest.state.get("licence"),
+    )
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in read_tensors(folder, [MODEL + name for name in names]):
+            yield name.removeprefix(MODEL), tensor
+
+    return Weights(about, expected, read, str(folder))
+
+
+def _from_finetuned(folder: Path, manifest: Manifest, about: About) -> Weights:
+    """The trunk of a fine-tuned network and, as its momentum encoder, that of its moving average where it has one."""
+    theirs = {f"{MODEL}trunk.": "base.trunk.", "ema.trunk.": "momentum.trunk."}
+    names = {
+        ours + name.removeprefix(prefix): name
+        for prefix, ours in theirs.items()
+        for name in manifest.tensors
+        if name.startswith(prefix)
+    }
+    found = {name: torch.Size(manifest.tensors[other]["shape"]) for name, other in names.items()}
+    trunk = trunk_shapes(about.architecture)
+    encoders = {name.split(".")[0] for name in found} | {"base"}
+    expected = {f"{encoder}.trunk.{name}": shape for encoder in sorted(encoders) for name, shape in trunk.items()}
+    check_names(found, expected, str(folder))
+
+    def read(wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        ours = {names[name]: name for name in wanted}
+        return ((ours[name], tensor) for name, tensor in read_tensors(folder, list(ours)))
+
+    return Weights(about, expected, read, str(folder))
+
+
+def _metrics(file: Path, step: int) -> dict[str, float]:
+    """The newest value of every metric up to a step; empty where the run's metrics are not beside its checkpoints."""
+    newest: dict[str, float] = {}
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the line that a killed run did not finish
+                continue
+            if isinstance(row, dict) and row.get("step", step + 1) <= step:
+                newest |= row
+    return newest
+
+
+def _from_timm(checkpoint: str) -> Weights:
+    """A model of timm; its published weights are fetched when they are read."""
+    name = checkpoint.removeprefix(TIMM)
+    if not timm.is_model(name):
+        raise UserError(
+            f"CHECKPOINT ({checkpoint}) must be a timm model or a path; do `timm.list_models()` to see them"
+        )
+    with torch.device("meta"):
+        network = _create(checkpoint, pretrained=False)
+    config = network.pretrained_cfg
+    architecture = Architecture("timm", {"name": name, "image_size": config["input_size"][-1]})
+    about = About(architecture, config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+    shapes = {f"base.trunk.{n}": t.shape for n, t in network.state_dict().items()}
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        tensors = _create(checkpoint, pretrained=True).state_dict()
+        return ((name, tensors[name.removeprefix("base.trunk.")]) for name in names)
+
+    return Weights(about, shapes, read, checkpoint)
+
+
+def _create(checkpoint: str, pretrained: bool) -> nn.Module:
+    try:
+        return timm.create_model(checkpoint.removeprefix(TIMM), pretrained=pretrained, num_classes=0)
+    except Exception as error:  # whatever the network, the hub or its cache has to say
+        raise UserError(
+            f"CHECKPOINT ({checkpoint}) must have published weights that can be fetched: {one_line(error)[:300]}; "
+            "mend that, or pass --baseline initial for its random weights where a command takes it"
+        ) from error

@@ -1,0 +1,377 @@
+import gc
+import itertools
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.data.bad_images import Bad
+from engine.data.decode import center_crop, crop_draws, random_crops
+from engine.data.loader import eval_batches, train_batches
+from engine.data.order import epoch_order
+from engine.data.sources import Source, open_source
+from engine.errors import UserError
+
+IMAGES, SIZE = 22, 16
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """22 images of many sizes in two classes, so two steps of 8 make an epoch."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+    for i in range(IMAGES):
+        pixels = rng.integers(0, 256, (rng.integers(1, 40), rng.integers(1, 40), 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{'ab'[i // 11]}/{i:02}.png")
+    return folder
+
+
+@pytest.fixture
+def source(root) -> Source:
+    return open_source("folder", root, "train")
+
+
+@pytest.fixture
+def broken(root, tmp_path) -> Source:
+    """The same images, but numbers 3, 4 and 21 cannot be read."""
+    copy = shutil.copytree(root, tmp_path / "broken")
+    for name, data in (
+        ("a/03.png", b""),
+        ("a/04.png", b"no image"),
+        ("b/21.png", (root / "b/21.png").read_bytes()[:50]),
+    ):
+        (copy / name).write_bytes(data)
+    return open_source("folder", copy, "train")
+
+
+def batches(source, *, rank=0, world=1, first=0, last=5, workers=0, batch=8, seed=1):
+    return train_batches(
+        source,
+        seed=seed,
+        global_batch_size=batch,
+        rank=rank,
+        world_size=world,
+        first_step=first,
+        last_step=last,
+        workers=workers,
+        image_size=SIZE,
+        crop_min=0.2,
+        pin_memory=False,
+    )
+
+
+def rows(iterator) -> list[tuple]:
+    """Batches in a form that == compares bit for bit."""
+    return [(b.step, b.epoch, b.crops.numpy().tobytes(), b.sample_B.tolist(), b.bad) for b in iterator]
+
+
+def globally(source, world, **options) -> list[tuple]:
+    """The batches of all ranks, joined."""
+    joined = []
+    for parts in zip(*[batches(source, rank=rank, world=world, **options) for rank in range(world)], strict=True):
+        crops, sample_B = torch.cat([b.crops for b in parts], 1), torch.cat([b.sample_B for b in parts])
+        joined.append(parts[0]._replace(crops=crops, sample_B=sample_B, bad=[bad for b in parts for bad in b.bad]))
+        assert len({(b.step, b.epoch) for b in parts}) == 1
+    return rows(joined)
+
+
+def test_a_batch_is_what_sampler_and_decode_say(source):
+    batch = list(batches(source))[3]
+    samples = epoch_order(1, 1, IMAGES)[8:16]
+    assert (batch.step, batch.epoch) == (3, 1) and batch.sample_B.tolist() == samples.tolist()
+    assert batch.crops.shape == (2, 8, 3, SIZE, SIZE) and batch.crops.dtype == torch.uint8 and batch.bad == []
+    assert batch.sample_B.dtype == torch.int64
+    for b, sample in enumerate(samples):
+        expected = np.empty((2, 3, SIZE, SIZE), np.uint8)
+        draw_2D = [crop_draws(1, 1, torch.tensor([sample]), view)[0] for view in (0, 1)]
+        random_crops(source.read(sample), draw_2D, 0.2, SIZE, expected)
+        assert np.array_equal(batch.crops[:, b], expected)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("data", ["source", "broken"])
+def test_batches_are_the_same_for_any_workers_ranks_and_start(data, request):
+    source = request.getfixturevalue(data)
+    expected = rows(batches(source))
+    assert len(expected) == 5 and len({crops for _, _, crops, _, _ in expected}) == 5
+    assert rows(batches(source, workers=1)) == expected
+    assert rows(batches(source, workers=3)) == expected
+    assert globally(source, 2) == expected
+    assert globally(source, 4) == expected
+    assert rows(batches(source, first=3)) == expected[3:]
+    assert rows(batches(source, seed=2)) != expected
+
+
+def test_an_unreadable_image_is_replaced_by_the_next_and_nothing_else_shifts(source, broken):
+    instead = {3: 5, 4: 5, 21: 0}
+    reported = []
+    for step, (whole, other) in enumerate(zip(batches(source, last=4), batches(broken, last=4), strict=True)):
+        assert torch.equal(whole.sample_B, other.sample_B)
+        names = [broken.name(i) for i in other.sample_B.tolist() if i in instead]
+        assert [bad.name for bad in other.bad] == names
+        reported += other.bad
+        for b, sample in enumerate(other.sample_B.tolist()):
+            expected = whole.crops[:, b].numpy()
+            if sample in instead:
+                draw_2D = [crop_draws(1, step // 2, torch.tensor([sample]), view)[0] for view in (0, 1)]
+                expected = np.empty((2, 3, SIZE, SIZE), np.uint8)
+                random_crops(source.read(instead[sample]), draw_2D, 0.2, SIZE, expected)
+            assert np.array_equal(other.crops[:, b], expected)
+    reasons = dict(reported)
+    assert set(reasons) == {"a/03.png", "a/04.png", "b/21.png"} and all(reasons.values())
+    assert reasons["a/04.png"].startswith("ValueError: not an image of the kinds")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_without_readable_images_ends_in_one_line(tmp_path, workers):
+    for i in range(150):
+        (tmp_path / f"{i:03}.png").write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        list(batches(open_source("folder", tmp_path, "train"), workers=workers))
+    first = epoch_order(1, 0, 150)[0]
+    assert str(error.value).startswith(f"data.root must hold readable images; {first:03}.png (ValueError: not an image")
+    assert str(error.value).endswith("and the 100 after it are not; repair them")
+
+
+def test_a_batch_that_does_not_suit_is_refused_before_any_work(source):
+    for options in ({"batch": 23}, {"batch": 9, "world": 2}):
+        with pytest.raises(UserError, match=r"train.global_batch_size \(\d+\) must be at most the number of images"):
+            batches(source, **options)
+
+
+def test_workers_that_shared_memory_cannot_hold_are_refused(source, monkeypatch):
+    usage = namedtuple("usage", "free")
+    needed = 2 * 2 * (2 * 8 * 3 * SIZE**2)  # per worker two batches of 2 views
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed - 1))
+    monkeypatch.setattr(os.path, "isdir", lambda path: True)
+    with pytest.raises(UserError, match=r"data.workers \(2\) must need no more of /dev/shm than is free"):
+        batches(source, workers=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed))
+    batches(source, workers=2).close()
+    assert len(list(batches(source))) == 5
+
+
+def test_loading_leaves_the_global_generator_alone(source):
+    before = torch.get_rng_state()
+    list(batches(source, workers=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_fake_data():
+    options = {"size": 10, "image_size": [3, 20, 20], "num_classes": 3}
+    source = open_source("torchvision", Path(), "train", dataset="FakeData", dataset_options=options)
+    expected = rows(batches(source, last=3))
+    assert rows(batches(source, last=3, workers=1)) == expected and not any(bad for *_, bad in expected)
+
+
+# ---- worker processes ------------------------------------------------------------------------------------------------
+
+
+class Slow(Source):
+    """Does in read() what the test says."""
+
+    labels = classes = None
+    fingerprint = ""
+
+    def __init__(self, act):
+        self.act = act
+
+    def __len__(self):
+        return IMAGES
+
+    def name(self, i):
+        return str(i)
+
+    def read(self, i):
+        self.act()
+        return Image.new("RGB", (4, 4))
+
+
+def workers_now() -> list[int]:
+    """Of the loaders in use: what a failed test leaves to the garbage collector is cleared away."""
+    gc.collect()
+    return [child.pid for child in multiprocessing.active_children()]
+
+
+def gone(pids: list[int]) -> bool:
+    """Waits up to 20 s. Zombies, which nobody may be there to reap, are gone."""
+
+    def alive(pid):
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    for _ in range(200):
+        if not any(map(alive, pids)):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_worker_that_is_killed_is_an_error_and_not_a_hang():
+    iterator = batches(Slow(lambda: time.sleep(0.05)), workers=1)
+    next(iterator)
+    os.kill(workers_now()[0], signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"worker.*(killed|exited|died)"):
+        list(iterator)
+
+
+def run_out_of_memory():
+    raise MemoryError("no memory for this image")
+
+
+def test_a_worker_that_fails_shows_why_and_none_is_left():
+    with pytest.raises(MemoryError, match="no memory for this image") as error:
+        list(batches(Slow(run_out_of_memory), workers=2))
+    assert multiprocessing.active_children() == [] and error.traceback  # which still refers to their iterator
+
+
+def test_signals_that_stop_the_run_do_not_stop_workers():
+    iterator = batches(Slow(lambda: time.sleep(0.02)), workers=1)
+    next(iterator)
+    for name in ("TERM", "INT"):  # from a process that is not the parent, as torchrun is not
+        subprocess.run(["kill", f"-{name}", str(workers_now()[0])], check=True)
+    assert len(list(iterator)) == 4
+
+
+def test_workers_end_when_their_parent_tells_them_to():
+    iterator = batches(Slow(lambda: time.sleep(0.02)), workers=1, last=1000)
+    next(iterator)
+    pids = workers_now()
+    os.kill(pids[0], signal.SIGTERM)
+    assert gone(pids)
+    iterator.close()
+
+
+def leave_workers_at_work():
+    leave_workers_at_work.iterator = batches(Slow(lambda: time.sleep(0.01)), workers=2, last=1000)
+    next(leave_workers_at_work.iterator)
+
+
+def test_a_process_that_ends_with_workers_at_work_does_end():
+    process = multiprocessing.get_context("fork").Process(target=leave_workers_at_work)
+    process.start()
+    process.join(60)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0
+
+
+def test_an_iterator_that_is_given_up_leaves_no_worker(source):
+    iterator = batches(source, workers=2, last=1000)
+    next(iterator)
+    pids = workers_now()
+    assert len(pids) == 2
+    iterator.close()
+    assert gone(pids)
+
+
+class Garbage:
+    """Refers to itself, so that only the garbage collector frees it; that writes the process it happens in."""
+
+    def __init__(self, path):
+        self.path, self.itself = path, self
+
+    def __del__(self):
+        with open(self.path, "a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def test_workers_leave_the_garbage_that_they_inherit(tmp_path):
+    # An iterator over other workers may be part of it: finalized in two processes, it blocks both for ever.
+    gc.disable()
+    try:
+        Garbage(tmp_path / "freed")
+        assert len(list(batches(Slow(gc.collect), workers=2))) == 5
+        assert not (tmp_path / "freed").exists()
+        gc.collect()
+    finally:
+        gc.enable()
+    assert (tmp_path / "freed").read_text() == f"{os.getpid()}\n"
+
+
+def hold_workers(pipe):
+    reads = itertools.count()  # each worker counts for itself
+    # Stuck in a read, a worker cannot look whether its parent lives.
+    iterator = batches(Slow(lambda: time.sleep(120 if next(reads) >= 8 else 0)), workers=2, last=1000)
+    next(iterator)
+    pipe.send(workers_now())
+    time.sleep(60)
+
+
+def test_workers_die_with_their_parent():
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    parent = fork.Process(target=hold_workers, args=(theirs,))
+    parent.start()
+    assert ours.poll(60)
+    pids = ours.recv()
+    assert len(pids) == 2
+    parent.kill()
+    parent.join()
+    assert gone(pids)
+
+
+def count_reads(path):
+    with open(path, "ab") as file:
+        file.write(b".")
+
+
+def test_no_more_is_read_ahead_than_two_batches_per_worker(tmp_path):
+    reads = tmp_path / "reads"
+    iterator = batches(Slow(lambda: count_reads(reads)), workers=2, last=1000)
+    next(iterator)
+    for _ in range(100):  # until nothing more comes
+        before = reads.stat().st_size
+        time.sleep(0.2)
+        if reads.stat().st_size == before:
+            break
+    assert 8 * 2 <= reads.stat().st_size <= 8 * (2 * 2 + 1)
+    iterator.close()
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_evaluation_pads_to_one_shape(source, workers):
+    ids = np.arange(5, 15)
+    found = list(eval_batches(source, ids, batch_size=4, image_size=SIZE, workers=workers, batches=5))
+    assert [batch.valid for batch in found] == [4, 4, 2, 0, 0]
+    assert all(batch.images.shape == (4, 3, SIZE, SIZE) and batch.images.dtype == torch.uint8 for batch in found)
+    rest = ids.tolist()
+    for images, ids_B, labels_B, valid, bad in found:
+        here, rest = rest[:valid], rest[valid:]
+        assert ids_B.tolist() == here + [-1] * (4 - valid) and bad == []
+        assert labels_B.tolist() == source.labels[here].tolist() + [-1] * (4 - valid)
+        assert all(torch.equal(images[b], center_crop(source.read(i), SIZE)) for b, i in enumerate(here))
+        assert not images[valid:].any()
+    assert rest == []
+    assert len(list(eval_batches(source, ids, batch_size=4, image_size=SIZE, workers=workers))) == 3
+
+
+def test_evaluation_leaves_out_what_it_cannot_read_and_says_so(broken):
+    (batch,) = eval_batches(broken, [2, 3, 5], batch_size=4, image_size=SIZE, workers=0)
+    assert batch.valid == 2 and batch.ids_B.tolist() == [2, 5, -1, -1]
+    assert batch.bad == [Bad("a/03.png", batch.bad[0].reason)]
+
+
+def test_evaluation_of_unlabelled_images_and_of_too_few_batches(tmp_path):
+    Image.new("L", (5, 5)).save(tmp_path / "1.png")
+    source = open_source("folder", tmp_path, "train")
+    (batch,) = eval_batches(source, [0], batch_size=2, image_size=SIZE, workers=0)
+    assert batch.valid == 1 and batch.labels_B.tolist() == [-1, -1]
+    with pytest.raises(ValueError, match="3 images do not fit into 1 batches of 2"):
+        eval_batches(source, [0, 0, 0], batch_size=2, image_size=SIZE, workers=0, batches=1)

@@ -1,0 +1,173 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.data.philox import AUGMENT, CROP, ORDER, SUBSET, random_bits
+from engine.data.source import Source
+from engine.data.sources import align_labels, open_source
+from engine.data.subset import Subset, take_labels
+from engine.errors import UserError
+from engine.evaluate import read_share
+from tests.data.test_sources import fill, shades
+
+
+class Labelled(Source):
+    """Images that are never read, of these labels."""
+
+    def __init__(self, labels, classes: int):
+        self.labels = np.array(labels, np.int64)
+        self.classes = tuple(f"class {c}" for c in range(classes))
+        self.fingerprint = f"{labels} {classes}"
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, i):
+        raise NotImplementedError
+
+    def name(self, i):
+        return f"image {i}"
+
+
+def chosen(source: Source) -> list[int]:
+    """The numbers of a subset's images in the whole."""
+    return [int(source.name(i).removeprefix("image ")) for i in range(len(source))]
+
+
+def per_class(source: Source) -> list[int]:
+    return np.bincount(source.labels, minlength=len(source.classes)).tolist()
+
+
+EVEN = Labelled([i % 4 for i in range(400)], 4)
+SEED = st.integers(-(2**63), 2**63 - 1)
+
+
+def test_a_subset_follows_its_source(tmp_path):
+    files = {f"{name}/{i}.png": 10 * c + i for c, name in enumerate("abc") for i in range(4)}
+    whole = open_source("folder", fill(tmp_path, files), "train")
+    subset = Subset(whole, np.array([1, 5, 6]))
+    assert len(subset) == 3 and shades(subset) == [1, 11, 12]
+    assert subset.labels.tolist() == [0, 1, 1] and subset.labels.dtype == np.int64
+    assert subset.classes == ("a", "b", "c")  # with images or not
+    assert [subset.name(i) for i in range(3)] == ["a/1.png", "b/1.png", "b/2.png"]
+    assert align_labels(subset, whole).labels.tolist() == whole.labels.tolist()
+    inner = Subset(subset, np.array([2, 0]))
+    assert shades(inner) == [12, 1] and inner.labels.tolist() == [1, 0]
+
+
+def test_fingerprints_are_of_source_and_choice():
+    other = Labelled(EVEN.labels.tolist(), 5)
+    sources = [EVEN, *(Subset(EVEN, np.array(c)) for c in ([1, 2], [2, 1], [1], [1, 3])), Subset(other, np.array([1]))]
+    assert len({source.fingerprint for source in sources}) == len(sources)
+    assert Subset(EVEN, np.array([1, 2])).fingerprint == Subset(EVEN, np.array([1, 2], np.int32)).fingerprint
+    shares = [take_labels(EVEN, share, seed).fingerprint for share in (0.1, 0.5) for seed in (0, 1)]
+    assert len(set(shares)) == 4
+
+
+@pytest.mark.parametrize(("share", "each"), [(0.01, 1), (0.1, 10), (0.001, 1), (0.5, 50), (0.126, 13), (0.124, 12)])
+def test_every_class_has_as_many(share, each):
+    subset = take_labels(EVEN, share, 3)
+    assert per_class(subset) == [each] * 4 and subset.classes == EVEN.classes
+    assert chosen(subset) == sorted(set(chosen(subset)))
+    assert subset.labels.tolist() == [i % 4 for i in chosen(subset)]
+
+
+def test_a_small_class_gives_all_it_has_and_no_other_makes_up_for_it():
+    uneven = Labelled([0] * 60 + [1] * 3 + [3] * 37, 4)  # none of class 2
+    assert per_class(take_labels(uneven, 0.2, 0)) == [5, 3, 0, 5]
+    assert per_class(take_labels(uneven, 0.01, 0)) == [1, 1, 0, 1]
+    assert per_class(take_labels(uneven, 0.99, 0)) == [25, 3, 0, 25]
+
+
+def test_all_labels_are_the_source_itself(tmp_path):
+    assert take_labels(EVEN, 1, 0) is EVEN is take_labels(EVEN, read_share("100%", "k"), 0)
+
+
+def test_the_choice_is_of_seed_and_image_number_alone():
+    """Another stream or order would be another data set under the same name."""
+    draw = {i: random_bits(5, 0, torch.tensor([i]), 0, 3)[0].tolist()[:2] for i in range(400)}
+    smallest = [sorted(range(c, 400, 4), key=draw.get)[:3] for c in range(4)]
+    assert chosen(take_labels(EVEN, 0.03, 5)) == sorted(itertools.chain(*smallest))
+    assert SUBSET not in (ORDER, CROP, AUGMENT)
+
+
+def test_images_of_other_classes_change_nothing():
+    longer = Labelled([*EVEN.labels.tolist(), *[0] * 4], 4)  # a share of it is as many, rounded
+    of_others = [[i for i in chosen(take_labels(each, 0.1, 0)) if each.labels[i]] for each in (EVEN, longer)]
+    assert of_others[0] == of_others[1]
+
+
+@given(seeds=st.tuples(SEED, SEED).filter(lambda pair: pair[0] != pair[1]))
+@settings(max_examples=25, deadline=None)
+def test_another_seed_is_another_choice(seeds):
+    first, second = (chosen(take_labels(EVEN, 0.1, seed)) for seed in seeds)
+    assert first != second
+
+
+def test_every_image_is_as_likely():
+    counts = np.zeros(40)
+    small = Labelled([i // 20 for i in range(40)], 2)
+    for seed in range(400):
+        counts[chosen(take_labels(small, 0.25, seed))] += 1
+    assert counts.sum() == 400 * 10
+    assert np.abs(counts - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)
+
+
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=1, max_size=60),
+    shares=st.tuples(st.floats(1e-9, 1), st.floats(1e-9, 1)),
+    seed=SEED,
+)
+@settings(max_examples=100, deadline=None)
+def test_a_smaller_share_lies_within_a_larger_one(labels, shares, seed):
+    source = Labelled(labels, 5)
+    small, large = (take_labels(source, share, seed) for share in sorted(shares))
+    assert set(chosen(small)) <= set(chosen(large))
+    for subset, share in ((small, min(shares)), (large, max(shares))):
+        if share < 1:
+            wanted = max(1, round(share * len(labels) / 5))
+            assert per_class(subset) == [min(wanted, labels.count(c)) for c in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("1%", 0.01), ("10%", 0.1), ("0.1%", 0.001), ("100%", 1), ("100.0%", 1), (".5%", 0.005), ("7.%", 0.07)],
+)
+def test_percentages(text, share):
+    assert read_share(text, "k") == share
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "%", "1", "0.1", "0%", "0.0%", "101%", "100.1%", "-1%", "+1%", "nan%", "inf%", "1e400%", "1e0%", "1%%"),
+        *(" 1%", "1%\n", "1 %", "1_0%", ".%", "1,5%", "\u0661%", "1\uff05", "ten%"),
+        *("9" * 5000 + "%", "0." + "0" * 400 + "1%"),
+    ],
+)
+def test_what_is_no_percentage_is_one_line(text):
+    with pytest.raises(UserError) as error:
+        read_share(text, "data.labels")
+    assert str(error.value).startswith("data.labels (") and "\n" not in str(error.value)
+    assert str(error.value).endswith(") must be a percentage above 0% and up to 100%, as 1%; pass data.labels=1%")
+
+
+@given(st.text(max_size=12) | st.from_regex(r"[0-9.+e-]{0,8}%", fullmatch=True))
+@settings(max_examples=200, deadline=None)
+def test_any_text_is_a_share_or_one_line(text):
+    try:
+        share = read_share(text, "k")
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert 0 < share <= 1 and share == float(text[:-1]) / 100
+
+
+@given(st.floats(1e-6, 100).map(lambda x: round(x, 6)))
+@settings(max_examples=100, deadline=None)
+def test_any_percentage_up_to_a_hundred_is_read(value):
+    assert read_share(f"{value:f}%", "k") == float(f"{value:f}") / 100

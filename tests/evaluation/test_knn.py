@@ -1,0 +1,242 @@
+"""The kNN classifier against scikit-learn and against plain Python; feature extraction leaves the trunk as it was."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+
+from engine.data.loader import EvalBatch
+from engine.errors import UserError
+from engine.evaluation.features import extract, rank_slice
+from engine.evaluation.knn import accuracy, check_k, classify, knn_accuracy
+
+CLASSES = 12
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def random_bank(seed: int, clustered: bool, rows: int = 900, queries: int = 150, dim: int = 24):
+    generator = torch.Generator().manual_seed(seed)
+    bank_label = torch.randint(CLASSES, (rows,), generator=generator)
+    query_label = torch.randint(CLASSES, (queries,), generator=generator)
+    centres = torch.randn(CLASSES, dim, generator=generator) * clustered
+    bank = centres[bank_label] + torch.randn(rows, dim, generator=generator)
+    query = centres[query_label] + torch.randn(queries, dim, generator=generator)
+    return bank, bank_label, query, query_label
+
+
+def by_definition(bank, labels, ids, query, k, temperature=0.07):
+    """Plain Python: up to five classes per query, by (votes descending, class), of neighbours by (similarity, id)."""
+    bank, query = nn.functional.normalize(bank.double()), nn.functional.normalize(query.double())
+    rows = []
+    for similarities in (query @ bank.T).mul(1e6).round().tolist():  # equal where they are equal in exact arithmetic
+        order = sorted(range(len(bank)), key=lambda row: (-similarities[row], int(ids[row])))
+        votes: dict[int, Fraction] = {}
+        for row in order[:k]:
+            weight = Fraction(math.exp(similarities[row] / 1e6 / temperature))
+            votes[int(labels[row])] = votes.get(int(labels[row]), 0) + weight
+        rows.append(sorted(votes, key=lambda label: (-votes[label], label))[:5])
+    return torch.tensor([row + [-1] * (5 - len(row)) for row in rows])
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_agrees_with_scikit_learn(clustered, temperature):
+    bank, bank_label, query, _ = random_bank(3, clustered)
+    ids = torch.arange(len(bank))
+    ks = (1, 20, 100)
+    ours = classify(bank, bank_label, ids, query, classes=CLASSES, ks=ks, temperature=temperature)
+    for k in ks:
+        theirs = KNeighborsClassifier(
+            k,
+            metric="cosine",
+            algorithm="brute",
+            weights=lambda distance: np.exp((1 - distance) / temperature),
+        ).fit(bank.double(), bank_label)
+        assert ours[k][:, 0].tolist() == theirs.predict(query.double()).tolist()
+        votes = torch.tensor(theirs.predict_proba(query.double()))
+        ranked = votes.sort(dim=1, descending=True, stable=True)
+        assert torch.equal(ours[k], ranked.indices[:, :5].where(ranked.values[:, :5] > 0, -1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 60),
+    k=st.integers(1, 30),
+    tile=st.integers(1, 70),
+    chunk=st.integers(1, 12),
+)
+def test_ties_go_by_id_and_by_class_for_any_tiles(seed, rows, k, tile, chunk):
+    """Few distinct features, many equal similarities: every tie rule is used, and no chunking shows."""
+    generator = torch.Generator().manual_seed(seed)
+    bank = torch.randint(-1, 2, (rows, 3), generator=generator).float()
+    query = torch.randint(-1, 2, (9, 3), generator=generator).float()
+    labels = torch.randint(7, (rows,), generator=generator)
+    ids = torch.randperm(rows, generator=generator) * 5
+    k = min(k, rows)
+    found = classify(bank, labels, ids, query, classes=7, ks=(k,), tile=tile, chunk=chunk)[k]
+    assert torch.equal(found, by_definition(bank, labels, ids, query, k))
+
+
+def test_neither_scale_nor_tiles_nor_order_change_predictions():
+    bank, labels, query, _ = random_bank(5, clustered=False, dim=33)
+    ids = torch.arange(len(bank))
+    expected = classify(bank, labels, ids, query, classes=CLASSES, ks=(20, 1))
+    shuffled = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))
+    for tile, chunk in ((1, 150), (64, 7), (899, 149), (2**16, 1)):
+        again = classify(
+            bank[shuffled] * 8,
+            labels[shuffled],
+            ids[shuffled],
+            query / 8,
+            classes=CLASSES,
+            ks=(1, 20),
+            tile=tile,
+            chunk=chunk,
+        )
+        assert all(torch.equal(again[k], expected[k]) for k in (1, 20))
+
+
+def test_similarities_are_exact_up_to_the_largest_tile():
+    """Opposite and equal vectors reach the ends of the key's range."""
+    bank = torch.eye(4).repeat(2**14, 1)
+    bank[1::2] *= -1
+    ids = torch.arange(2**16)
+    found = classify(bank, ids % 4, ids, torch.eye(4), classes=4, ks=(2**15,), tile=2**16)[2**15]
+    assert found[:, 0].tolist() == [0, 0, 2, 0]  # rows 1 and 3 are only found negated: all the rest is equal
+
+
+def test_zero_features_are_similar_to_nothing():
+    bank = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    labels = ids = torch.arange(3)
+    found = classify(bank, labels, ids, torch.tensor([[2.0, 0.0], [0.0, 0.0]]), classes=3, ks=(3,))[3]
+    assert found.tolist() == [[1, 0, 2, -1, -1], [0, 1, 2, -1, -1]]
+
+
+def test_refuses_bad_features_labels_and_k():
+    bank, labels, query, _ = random_bank(1, clustered=False, rows=30, queries=4)
+    ids = torch.arange(30)
+    broken = bank.clone()
+    broken[7, 2], broken[9, 0] = float("nan"), float("inf")
+    with pytest.raises(FloatingPointError, match="2 of 30 training images and of 0 of 4"):
+        classify(broken, labels, ids, query, classes=CLASSES)
+    with pytest.raises(FloatingPointError, match="0 of 30 training images and of 4 of 4"):
+        classify(bank, labels, ids, query * float("inf"), classes=CLASSES)
+    with pytest.raises(ValueError, match="of 30 for training, 1 have no class"):
+        classify(bank, labels.index_fill(0, torch.tensor([3]), -1), ids, query, classes=CLASSES)
+    with pytest.raises(ValueError, match="tile"):
+        classify(bank, labels, ids, query, classes=CLASSES, tile=2**16 + 1)
+    with pytest.raises(UserError, match=r"^--k \(31\) must be at most 30, .*; "):
+        classify(bank, labels, ids, query, classes=CLASSES, ks=(1, 31), k_name="--k")
+    with pytest.raises(UserError, match=r"^k \(0\) must be at least 1; "):
+        check_k(0, 30)
+
+
+def test_accuracy_counts_first_and_any_and_refuses_unlabelled_images():
+    predictions = torch.tensor([[3, 1, -1, -1, -1], [1, 3, 2, 0, 4], [2, -1, -1, -1, -1], [0, 1, 2, 3, 4]])
+    assert accuracy(predictions, torch.tensor([3, 4, 0, 1])) == {"top1": 0.25, "top5": 0.75}
+    with pytest.raises(ValueError, match="of 4, 1 have no label"):
+        accuracy(predictions, torch.tensor([3, -1, 0, 1]))
+    with pytest.raises(ValueError, match="of 0"):
+        accuracy(predictions[:0], torch.tensor([], dtype=torch.int64))
+
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+
+def small_trunk() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 10)
+    )
+
+
+def batches_of(images, labels, rank, world, batch_size):
+    """What the loader yields for one rank: padded to one shape, then empty batches."""
+    ids, count = rank_slice(len(images), rank, world, batch_size)
+    for start in range(0, count * batch_size, batch_size):
+        yield padded_batch(images, labels, ids[start : start + batch_size], batch_size)
+
+
+def padded_batch(images, labels, ids, batch_size):
+    missing = batch_size - len(ids)
+    padded = nn.functional.pad(images[ids], (0, 0, 0, 0, 0, 0, 0, missing))
+    id_B, label_B = (nn.functional.pad(values, (0, missing), value=-1) for values in (ids, labels[ids]))
+    return EvalBatch(padded, id_B, label_B, len(ids), [])
+
+
+@given(count=st.integers(0, 200), world=st.integers(1, 9), batch_size=st.integers(1, 40))
+@settings(deadline=None)
+def test_rank_slices_are_the_batches_of_one_process(count, world, batch_size):
+    everything = torch.arange(count).split(batch_size) if count else []
+    dealt, passes = {}, set()
+    for rank in range(world):
+        ids, batches = rank_slice(count, rank, world, batch_size)
+        passes.add(batches)
+        parts = ids.split(batch_size) if len(ids) else []
+        assert len(parts) <= batches
+        dealt.update({rank + world * j: part.tolist() for j, part in enumerate(parts)})
+    assert len(passes) == 1 and passes.pop() == math.ceil(len(everything) / world)
+    assert [dealt[j] for j in sorted(dealt)] == [part.tolist() for part in everything]
+
+
+def test_extraction_is_eval_mode_of_normalised_pixels_and_restores_the_trunk():
+    images = torch.randint(256, (11, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(11) % 3
+    trunk = small_trunk().train()
+    trunk[1].eval()
+    modes = [part.training for part in trunk.modules()]
+    state = {name: value.clone() for name, value in trunk.state_dict().items()}
+    form = {"mean": MEAN, "std": STD, "device": "cpu", "dtype": torch.float32}
+
+    parts = [extract(trunk, batches_of(images, labels, rank, 2, 4), **form) for rank in range(2)]
+
+    assert [part.training for part in trunk.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in trunk.state_dict().items())
+    assert [part[1].tolist() for part in parts] == [[0, 1, 2, 3, 8, 9, 10], [4, 5, 6, 7]]
+    assert all(torch.equal(part[2], labels[part[1]]) for part in parts)
+    whole = trunk.eval()((images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)).detach()
+    for features, ids, _ in parts:
+        assert not features.requires_grad and features.dtype == torch.float32
+        torch.testing.assert_close(features, whole[ids], rtol=1e-5, atol=1e-6)
+
+
+def test_modes_are_restored_after_a_failure():
+    trunk = small_trunk().train()
+    form = {"mean": MEAN, "std": STD, "device": "cpu", "dtype": torch.float32}
+    narrow = padded_batch(torch.zeros(2, 3, 1, 1, dtype=torch.uint8), torch.arange(2), torch.arange(2), 2)
+    with pytest.raises(RuntimeError):
+        extract(trunk, [narrow], **form)
+    assert all(part.training for part in trunk.modules())
+    with pytest.raises(ValueError, match="at least one batch"):
+        extract(trunk, [], **form)
+
+
+def test_knn_accuracy_finds_what_pixels_tell():
+    """Classes are colours: a trunk of pooled pixels gets all right, and with the labels exchanged all wrong."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.arange(60) % 4
+    colours = torch.tensor([[200, 20, 20], [20, 200, 20], [20, 20, 200], [200, 200, 20]])
+    noise = torch.randint(40, (60, 3, 8, 8), generator=generator)
+    images = (colours[labels][:, :, None, None] + noise).to(torch.uint8)
+    trunk = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def run(train_labels, k=5):
+        train, val = batches_of(images[:40], train_labels, 0, 1, 16), batches_of(images[40:], labels[40:], 0, 1, 16)
+        form = {"mean": MEAN, "std": STD, "device": "cpu", "dtype": torch.float32}
+        query_QD, _, label_Q = extract(trunk, val, **form)
+        return knn_accuracy(*extract(trunk, train, **form), query_QD, label_Q, k=k, k_name="--k")
+
+    assert run(labels[:40]) == {"top1": 1.0, "top5": 1.0, "k": 5}
+    assert run(labels[:40].roll(1))["top1"] == 0.0
+    assert run(labels[:40].roll(1), k=40)["top5"] == 1.0
+    with pytest.raises(UserError, match=r"^--k \(41\) must be at most 40"):
+        run(labels[:40], k=41)
+    with pytest.raises(ValueError, match="of 40 for training, 40 have no class"):
+        run(torch.full((40,), -1))

@@ -1,0 +1,176 @@
+"""Networks: golden positions and initial weights, shapes, names; and every recipe's networks on the meta device."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.recipe.load import load
+from engine.runs.pretrain import make_networks
+from models.moco import MoCo, initial_values, update_momentum
+from models.norm import GlobalBatchNorm
+from models.resnet import build_resnet
+from models.shapes import VIT_SHAPES
+from models.trunk import blocks, build_trunk
+from models.vit import build_vit, sincos_position
+from tests.replay import our_name
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests/golden"
+RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if "\ntask: pretrain\n" in p.read_text())
+
+
+def test_positions():
+    golden = load_file(GOLDEN / "D_position.safetensors")
+    for name, (side, dim) in {"grid4_dim48": (4, 48), "vit_small_224": (14, 384)}.items():
+        torch.testing.assert_close(sincos_position(side, side, dim)[0], golden[name], rtol=0, atol=2e-6)
+
+
+def test_positions_of_an_oblong_grid_count_row_by_row():
+    """The first half of the channels tells the row, the second the column."""
+    position_RCD = sincos_position(3, 5, 16)[0, 1:].view(3, 5, 16)
+    assert (position_RCD[:, :1, :8] == position_RCD[:, :, :8]).all()
+    assert (position_RCD[:1, :, 8:] == position_RCD[:, :, 8:]).all()
+    assert len({tuple(p.tolist()) for p in position_RCD.flatten(0, 1)}) == 15
+
+
+@pytest.mark.parametrize("name", ["vit_small", "vit_conv_small"])
+def test_initial_weights_have_the_reference_statistics(name):
+    golden = json.loads((GOLDEN / "E_initial_weights.json").read_text())[name]
+    recipe = load(ROOT / f"recipes/{'vit_s' if name == 'vit_small' else 'vit_conv_s'}.yaml")
+    moco = make_networks(recipe)
+    trained = {n: p.requires_grad for n, p in moco.named_parameters() if not n.startswith("momentum.")}
+    expected = {our_name(n): v for n, v in golden.items()}
+    assert trained.keys() == expected.keys()
+    for parameter, value in initial_values(moco, seed=0):
+        if parameter not in expected:
+            continue
+        wanted = expected[parameter]
+        assert list(value.shape) == wanted["shape"] and trained[parameter] == wanted["trained"], parameter
+        tolerance = 0.03 if value.numel() > 10_000 else 0.15
+        assert value.std(correction=0).item() == pytest.approx(wanted["std"], rel=tolerance, abs=1e-9), parameter
+        if value.numel() > 10_000 and wanted["largest"] > 1e-5:  # near the bound of a uniform draw, never above
+            assert value.abs().max().item() == pytest.approx(wanted["largest"], rel=0.02), parameter
+
+
+def test_momentum_encoder_starts_as_a_copy_and_takes_no_gradient():
+    moco = make_networks(load(ROOT / "recipes/quickstart_conv.yaml"))
+    values = dict(initial_values(moco, seed=1))
+    copies = [n for n in values if n.startswith("momentum.")]
+    assert len(copies) > 30
+    assert all(torch.equal(values[n], values[n.replace("momentum.", "base.", 1)]) for n in copies)
+    assert not any(p.requires_grad for p in moco.momentum.parameters())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds_on_the_meta_device(path):
+    recipe = load(path)
+    moco = make_networks(recipe)
+    assert {p.device.type for p in (*moco.parameters(), *moco.buffers())} == {"meta"}
+    trunk = moco.base.trunk
+    size = recipe.model.image_size
+    with torch.device("meta"):
+        features, queries = moco.queries(torch.empty(4, 3, size, size))
+    assert features.shape == (4, trunk.num_features) and queries.shape == (4, recipe.model.output_dim)
+    named = VIT_SHAPES.get(recipe.model.name)
+    if named:
+        assert (trunk.embed_dim, len(trunk.blocks)) == (named["dim"], named["depth"])
+        assert (
+            trunk.blocks[0].attn.num_heads == named["heads"] and trunk.patch_embed.patch_size[0] == named["patch_size"]
+        )
+    frozen = {n for n, p in trunk.named_parameters() if not p.requires_grad}
+    projection = {"patch_embed.proj.weight", "patch_embed.proj.bias"} if recipe.model.freeze_patch_projection else set()
+    assert frozen == projection | ({"pos_embed"} if recipe.model.name != "resnet50" else set())
+    linears = [m for m in moco.base.projector if isinstance(m, torch.nn.Linear)]
+    norms = [m for m in moco.base.projector if isinstance(m, GlobalBatchNorm)]
+    assert len(linears) == (2 if recipe.model.name == "resnet50" else 3) and norms[-1].weight is None
+    last = moco.predictor[-1]
+    assert isinstance(last, torch.nn.Linear) if recipe.model.name == "resnet50" else last.weight is None
+
+
+@pytest.mark.parametrize(("patch_size", "convolutions"), [(16, 4), (8, 3), (4, 2)])
+def test_conv_stem_halves_as_often_as_the_patch_size_asks(patch_size, convolutions):
+    trunk = build_vit(image_size=32, patch_size=patch_size, dim=32, depth=1, heads=2, conv_stem=True)
+    found = [m for m in trunk.patch_embed.proj if isinstance(m, torch.nn.Conv2d)]
+    assert [c.out_channels for c in found] == [32 >> (convolutions - n) for n in range(1, convolutions + 1)] + [32]
+    assert trunk.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 32)
+    assert trunk.pos_embed.shape[1] == 1 + (32 // patch_size) ** 2
+
+
+def test_resnet_is_torchvisions():
+    """The same function as torchvision's resnet50 in evaluation, under the same names."""
+    from torchvision.models import resnet50
+
+    theirs = resnet50(weights=None).eval()
+    ours = build_resnet().eval()
+    missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert not missing and set(unexpected) == {"fc.weight", "fc.bias"}
+    theirs.fc = torch.nn.Identity()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_resnet", "test_efficientnet"])
+def test_any_timm_model_is_a_trunk(name):
+    """Global BatchNorm takes the place of timm's, names and function in evaluation stay, initial values are timm's."""
+    import timm
+
+    build = partial(build_trunk, f"timm/{name}", image_size=64, freeze_patch_projection=False)
+    with torch.device("meta"):
+        moco = MoCo(build, 32, 16)
+    moco.to_empty(device="cpu")
+    tensors = {**dict(moco.named_parameters()), **dict(moco.named_buffers())}
+    values = dict(initial_values(moco, seed=2))
+    assert values.keys() == tensors.keys()
+    for tensor_name, value in values.items():
+        tensors[tensor_name].data.copy_(value)
+    moco.eval()
+    assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in moco.modules())
+    size = {"img_size": 64} if "vit" in name else {}
+    theirs = timm.create_model(name, num_classes=0, **size).eval()
+    theirs.load_state_dict(moco.base.trunk.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(moco.base.trunk(x), theirs(x), rtol=1e-4, atol=1e-5)
+    layers = [m for m in moco.base.projector if isinstance(m, torch.nn.Linear)]
+    assert len(layers) == (3 if name == "test_vit" else 2)
+    assert blocks(moco.base.trunk)
+
+
+def test_the_width_of_a_timm_trunk_is_that_of_its_output():
+    """timm's `num_features` leaves out a last layer that some networks have."""
+    with torch.device("meta"):
+        trunk = build_trunk("timm/mobilenetv3_small_050", image_size=64, freeze_patch_projection=False)
+        assert trunk.num_features == trunk(torch.empty(2, 3, 64, 64)).shape[1] == 1024
+
+
+def test_impossible_trunks_say_why():
+    with pytest.raises(ValueError, match=r"model.name \(timm/resnet18.no_such_tag\) must be a timm model: Invalid"):
+        build_trunk("timm/resnet18.no_such_tag", image_size=64, freeze_patch_projection=False)
+    with pytest.raises(ValueError, match=r"model.name \(timm/no_such_net\) must be a timm model"):
+        build_trunk("timm/no_such_net", image_size=64, freeze_patch_projection=False)
+    with pytest.raises(ValueError, match=r"freeze_patch_projection \(true\) must be false"):
+        build_trunk("timm/test_convnext", image_size=64, freeze_patch_projection=True)
+
+
+def test_update_moves_towards_the_base_encoder():
+    base, momentum = [torch.full((3,), 2.0)], [torch.zeros(3)]
+    update_momentum(momentum, base, 0.75)
+    assert momentum[0].tolist() == [0.5] * 3 and base[0].tolist() == [2.0] * 3
+    update_momentum(base, base, 0.3)
+    assert base[0].tolist() == [2.0] * 3  # equal encoders stay as they are, to the bit
+
+
+def test_chance_level_of_a_new_network():
+    """A fresh network knows nothing: ten random images give about the loss of guessing, 4 T ln(G)."""
+    from engine.training.loss import contrastive_loss
+
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(64, 256, generator=generator), torch.randn(64, 256, generator=generator)
+    found = contrastive_loss(q, k, 0, temperature=0.2).loss.item()
+    assert found == pytest.approx(2 * 0.2 * math.log(64), rel=0.05)

@@ -1,0 +1,112 @@
+"""What pre-training does with what it finds: damaged checkpoints, unreadable images, another precision."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.distributed.world import process_group
+from engine.errors import RunFailed, UserError
+from engine.recipe.load import load
+from engine.runs.pretrain import pretrain
+from tests.distributed.trajectories import RECIPE, SMALL
+
+
+@pytest.fixture(scope="module")
+def world():
+    with process_group() as world:
+        yield world
+
+
+def train(world, directory, *overrides):
+    values = [*SMALL, "model.dim=16", "model.heads=2", "data.workers=0", f"run.dir={directory}", *overrides]
+    pretrain(load(RECIPE, values), RECIPE, world)
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def damage(checkpoint):
+    file = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_damaged_checkpoints_never_bury_a_run(world, tmp_path, capfd):
+    """The one before is used; where none is left, the run refuses to start from nothing, however often it is asked."""
+    train(world, tmp_path, "train.max_steps=4", "checkpoint.every_steps=2")
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+    damage(tmp_path / "checkpoints/step_0000004")
+    train(world, tmp_path, "train.max_steps=3")
+    assert "step_0000004" in capfd.readouterr().err
+    assert (tmp_path / "checkpoints/step_0000004.damaged-1").is_dir()
+    assert (tmp_path / "metrics.jsonl").read_bytes().startswith(b"".join(log.splitlines(True)[:2]))
+    damage(tmp_path / "checkpoints/step_0000002")
+    damage(tmp_path / "checkpoints/step_0000003")
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"must hold a valid checkpoint, and all are damaged \(step_0000002"):
+            train(world, tmp_path, "train.max_steps=3")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log
+
+
+def test_a_run_keeps_its_precision(world, tmp_path):
+    train(world, tmp_path, "train.max_steps=1")
+    with pytest.raises(UserError, match=r"parallel.precision \(float32\) must be float64"):
+        train(world, tmp_path, "train.max_steps=2", "parallel.precision=float32")
+
+
+def test_unreadable_images_are_borne_up_to_their_share(world, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(40):
+        Image.fromarray(draw.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(images / f"{number:02}.png")
+    (images / "07.png").write_bytes(b"no picture")
+    folder = ["data.source=folder", f"data.root={images}", "data.dataset=null", "data.dataset_options={}"]
+    few = [*folder, "train.max_steps=10", "train.epochs=4"]
+    # One of 40 is a fortieth, also in the first steps, where it is one of 8.
+    rows = train(world, tmp_path / "borne", *few, "data.max_bad_fraction=0.03")
+    assert rows[-1]["step"] == 10 and rows[-1]["bad_images"] == 2  # two epochs
+    with pytest.raises(RunFailed, match=r"data.max_bad_fraction \(0.02\) was exceeded: 1 of 40"):
+        train(world, tmp_path / "not_borne", *few, "data.max_bad_fraction=0.02")
+
+
+def test_best_names_the_checkpoint_with_the_highest_knn_and_is_spared(world, tmp_path):
+    """Saved before every evaluation, whatever checkpoint.every_steps says."""
+    rows = train(world, tmp_path, "evaluate.knn_every_epochs=1", "checkpoint.every_steps=100", "checkpoint.keep=1")
+    knn = {row["step"]: row["knn_top1"] for row in rows if "knn_top1" in row}
+    assert list(knn) == [0, 7, 14, 20]
+    named = (tmp_path / "checkpoints/best").read_text().strip()
+    del knn[0]  # the network before its first update has no checkpoint
+    assert named == f"step_{max(knn, key=knn.get):07d}"
+    assert {path.name for path in (tmp_path / "checkpoints").glob("step_*")} == {named, "step_0000020"}
+
+
+def test_the_online_probe_is_told_of_and_may_come_and_go(world, tmp_path, capfd):
+    """Its accuracy stands beside kNN's, its loss in the loss rows; a resume may leave it out and begin it anew."""
+
+    def train_to(step, on):
+        values = [f"train.max_steps={step}", "evaluate.knn_every_epochs=1", f"evaluate.online_probe={on}"]
+        rows = train(world, tmp_path, *values, "checkpoint.every_steps=100")
+        said = capfd.readouterr().out
+        return [row for row in rows if row["step"] == step], said
+
+    (loss, monitor), said = train_to(3, "true")
+    assert 0 <= loss["probe_loss"] < 9 and 0 <= monitor["probe_top1"] <= monitor["probe_top5"] == 1  # of four classes
+    assert f"probe top-1 {monitor['probe_top1']:.1%}, loss " in said and "fresh" not in said
+    for step, on, fresh in ((5, "true", False), (6, "false", False), (8, "true", True)):
+        (loss, monitor), said = train_to(step, on)
+        assert ("probe_loss" in loss) == ("probe_top1" in monitor) == (on == "true")
+        assert ("probe     the online probe starts fresh at step 6: the run had none until then" in said) is fresh
+
+
+def test_the_online_probe_is_off_without_labels(world, tmp_path, capfd):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(16):
+        Image.fromarray(np.full((20, 24, 3), number, dtype=np.uint8)).save(images / f"{number:02}.png")
+    folder = ["data.source=folder", f"data.root={images}", "data.dataset=null", "data.dataset_options={}"]
+    rows = train(world, tmp_path / "run", *folder, "train.max_steps=1", "evaluate.online_probe=true")
+    assert len(rows) == 1 and "probe_loss" not in rows[0]
+    assert capfd.readouterr().out.count("probe     the online probe is off: it needs labelled validation images") == 1

@@ -1,0 +1,344 @@
+"""A trained run, exported to every format that fits, each loaded by its own library; OUT is whole or not there."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.checkpoint.save import save
+from engine.errors import RunFailed, UserError
+from engine.export import main
+from engine.recipe.load import dump, fingerprint, load
+from engine.runs.pretrain import make_networks
+from engine.weights.exporting import export
+from engine.weights.formats import FORMATS, is_file
+from engine.weights.opening import open_encoder, open_weights
+from models.moco import initial_values
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+TOLERANCE = 1e-5
+# The checkpoint holds the online probe as well, which is no part of the networks.
+FEW_STEPS = ["train.max_steps=3", "evaluate.knn_every_epochs=0", "evaluate.online_probe=true", "data.workers=0"]
+
+
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The quickstart after three steps on two ranks: its checkpoint lies in two shards."""
+    folder = tmp_path_factory.mktemp("runs") / "quickstart"
+    done = run(
+        *("torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "engine.run"),
+        *("recipes/quickstart.yaml", f"run.dir={folder}", *FEW_STEPS),
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((folder / "checkpoints" / "step_0000003").glob("*.distcp"))) == 2
+    return folder
+
+
+@pytest.fixture(scope="session")
+def features(trained):
+    """Of both encoders, on fixed images, by our own networks."""
+    images = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    return images, {name: open_encoder(str(trained), name).trunk(images) for name in ("base", "momentum")}
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return ((one - other).abs().max() / other.abs().max()).item() <= TOLERANCE
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Proofs in this process, to save the seconds in which another one would import everything again."""
+    monkeypatch.setattr("engine.weights.exporting._in_own_process", lambda function, *arguments: function(*arguments))
+
+
+def export_here(checkpoint: Path, out: Path, name: str, **options) -> dict:
+    return export(partial(open_weights, str(checkpoint)), out, name, **options)
+
+
+def test_a_run_exports_to_timm_from_the_command_line(trained, features, tmp_path):
+    import timm
+
+    out = tmp_path / "out"
+    done = run("engine.export", str(trained), str(out), "--format", "timm")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["max_feature_difference"] <= TOLERANCE
+    assert {Path(file).name for file in result["files"]} == {"model.safetensors", "config.json", "README.md"}
+    assert "x the file" in done.stderr and "its process held" in done.stderr
+
+    images, ours = features
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    with torch.no_grad():
+        assert close(model(images), ours["base"])
+    assert json.loads((out / "config.json").read_text())["model_args"]["num_heads"] == 4
+    assert list(tmp_path.iterdir()) == [out]
+
+    card = (out / "README.md").read_text()
+    for part in (
+        "license: # fill in",
+        "| steps | 3 |",
+        "shards",
+        "engine.export",
+        "base_lr: 0.004",
+        "| encoder | base |",
+    ):
+        assert part in card
+
+
+@pytest.mark.parametrize(
+    ("name", "out"),
+    [
+        ("timm", "a.safetensors"),
+        ("timm", "a.pt"),
+        ("moco_v3", "a.pth.tar"),
+        ("moco_v3", "folder"),
+        ("deit", "a.pth"),
+        ("safetensors", "a.safetensors"),
+        ("transformers", "folder"),
+        ("onnx", "a.onnx"),
+    ],
+)
+def test_a_run_exports_to_every_format_that_fits(name, out, trained, features, tmp_path, here):
+    encoder = None if FORMATS[name].whole else "momentum"
+    result = export_here(trained, tmp_path / out, name, encoder=encoder)
+    assert result["max_feature_difference"] <= TOLERANCE
+    assert list(tmp_path.iterdir()) == [tmp_path / out]
+    assert is_file(tmp_path / out) or (tmp_path / out / "README.md").is_file()
+    images, ours = features
+    if name == "onnx":
+        with pytest.raises(UserError, match="ONNX"):
+            open_weights(str(tmp_path / out))
+        return
+    opened = open_encoder(str(tmp_path / out))
+    assert close(opened.trunk(images), ours[encoder or "base"])
+    if name != "deit" and name != "moco_v3":  # those two cannot say it
+        assert opened.about.std == (0.5, 0.5, 0.5)
+
+
+def test_transformers_reads_its_folder_without_our_help(trained, features, tmp_path, here):
+    from transformers import ViTImageProcessor, ViTModel
+
+    export_here(trained, tmp_path / "hf", "transformers")
+    images, ours = features
+    model = ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
+    with torch.no_grad():
+        assert close(model(pixel_values=images).last_hidden_state[:, 0], ours["base"])
+    assert model.config.layer_norm_eps == 1e-6 and model.config.num_attention_heads == 4
+    assert tuple(ViTImageProcessor.from_pretrained(tmp_path / "hf").image_std) == (0.5, 0.5, 0.5)
+
+
+def test_ours_to_safetensors_holds_every_weight_bit_for_bit(trained, tmp_path, here):
+    export_here(trained, tmp_path / "all.safetensors", "safetensors")
+    source, written = open_weights(str(trained)), load_file(tmp_path / "all.safetensors")
+    names = list(source.shapes)
+    assert written.keys() == set(names)
+    assert {name.split(".")[0] for name in names} == {"base", "momentum", "predictor"}
+    for name, tensor in source.read(names):
+        assert torch.equal(tensor, written[name]) and tensor.dtype == written[name].dtype, name
+
+
+@pytest.mark.parametrize("format", [n for n in FORMATS if n not in ("torchvision",)])
+def test_a_published_file_exports_to_every_format_that_fits(format, tmp_path, here):
+    result = export_here(GOLDEN / "I_vit_small_shape.pth.tar", tmp_path / "out", format)
+    assert result["max_feature_difference"] <= TOLERANCE
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: cc-by-nc-4.0" in card and "CC-BY-NC-4.0, which binds" in card
+
+
+@pytest.mark.parametrize("format", ["moco_v3", "deit", "safetensors", "onnx"])
+def test_a_conv_stem_exports_to_every_format_that_fits(format, tmp_path, here):
+    result = export_here(GOLDEN / "I_vit_conv_small_shape.pth.tar", tmp_path / "out", format)
+    assert result["max_feature_difference"] <= TOLERANCE
+
+
+def test_a_checkpoint_opens_under_every_name_of_it(trained):
+    checkpoints = trained / "checkpoints"
+    names = [trained, checkpoints, checkpoints / "latest", checkpoints / "step_0000003"]
+    assert {open_weights(str(name)).origin for name in names} == {str(checkpoints / "step_0000003")}
+
+
+def fresh_checkpoint(folder: Path, *overrides: str) -> Path:
+    """A run at step 0, with random weights and BatchNorm statistics that are not those of a fresh network."""
+    recipe = load(ROOT / "recipes" / "quickstart.yaml", [f"run.dir={folder}", *overrides])
+    torch.manual_seed(0)
+    tensors = {f"model.{name}": value for name, value in initial_values(make_networks(recipe), 0)}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 1 and name.endswith("weight"):  # zero where a fresh network's blocks do nothing
+            tensor += 0.5
+        if name.endswith(("running_mean", "running_var")):
+            tensor += 0.1 * torch.rand(tensor.shape)
+    state = {"step": 0, "recipe": dump(recipe), "data": None, "bad_images": 0}
+    save(folder / "checkpoints", 0, tensors, state, recipe_sha256=fingerprint(recipe))
+    return folder
+
+
+NO_SHAPE = ["model.patch_size=null", "model.dim=null", "model.depth=null", "model.heads=null"]
+
+
+@pytest.fixture(scope="module")
+def other_runs(tmp_path_factory):
+    """Checkpoints of trunks by their model.name."""
+    made = {}
+
+    def get(name: str, size: int) -> Path:
+        if name not in made:
+            overrides = [f"model.name={name}", f"model.image_size={size}", "model.freeze_patch_projection=false"]
+            made[name] = fresh_checkpoint(tmp_path_factory.mktemp("run"), *overrides, *NO_SHAPE)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("format", ["torchvision", "moco_v3"])
+def test_a_resnet_exports_to_every_format_that_fits(format, other_runs, tmp_path, here):
+    result = export_here(other_runs("resnet50", 64), tmp_path / "out", format)
+    assert result["max_feature_difference"] <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "formats", "refused"),
+    [
+        ("timm/vit_tiny_patch16_224", "timm deit transformers", "torchvision"),
+        ("timm/test_resnet", "timm safetensors onnx", "torchvision deit moco_v3 transformers"),
+        ("timm/test_convnext", "timm", "torchvision deit moco_v3 transformers"),
+    ],
+)
+def test_a_timm_trunk_exports_to_every_format_that_fits(name, formats, refused, other_runs, tmp_path, here):
+    source = other_runs(name, 64)
+    for format in formats.split():
+        assert export_here(source, tmp_path / format, format)["max_feature_difference"] <= TOLERANCE
+    for format in refused.split():
+        with pytest.raises(UserError, match="must get"):
+            export_here(source, tmp_path / "refused", format)
+
+
+def test_timm_s_published_weights_are_a_checkpoint_too(tmp_path):
+    """From the cache of downloads, as timm itself finds them there."""
+    import timm
+
+    network = timm.create_model("test_vit")
+    folder = tmp_path / "hub" / f"models--{network.pretrained_cfg['hf_hub_id'].replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    save_file(network.state_dict(), folder / "snapshots" / ("0" * 40) / "model.safetensors")
+
+    cached = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = run("engine.export", "timm/test_vit", str(tmp_path / "out.safetensors"), "--format", "timm", **cached)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["cls_token"], network.state_dict()["cls_token"])
+
+    with pytest.raises(UserError, match="must be a timm model"):
+        open_weights("timm/nothing")
+
+
+# ---- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_replaced_unasked(tmp_path, here):
+    source, out = GOLDEN / "I_vit_small_shape.pth.tar", tmp_path / "a.pth"
+    out.write_text("precious")
+    with pytest.raises(UserError, match="--force"):  # before anything is read
+        export_here(tmp_path / "nothing", out, "deit")
+    assert out.read_text() == "precious"
+    export_here(source, out, "deit", force=True)
+    assert torch.load(out, weights_only=True).keys() == {"model", "model_args"}
+
+    export_here(source, tmp_path / "folder", "deit")
+    (tmp_path / "folder" / "old").touch()
+    with pytest.raises(UserError, match="--force"):
+        export_here(source, tmp_path / "folder", "timm")
+    export_here(source, tmp_path / "folder", "timm", force=True)
+    assert {f.name for f in (tmp_path / "folder").iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert {f.name for f in tmp_path.iterdir()} == {"a.pth", "folder"}
+
+
+def test_a_failed_proof_leaves_no_file_and_the_old_one(tmp_path, monkeypatch, here):
+    from engine.weights import tables, writing
+
+    rows = tuple((ours, theirs[::-1]) for ours, theirs in tables.TRANSFORMERS.rows)  # value, key, query
+    monkeypatch.setattr(writing.tables, "TRANSFORMERS", tables.Form(rows))
+    source = GOLDEN / "I_vit_small_shape.pth.tar"
+    with pytest.raises(Exception, match="other features than its source"):
+        export_here(source, tmp_path / "out", "transformers")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "out", "options", "message"),
+    [
+        ("I_vit_small_shape.pth.tar", "a.onnx", "--format timm", "must end in .safetensors"),
+        ("I_vit_small_shape.pth.tar", "a.pt", "--format transformers", "no single file"),
+        ("I_vit_small_shape.pth.tar", "none/a", "--format timm", "folder that exists"),
+        ("I_vit_small_shape.pth.tar", "a", "--format torchvision", "must get a ResNet"),
+        ("I_vit_small_shape.pth.tar", "a", "--format moco_v3 --encoder momentum", "left out"),
+        ("I_vit_conv_small_shape.pth.tar", "a", "--format timm", "conv stem"),
+        ("I_vit_conv_small_shape.pth.tar", "a", "--format transformers", "conv stem"),
+        ("missing.pth", "a", "--format timm", "must exist"),
+        ("A_vit_adamw.safetensors", "a", "--format timm", "what network they are of"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(checkpoint, out, options, message, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        main([str(GOLDEN / checkpoint), str(tmp_path / out), *options.split()])
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_library_names_the_extra(tmp_path, monkeypatch):
+    real = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxruntime" else real(name))
+    with pytest.raises(UserError, match=r"onnxruntime installed; do `pip install -e '\.\[export\]'`"):
+        main([str(GOLDEN / "I_vit_small_shape.pth.tar"), str(tmp_path / "a.onnx"), "--format", "onnx"])
+
+
+def test_one_trunk_alone_cannot_become_a_whole(trained, tmp_path, here):
+    export_here(trained, tmp_path / "timm", "timm")
+    with pytest.raises(UserError, match="one trunk alone"):
+        export_here(tmp_path / "timm", tmp_path / "out", "safetensors")
+    with pytest.raises(UserError, match="one trunk alone"):
+        export_here(tmp_path / "timm", tmp_path / "out", "deit", encoder="momentum")
+    assert export_here(tmp_path / "timm", tmp_path / "out", "deit")["max_feature_difference"] <= TOLERANCE
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(trained, tmp_path, here):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for out, name in (("a.safetensors", "timm"), ("a.pt", "timm"), ("folder", "moco_v3"), ("a.onnx", "onnx")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            with pytest.raises(RunFailed, match="could not be written") as caught:
+                export_here(trained, tmp_path / out, name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "\n" not in str(caught.value)
+        assert not list(tmp_path.iterdir())
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_largest_vit_needs_little_more_memory_than_its_file(tmp_path):
+    huge = ["model.name=vit_huge", "model.image_size=224", "model.projector_hidden_dim=4096", "model.output_dim=256"]
+    fresh_checkpoint(tmp_path / "run", *huge, *NO_SHAPE)
+    for name, out in (("timm", "timm"), ("safetensors", "a.safetensors"), ("moco_v3", "a.pth.tar")):
+        done = run("engine.export", str(tmp_path / "run"), str(tmp_path / out), "--format", name)
+        assert done.returncode == 0, done.stderr
+        line = next(line for line in done.stderr.splitlines() if line.startswith("reading and writing"))
+        print(name, line)
+        assert float(line.rpartition(", ")[2].split()[0]) <= 1.3

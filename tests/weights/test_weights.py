@@ -1,0 +1,422 @@
+"""Weights of others: read safely, renamed exactly, given back bit for bit."""
+
+import json
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from engine.errors import UserError
+from engine.weights import tables
+from engine.weights.architecture import Architecture, by_shape, of_shapes, trunk_shapes, vit
+from engine.weights.formats import fitting_architecture
+from engine.weights.opening import open_encoder, open_weights
+from engine.weights.proving import prove
+from engine.weights.reading import MARK, read_weights
+from engine.weights.weights import About, Weights, fill_trunk
+from engine.weights.writing import WRITERS, timm_arguments
+from models.moco import MoCo
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PUBLISHED = [GOLDEN / "I_vit_small_shape.pth.tar", GOLDEN / "I_vit_conv_small_shape.pth.tar"]
+TOLERANCE = 1e-5  # of the largest value
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).abs().max() / other.abs().max()).item()
+
+
+def expected(file: Path) -> dict[str, torch.Tensor]:
+    return load_file(str(file).replace(".pth.tar", ".expected.safetensors"))
+
+
+def state_dict(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, weights_only=True)["state_dict"]
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Names, their order, types, and every bit."""
+    assert list(one) == list(other)
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype and tensor.shape == other[name].shape, name
+        assert tensor.numpy().tobytes() == other[name].numpy().tobytes(), name
+
+
+def write(file: Path, name: str, source: Path, encoder: str = "base") -> Path:
+    weights = read_weights(source)
+    WRITERS[name](weights if name in ("moco_v3", "safetensors") else weights.trunk(encoder), file)
+    return file
+
+
+# ---- published files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.name)
+def test_published_files_give_the_reference_s_features_and_projections(file):
+    golden = expected(file)
+    images = golden["images"].float()
+    assert difference(open_encoder(str(file)).trunk(images), golden["features"]) <= TOLERANCE
+
+    weights = open_weights(str(file))
+    with torch.device("meta"):
+        moco = MoCo(weights.about.architecture.build, *weights.head_dims)
+    moco.load_state_dict(dict(weights.read(list(weights.shapes))), strict=True, assign=True)
+    with torch.no_grad():
+        moco.eval()
+        assert difference(moco.base(images)[1], golden["projection"]) <= TOLERANCE
+        assert difference(moco.momentum(images)[1], golden["momentum_projection"]) <= TOLERANCE
+    assert difference(open_encoder(str(file), "momentum").trunk(images), golden["features"]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.name)
+def test_round_trips_are_the_identity(file, tmp_path):
+    ours = write(tmp_path / "ours.safetensors", "safetensors", file)
+    back = write(tmp_path / "back.pth.tar", "moco_v3", ours)
+    assert_same(state_dict(back), state_dict(file))
+    again = write(tmp_path / "again.safetensors", "safetensors", back)
+    assert_same(load_file(again), load_file(ours))
+
+    content, original = torch.load(back, weights_only=True), torch.load(file, weights_only=True)
+    assert content.keys() == original.keys() | {"model_args"}
+    assert (content["arch"], content["epoch"]) == (original["arch"], original["epoch"])
+    assert content["optimizer"] is None
+    assert content["model_args"]["num_heads"] == 12
+    note = "optimizer, scaler" if original["optimizer"] else "scaler"
+    assert [n.rpartition(": ")[2] for n in read_weights(file).notes] == [note]
+    assert "ImageNet" in read_weights(back).notes[0]
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.name)
+def test_the_deit_form_is_the_base_trunk_without_prefix_and_head(file, tmp_path):
+    content = torch.load(write(tmp_path / "deit.pth", "deit", file), weights_only=True)
+    prefix = "module.base_encoder."
+    trunk = {
+        n.removeprefix(prefix): t for n, t in state_dict(file).items() if n.startswith(prefix) and ".head." not in n
+    }
+    assert content.keys() == {"model", "model_args"}
+    assert_same(content["model"], trunk)
+    golden = expected(file)
+    assert (
+        difference(open_encoder(str(tmp_path / "deit.pth")).trunk(golden["images"].float()), golden["features"])
+        <= TOLERANCE
+    )
+
+    torch.save({"model": trunk}, tmp_path / "theirs.pth")  # as the reference's own script writes it
+    assert open_weights(str(tmp_path / "theirs.pth")).about.architecture.arguments["heads"] == 12
+    torch.save(trunk, tmp_path / "bare.pth")
+    with pytest.raises(UserError, match="what network they are of"):
+        open_encoder(str(tmp_path / "bare.pth"))
+
+
+def test_a_file_s_own_model_args_decide_over_twelve_heads(tmp_path):
+    content = torch.load(PUBLISHED[0], weights_only=True)
+    arguments = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 4}
+    torch.save(content | {"model_args": arguments}, tmp_path / "a.pth.tar")
+    assert open_weights(str(tmp_path / "a.pth.tar")).about.architecture.arguments["heads"] == 4
+    for wrong in ({"depth": 3}, {"img_size": 96}, {"num_heads": 5}, {"num_heads": "4"}, {"embed_dim": 10**12}):
+        torch.save(content | {"model_args": arguments | wrong}, tmp_path / "b.pth.tar")
+        with pytest.raises(UserError, match=r"model_args|heads"):
+            open_weights(str(tmp_path / "b.pth.tar"))
+
+
+# ---- complete published files ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    """Files of every name and shape that a published one has, filled at random."""
+
+    def make(name: str) -> Path:
+        shapes = json.loads((GOLDEN / "J_published_names.json").read_text())[name]
+        generator = torch.Generator().manual_seed(0)
+        tensors = {n: random_tensor(n, shape, generator) for n, shape in shapes.items()}
+        file = tmp_path_factory.mktemp("complete") / f"{name}.pth.tar"
+        torch.save({"epoch": 300, "arch": name, "state_dict": tensors, "optimizer": None}, file)
+        return file
+
+    return make
+
+
+def random_tensor(name: str, shape: list[int], generator: torch.Generator) -> torch.Tensor:
+    """Of a size that keeps a network's activations near one."""
+    if name.endswith("num_batches_tracked"):
+        return torch.tensor(7)
+    value = torch.randn(shape, generator=generator)
+    if name.endswith("running_var"):
+        return value.square() + 0.5
+    return (
+        1 + 0.1 * value
+        if len(shape) == 1 and name.endswith("weight")
+        else value * torch.Size(shape)[1:].numel() ** -0.5
+    )
+
+
+@pytest.mark.parametrize(("name", "format"), [("vit_small", "timm"), ("resnet50", "torchvision")])
+def test_complete_published_files_export_with_equal_features_and_round_trip(name, format, complete, tmp_path):
+    file = complete(name)
+    source = open_weights(str(file))
+    assert source.about.architecture.name == name
+    out = write(tmp_path / "trunk.safetensors", format, file)
+    proof = prove(lambda: source, "base", format, out, source.about.architecture)
+    assert proof["max_feature_difference"] <= TOLERANCE
+    if name == "resnet50":
+        both = prove(
+            lambda: source, "base", "timm", write(tmp_path / "timm.pt", "timm", file), source.about.architecture
+        )
+        assert both["max_feature_difference"] <= TOLERANCE
+    ours = write(tmp_path / "ours.safetensors", "safetensors", file)
+    assert_same(state_dict(write(tmp_path / "back.pth.tar", "moco_v3", ours)), state_dict(file))
+
+
+@pytest.mark.parametrize("name", ["vit_small", "vit_base", "vit_conv_small", "vit_conv_base", "resnet50"])
+def test_every_published_name_has_its_place(name):
+    shapes = json.loads((GOLDEN / "J_published_names.json").read_text())[name]
+    form = tables.REFERENCE_RESNET if name == "resnet50" else tables.REFERENCE_VIT
+    ours = {form.ours(n): torch.Size(shape) for n, shape in shapes.items()}
+    assert [form.theirs(n) for n in ours] == [(n,) for n in shapes]
+    trunk = {n.removeprefix("base.trunk."): s for n, s in ours.items() if n.startswith("base.trunk.")}
+    architecture = of_shapes(trunk, None, 12)
+    assert architecture.name == name
+    assert trunk_shapes(architecture) == trunk
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [tables.REFERENCE_VIT, tables.REFERENCE_RESNET, tables.TRANSFORMERS, tables.TRUNK])
+def test_renaming_there_and_back_is_the_identity(form):
+    names = [f"base.trunk.{n}" for n in trunk_shapes(vit(28, 7, 96, 12, 4, False))]
+    if form in (tables.REFERENCE_VIT, tables.REFERENCE_RESNET):
+        names += [n.replace("base.", "momentum.") for n in names] + ["base.projector.0.weight", "predictor.1.bias"]
+    theirs = [other for name in names for other in form.theirs(name)]
+    assert len(set(theirs)) == len(theirs)
+    assert all(name == form.ours(other) for name in names for other in form.theirs(name))
+
+
+def test_timm_s_small_vit_is_not_ours():
+    """The classic trap: the name is the same, the number of heads is not."""
+    architecture = vit(224, 16, 384, 12, 12, False)
+    assert timm_arguments(architecture)[0] == "vit_small_patch16_224"
+    assert timm_arguments(architecture)[1]["num_heads"] == 12
+    theirs = by_shape(Architecture("timm", {"name": "vit_small_patch16_224", "image_size": 224}))
+    assert theirs.arguments["heads"] == 6
+    assert theirs.differs_from(architecture) == "its trunk has heads 6, not 12"
+
+
+def test_the_proof_sees_another_number_of_heads_and_another_order_of_positions(tmp_path):
+    source = read_weights(PUBLISHED[0])
+    about = source.about
+    fewer = about.architecture.arguments | {"heads": 4}
+    wrong_heads = vars(about) | {"architecture": Architecture("vit", fewer)}
+    swapped = torch.cat([torch.arange(24, 48), torch.arange(24)])  # columns before rows
+
+    def read(names):
+        for name, tensor in source.read(names):
+            yield name, tensor[..., swapped] if name.endswith("pos_embed") else tensor
+
+    for wrong in (
+        Weights(About(**wrong_heads), source.shapes, source.read, "heads"),
+        Weights(about, source.shapes, read, "positions"),
+    ):
+        WRITERS["timm"](wrong.trunk("base"), tmp_path / "wrong.safetensors")
+        with pytest.raises(Exception, match="has other features than its source"):
+            prove(lambda: source, "base", "timm", tmp_path / "wrong.safetensors", about.architecture)
+
+
+@pytest.mark.parametrize(
+    ("name", "by_shape_as"),
+    [
+        ("vit_tiny_patch16_224", "vit"),
+        ("resnet50", "resnet"),
+        ("vit_base_patch16_clip_224", "timm"),
+        ("convnext_atto", "timm"),
+    ],
+)
+def test_timm_trunks_count_as_what_their_names_and_shapes_say(name, by_shape_as):
+    assert by_shape(Architecture("timm", {"name": name, "image_size": 224})).kind == by_shape_as
+
+
+# ---- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def changed(change, tmp_path) -> Path:
+    content = torch.load(PUBLISHED[0], weights_only=True)
+    change(content["state_dict"])
+    torch.save(content, tmp_path / "changed.pth.tar")
+    return tmp_path / "changed.pth.tar"
+
+
+def test_unknown_missing_and_misshaped_names_are_listed(tmp_path):
+    def change(tensors):
+        tensors["module.base_encoder.extra"] = torch.zeros(1)
+        del tensors["module.momentum_encoder.norm.bias"]
+        tensors["module.base_encoder.norm.weight"] = torch.zeros(47)
+
+    with pytest.raises(UserError) as caught:
+        read_weights(changed(change, tmp_path))
+    for part in (
+        "base.trunk.extra is unknown",
+        "momentum.trunk.norm.bias is missing",
+        "base.trunk.norm.weight is [47] instead of [48]",
+    ):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_of_no_network_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="stranger is unknown"):
+        read_weights(changed(lambda tensors: tensors.update(stranger=torch.zeros(1)), tmp_path))
+
+
+@pytest.mark.parametrize("format", ["timm", "transformers"])
+def test_a_conv_stem_is_refused_where_it_has_no_place(format):
+    with pytest.raises(UserError, match="without conv stem"):
+        fitting_architecture(read_weights(PUBLISHED[1]), format, None)
+
+
+def test_tensors_that_share_their_memory_are_written_one_by_one(tmp_path):
+    def share(tensors):
+        for name in list(tensors):
+            if name.startswith("module.momentum_encoder."):
+                tensors[name] = tensors[name.replace("momentum", "base")]
+
+    file = changed(share, tmp_path)
+    ours = write(tmp_path / "ours.safetensors", "safetensors", file)
+    back = write(tmp_path / "back.pth.tar", "moco_v3", ours)
+    assert_same(state_dict(back), state_dict(file))
+    deit = write(tmp_path / "deit.pth", "deit", ours)
+    assert deit.stat().st_size < 0.5 * back.stat().st_size
+
+
+# ---- unsafe files ----------------------------------------------------------------------------------------------------
+
+
+class Hostile:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def safetensors_header(header: dict, data: bytes = b"") -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def write_hostile(kind: str, file: Path) -> None:
+    if kind == "text":
+        file.write_text("<html>404: not found</html>")
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "pickle":
+        file.write_bytes(pickle.dumps({"state_dict": Hostile()}, protocol=2))
+    elif kind == "new pickle":
+        file.write_bytes(pickle.dumps({"state_dict": Hostile()}))
+    elif kind == "zipped pickle":
+        torch.save({"state_dict": Hostile()}, file)
+    elif kind == "compressed":
+        torch.save({"model": {"a": torch.zeros(2**20)}}, file)
+        with zipfile.ZipFile(file) as old:
+            parts = {name: old.read(name) for name in old.namelist()}
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+            for name, data in parts.items():
+                new.writestr(name, data)
+    elif kind == "stride 0":
+        shapes = trunk_shapes(vit(32, 16, 48_000, 1, 12, False))  # a whole network of 27 billion weights
+        torch.save({"model": {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}}, file)
+    elif kind == "sparse":
+        torch.save({"model": {"a": torch.eye(3).to_sparse()}}, file)
+    elif kind == "meta":
+        torch.save({"model": {"a": torch.empty(10**12, device="meta")}}, file)
+    elif kind == "numbers":
+        torch.save({"model": {"a": 1}}, file)
+    elif kind == "list":
+        torch.save([torch.zeros(1)], file)
+    elif kind == "itself":
+        content = {}
+        content["state_dict"] = content
+        torch.save(content, file)
+    elif kind == "large header":
+        file.write_bytes(struct.pack("<Q", 2**40) + b"{")
+    elif kind == "large tensor":
+        file.write_bytes(
+            safetensors_header({"a": {"dtype": "F32", "shape": [10**11], "data_offsets": [0, 4 * 10**11]}})
+        )
+    elif kind == "no data":
+        large = {"dtype": "F32", "shape": [2**40, 0], "data_offsets": [0, 0]}
+        names = ("cls_token", "pos_embed", "layer1.0.conv3.weight", "layer1.0.conv1.weight")
+        file.write_bytes(safetensors_header(dict.fromkeys(names, large)))
+    elif kind == "metadata":
+        metadata = {MARK: json.dumps({"architecture": {"kind": "vit", "arguments": {"depth": 10**9}}})}
+        file.write_bytes(safetensors_header({"__metadata__": metadata}))
+
+
+KINDS = """
+text, empty, folder, pickle, new pickle, zipped pickle, compressed, stride 0, sparse, meta, numbers, list, itself,
+large header, large tensor, no data, metadata"""
+
+
+@pytest.mark.parametrize("kind", KINDS.replace("\n", " ").strip().split(", "))
+def test_unsafe_files_are_one_line_errors(kind, tmp_path, capsys):
+    file = tmp_path / "weights.pth"
+    write_hostile(kind, file)
+    with pytest.raises(UserError) as caught:
+        open_encoder(str(file))
+    assert "\n" not in str(caught.value) and "weights.pth" in str(caught.value)
+    assert "this ran" not in capsys.readouterr().out
+    if "pickle" in kind:
+        assert "pickle asks for " + ("more" if kind == "new pickle" else "print") in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def small_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    architecture = vit(8, 4, 8, 1, 2, False)
+    tensors = {n: torch.zeros(s) for n, s in trunk_shapes(architecture).items()}
+    torch.save({"model": tensors, "model_args": architecture.model_args()}, folder / "zip.pth")
+    torch.save({"model": tensors}, folder / "old.pth", _use_new_zipfile_serialization=False)
+    about = About(architecture, 8, (0.5,) * 3, (0.5,) * 3)
+    save_file(tensors, folder / "a.safetensors", metadata={MARK: about.to_json()})
+    return folder
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_damaged_files_never_crash(small_files, data):
+    name = data.draw(st.sampled_from(["zip.pth", "old.pth", "a.safetensors"]))
+    content = bytearray((small_files / name).read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    for _ in range(data.draw(st.integers(0, 3))):
+        if content:
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file = small_files / f"damaged-{name}"
+    file.write_bytes(content)
+    try:
+        weights = open_weights(str(file))
+        if weights.about is not None:
+            fill_trunk(weights.trunk("base"))
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_an_old_pickle_is_read_too(small_files):
+    weights = read_weights(small_files / "old.pth")
+    assert weights.about is None  # 12 heads do not divide 8 channels
+    assert len(list(weights.read(list(weights.shapes)))) == len(weights.shapes)
+
+
+def test_metadata_says_what_a_single_file_needs(tmp_path):
+    file = write(tmp_path / "a.safetensors", "timm", PUBLISHED[0])
+    metadata = safe_open(file, "pt").metadata()
+    assert metadata["architecture"] == "vit_base_patch16_224"
+    assert json.loads(metadata["model_args"]) == {
+        "img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 12, "num_classes": 0,
+    }  # fmt: skip
