@@ -1,0 +1,38 @@
+"""Runs that earlier versions began go on: their checkpoints, and the losses that followed, lie in `former/`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engine import evaluate
+from engine.run import main as run_main
+
+FORMER = Path(__file__).parent / "former"
+IMAGES = Path(__file__).parents[2] / "recipes/data/fashion_mnist"
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def go_on(name: str, directory: Path) -> None:
+    shutil.copytree(FORMER / name, directory)
+    recipe, values = str(FORMER / name / "recipe.yaml"), [f"run.dir={directory}", f"data.root={IMAGES}"]
+    if name == "finetune":
+        checkpoint = str(FORMER / "pretrain_adamw/checkpoints/step_0000004")
+        evaluate.main(["finetune", checkpoint, "--recipe", recipe, *values])
+    else:
+        run_main([recipe, *values])
+
+
+@pytest.mark.parametrize("name", ["pretrain_adamw", "pretrain_lars", "finetune"])
+def test_a_run_goes_on_where_an_earlier_version_stopped(name, tmp_path):
+    """10 steps in float64: AdamW with BatchNorm in the trunk and an online probe, LARS, all of fine-tuning."""
+    go_on(name, tmp_path / "run")
+    ours, theirs = rows(tmp_path / "run"), rows(FORMER / name)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for mine, former in zip(ours, theirs, strict=True):
+        for key in former.keys() - {"images_per_second"}:
+            assert mine[key] == pytest.approx(former[key], rel=1e-9, abs=1e-9), (former["step"], key)
