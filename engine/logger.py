@@ -1,16 +1,65 @@
-"""One voice: what a command says to its user."""
+"""One voice: what a command says to its user, through Python's logger `engine`.
 
+On a terminal a line is plain; in a log file it begins with the time and the rank that speaks. A program that has given
+the logger `engine` a handler of its own gets the lines there instead. Results (JSON) and the one line of an error are
+no part of this: engine.cli prints them bare.
+"""
+
+import logging
 import os
 import sys
+from functools import cache
 from typing import TextIO
+
+from tqdm import tqdm
+
+SAID, NOTED, WARNED = logging.INFO, logging.INFO + 5, logging.WARNING
 
 
 def say(text: str) -> None:
-    """One line for the user, on stderr: the last line of stdout belongs to the front doors."""
-    print(text, file=sys.stderr, flush=True)
+    """What a run has to tell, on stdout, from rank 0 of the launch."""
+    if _rank() == 0:
+        _logger().log(SAID, text)
+
+
+def note(text: str) -> None:
+    """Words beside a result, on stderr, from rank 0: for doors whose stdout is that result."""
+    if _rank() == 0:
+        _logger().log(NOTED, text)
+
+
+def warn(text: str) -> None:
+    """What went wrong without ending the command, on stderr, from this process whatever its rank."""
+    _logger().log(WARNED, f"warning: {text}")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+@cache
+def _logger() -> logging.Logger:
+    logger = logging.getLogger("engine")
+    logger.setLevel(SAID)
+    if not logger.handlers:
+        logger.addHandler(_Console())
+        logger.propagate = False  # else a program's own root handler would say everything twice
+    return logger
+
+
+class _Console(logging.Handler):
+    """stdout and stderr as they are at each line; a line leaves tqdm's bar whole and is out at once."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stdout if record.levelno == SAID else sys.stderr
+        lead = "" if stream.isatty() else f"{_TIME.formatTime(record, _TIME.datefmt)} r{_rank()}  "
+        tqdm.write("\n".join(lead + line for line in record.getMessage().split("\n")), file=stream)
+        stream.flush()
+
+
+_TIME = logging.Formatter(datefmt="%Y-%m-%d %H:%M:%S")
 
 
 def say_once(text: str, stream: TextIO | None = None) -> None:
-    """A line, on stderr unless told otherwise, from one process of every node."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=stream or sys.stderr, flush=True)
+    """The former name of `note` and `say`, until its last callers are gone."""
+    (say if stream is sys.stdout else note)(text.removeprefix("warning: "))

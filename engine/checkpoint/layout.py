@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from engine.errors import UserError
-from engine.logger import say
+from engine.logger import warn
 
 POINTERS = ("latest", "best")
 LOCK = ".lock"
@@ -61,7 +61,7 @@ def set_aside(checkpoint: Path, reason: str) -> None:
     while os.path.lexists(target := checkpoint.with_name(f"{checkpoint.name}.damaged-{count}")):
         count += 1
     checkpoint.rename(target)
-    say(f"warning: checkpoint {checkpoint} is damaged: {reason}; it is set aside as {target.name}")
+    warn(f"checkpoint {checkpoint} is damaged: {reason}; it is set aside as {target.name}")
 
 
 def read_pointer(checkpoints: Path, pointer: str) -> str | None:

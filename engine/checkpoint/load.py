@@ -16,7 +16,7 @@ from engine.checkpoint.manifest import Damaged, Manifest, read_manifest, verify
 from engine.checkpoint.metadata import entry, read_metadata
 from engine.distributed.agreement import agreement, by_rank, describe, rank, share, size
 from engine.errors import UserError
-from engine.logger import say
+from engine.logger import warn
 
 _LISTED = 10  # problems that an error names
 
@@ -38,7 +38,7 @@ def _search(checkpoints: Path) -> Path | None:
     folders = layout.checkpoint_folders(checkpoints)
     latest = layout.read_pointer(checkpoints, "latest")
     if latest is not None and latest not in {folder.name for folder in folders}:
-        say(f"warning: `latest` in {checkpoints} names {latest!r}, which is not there")
+        warn(f"`latest` in {checkpoints} names {latest!r}, which is not there")
     return next((folder for folder in folders if _is_valid(folder)), None)
 
 
@@ -53,7 +53,7 @@ def _is_valid(folder: Path) -> bool:
         try:
             layout.set_aside(folder, damage.reason)
         except OSError as error:
-            say(f"warning: checkpoint {folder} is damaged: {damage.reason}; it could not be set aside ({error})")
+            warn(f"checkpoint {folder} is damaged: {damage.reason}; it could not be set aside ({error})")
         return False
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from engine.checkpoint import layout
 from engine.distributed.agreement import rank
 from engine.errors import UserError
-from engine.logger import say
+from engine.logger import warn
 
 
 def retain(checkpoints: Path, keep: int, group: dist.ProcessGroup | None = None) -> list[Path]:
@@ -26,7 +26,7 @@ def retain(checkpoints: Path, keep: int, group: dist.ProcessGroup | None = None)
         named = {layout.read_pointer(checkpoints, pointer) for pointer in layout.POINTERS}
         folders = layout.checkpoint_folders(checkpoints)
     except (UserError, OSError) as error:
-        say(f"warning: no old checkpoint is removed from {checkpoints}: {error}")
+        warn(f"no old checkpoint is removed from {checkpoints}: {error}")
         return []
     return [folder for folder in folders[keep:] if folder.name not in named and _remove(folder)]
 
@@ -39,7 +39,7 @@ def _remove(folder: Path) -> bool:
         layout.sync_folder(folder.parent)
         shutil.rmtree(doomed)
     except OSError as error:
-        say(f"warning: checkpoint {folder} could not be removed: {error}")
+        warn(f"checkpoint {folder} could not be removed: {error}")
         return False
     return True
 
@@ -56,7 +56,7 @@ def clean(checkpoints: Path, group: dist.ProcessGroup | None = None) -> list[Pat
     try:
         return _clean(checkpoints)
     except (UserError, OSError) as error:
-        say(f"warning: unfinished saves stay in {checkpoints}: {error}")
+        warn(f"unfinished saves stay in {checkpoints}: {error}")
         return []
 
 
@@ -67,7 +67,7 @@ def _clean(checkpoints: Path) -> list[Path]:
     with layout.writing(checkpoints) as locked:
         if locked:
             return [path for path in found if _delete(path)]
-    say(f"warning: no file locks in {checkpoints}: remove {', '.join(path.name for path in found)} yourself")
+    warn(f"no file locks in {checkpoints}: remove {', '.join(path.name for path in found)} yourself")
     return []
 
 
@@ -75,6 +75,6 @@ def _delete(path: Path) -> bool:
     try:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
-        say(f"warning: {path} could not be removed: {error}")
+        warn(f"{path} could not be removed: {error}")
         return False
     return True

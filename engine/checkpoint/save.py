@@ -21,7 +21,7 @@ from engine.checkpoint.manifest import Damaged, Manifest, read_manifest, verify,
 from engine.checkpoint.metadata import entry
 from engine.distributed.agreement import agreement, by_rank, describe, gather, rank, share, size
 from engine.errors import UserError
-from engine.logger import say
+from engine.logger import warn
 
 
 class SaveFailed(UserError):
@@ -184,7 +184,7 @@ def _name_latest(final: Path, group: dist.ProcessGroup | None) -> None:
 def _discard(draft: Path) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     if draft.exists():
-        say(f"warning: {draft} could not be removed; the next start tries again")
+        warn(f"{draft} could not be removed; the next start tries again")
 
 
 def _lost(final: Path, error: UserError) -> str:

@@ -1,0 +1,84 @@
+"""One voice: who speaks, where, and what a line in a log file begins with."""
+
+import io
+import logging
+import re
+import sys
+
+import pytest
+from tqdm import tqdm
+
+from engine import logger
+from engine.logger import note, say, warn
+
+LEAD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d r(\d+)  (.*)")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_each_voice_has_its_stream(capsys):
+    say("step 1/2")
+    note("loading PyTorch")
+    warn("a.png could not be read")
+    out, err = capsys.readouterr()
+    assert [LEAD.fullmatch(line).groups() for line in out.splitlines()] == [("0", "step 1/2")]
+    assert [LEAD.fullmatch(line).groups() for line in err.splitlines()] == [
+        ("0", "loading PyTorch"),
+        ("0", "warning: a.png could not be read"),
+    ]
+
+
+def test_other_ranks_only_warn(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    say("step 1/2")
+    note("loading PyTorch")
+    warn("a.png could not be read")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert LEAD.fullmatch(err.strip()).groups() == ("3", "warning: a.png could not be read")
+
+
+def test_a_terminal_gets_plain_lines(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    say("data      12 images\nloss      by chance 3.1")
+    assert terminal.getvalue() == "data      12 images\nloss      by chance 3.1\n"
+
+
+def test_every_line_of_a_text_has_time_and_rank(capsys):
+    say("data      12 images\n100% of them  %s")
+    said = [LEAD.fullmatch(line)[2] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["data      12 images", "100% of them  %s"]
+
+
+def test_a_line_leaves_the_bar_whole(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with tqdm(total=2, file=terminal, ncols=40):
+        say("step 1/2")
+    cleared = terminal.getvalue().split("step 1/2\n")
+    assert cleared[0].endswith("\r")
+    assert "0/2" in cleared[1]
+
+
+@pytest.fixture
+def foreign():
+    """A program's own handler at the logger `engine`."""
+    kept, logger._logger().handlers[:] = logger._logger().handlers[:], []
+    logger._logger.cache_clear()
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("engine").addHandler(handler)
+    yield records
+    logging.getLogger("engine").handlers[:] = kept
+    logger._logger.cache_clear()
+
+
+def test_a_program_may_take_the_lines_over(foreign, capsys):
+    say("step 1/2")
+    warn("full")
+    assert [(r.levelname, r.getMessage()) for r in foreign] == [("INFO", "step 1/2"), ("WARNING", "warning: full")]
+    assert capsys.readouterr() == ("", "")
