@@ -1,0 +1,122 @@
+"""Files that are there completely or not at all, locks that end with their process, and the reader of metrics.jsonl."""
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from engine.errors import UserError
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_RETRY_SECONDS = 0.2
+
+
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Give a file new content (text as UTF-8): a reader finds the old or the new, also after a power cut.
+
+    Raises OSError.
+    """
+    with draft(path) as place:
+        place.write_bytes(content.encode() if isinstance(content, str) else content)
+        publish(place, path)
+
+
+@contextmanager
+def draft(path: Path) -> Iterator[Path]:
+    """A free name beside `path`, to write a file or a folder there and `publish` it; what is left at the end goes."""
+    place = aside(path, "tmp")
+    try:
+        yield place
+    finally:
+        remove(place)
+
+
+def publish(place: Path, path: Path) -> None:
+    """Let a finished file or folder take its name, in one move that outlives a power cut.
+
+    A file replaces the one that is there, a folder must find the name free. The files in a folder are flushed by who
+    writes them (`sync`). Raises OSError.
+    """
+    sync(place)
+    place.replace(path)
+    sync(path.parent)
+
+
+def aside(path: Path, kind: str) -> Path:
+    """A free name beside `path` for what is not to be taken for it: `name.tmp-0123abcd`, where kind is tmp."""
+    return path.with_name(f"{path.name}.{kind}-{secrets.token_hex(4)}")
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, outlive a power cut. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder; nothing where there is none. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(path: Path, in_use: str, seconds: float = 0.0) -> Iterator[bool]:
+    """Hold `path`, a file that is nothing but a lock, to the end of the body or of this process.
+
+    Yields False where the file system has no locks, so that nothing is held. Raises UserError(in_use) where another
+    process still holds it after `seconds`, and OSError.
+    """
+    deadline = time.monotonic() + seconds
+    with path.open("w") as file:
+        while (held := _try_lock(file)) is None:
+            if time.monotonic() >= deadline:
+                raise UserError(in_use)
+            time.sleep(_RETRY_SECONDS)
+        yield held
+
+
+def _try_lock(file: IO) -> bool | None:
+    """True: held; None: another process holds it; False: no locks on this file system."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, one for each complete line, oldest first; each has a `step`.
+
+    A last line without its end, which a killed run leaves or a living one is just writing, is no row.
+    Raises UserError for any other line that is no row, and OSError.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [_row(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise UserError(
+            f"{where} ({line[:40]!r}) must be a JSON object with a step; mend the line or move the file away"
+        )
+    return row

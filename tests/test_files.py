@@ -1,0 +1,128 @@
+"""Files that are there completely or not at all, locks, and the reader of metrics.jsonl."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UserError
+from engine.files import aside, draft, lock, publish, read_rows, remove, replace_file
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced(tmp_path):
+    file = tmp_path / "a.txt"
+    replace_file(file, "alt \u00fc\n")
+    replace_file(file, b"new")
+    assert file.read_bytes() == b"new"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call):
+    file = tmp_path / "a.txt"
+    replace_file(file, "old")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), fail)
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(file, "new")
+    assert file.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_content_is_on_disk_before_its_name(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (done.append(str(Path(f"/proc/self/fd/{handle}").readlink())), fsync(handle))
+    )
+    monkeypatch.setattr(Path, "replace", lambda *paths: (done.append("renamed"), replace(*paths))[1])
+    replace_file(tmp_path / "a.txt", "new")
+    assert done[0].startswith(f"{tmp_path}/a.txt.tmp-")
+    assert done[1:] == ["renamed", str(tmp_path)]
+
+
+def test_a_folder_is_published_once_it_is_whole(tmp_path):
+    with draft(tmp_path / "out") as place:
+        place.mkdir()
+        (place / "x").touch()
+        publish(place, tmp_path / "out")
+    with draft(tmp_path / "other") as place:
+        place.mkdir()
+        (place / "x").touch()
+    assert names(tmp_path) == ["out"]
+
+
+def test_remove_takes_a_link_and_not_what_it_names(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link").symlink_to("kept")
+    remove(tmp_path / "link")
+    remove(tmp_path / "link")
+    assert names(tmp_path) == ["kept"]
+    assert aside(tmp_path / "kept", "removed").name.startswith("kept.removed-")
+
+
+def test_a_lock_has_one_holder(tmp_path):
+    path = tmp_path / ".lock"
+    with lock(path, "in use") as held:
+        assert held
+        with pytest.raises(UserError, match="in use"), lock(path, "in use"):
+            pass
+    with lock(path, "in use") as held:
+        assert held
+
+
+def test_a_lock_waits_and_ends_with_its_process(tmp_path):
+    path = tmp_path / ".lock"
+    holder = (
+        f"import fcntl, time; f = open({str(path)!r}, 'w'); fcntl.flock(f, 2); print('held', flush=True); time.sleep(9)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="in use"), lock(path, "in use", seconds=0.3):
+            pass
+        process.kill()
+        with lock(path, "in use", seconds=10) as held:
+            assert held
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO])
+def test_no_locks_here_is_told_from_other_errors(tmp_path, monkeypatch, number):
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="Input/output"), lock(tmp_path / ".lock", "in use"):
+            pass
+    else:
+        with lock(tmp_path / ".lock", "in use") as held:
+            assert not held
+
+
+def test_rows_are_complete_lines(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1, "loss": null}\n{"step": 2}\n{"step": 3')
+    assert read_rows(file) == [{"step": 1, "loss": None}, {"step": 2}]
+    file.write_bytes(b"")
+    assert read_rows(file) == []
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path / "absent.jsonl")
+
+
+@pytest.mark.parametrize("line", [b"", b"[1]", b'{"loss": 1}', b'{"step": "1"}', b"\xff", b'{"step": 1'])
+def test_a_damaged_row_is_named(tmp_path, line):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl line 2 .* must be a JSON object with a step"):
+        read_rows(file)
