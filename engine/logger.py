@@ -62,4 +62,4 @@ _TIME = logging.Formatter(datefmt="%Y-%m-%d %H:%M:%S")
 
 def say_once(text: str, stream: TextIO | None = None) -> None:
     """The former name of `note` and `say`, until its last callers are gone."""
-    (say if stream is sys.stdout else note)(text.removeprefix("warning: "))
+    (say if stream is sys.stdout else note)(text)
