@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from engine.cli import Parser, enter
 from engine.errors import UserError
 from engine.logger import say_once
-from engine.recipe.load import Task, check_world, load, locate
-from engine.recipe.schema import wrong
+from engine.recipe.keys import wrong
+from engine.recipe.load import AnyRecipe, check_world, load, locate
 from engine.recipe.sections import Finetune, Linear
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _add_run(parser: Parser, recipes: str) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="dotted.key=value", help="e.g. train.epochs=30")
 
 
-def _run_recipe(options: argparse.Namespace, kind: type[Task]) -> Task:
+def _run_recipe(options: argparse.Namespace, kind: type[AnyRecipe]) -> AnyRecipe:
     """The recipe with what the command line says in its place."""
     given = {"data.root": options.train, "data.val_root": options.val, "data.dataset": options.dataset}
     given |= {"data.source": options.source or (options.dataset and "torchvision"), "data.workers": options.workers}
@@ -224,7 +224,7 @@ def _run_recipe(options: argparse.Namespace, kind: type[Task]) -> Task:
     return recipe
 
 
-def _load(options: argparse.Namespace, given: dict[str, Any], kind: type[Task]) -> Task:
+def _load(options: argparse.Namespace, given: dict[str, Any], kind: type[AnyRecipe]) -> AnyRecipe:
     # JSON is YAML: no path is taken for another kind of value.
     overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     return load(options.recipe, [*overrides, *options.overrides], kind)

@@ -40,7 +40,8 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
     from engine.checkpoint.layout import checkpoint_folders
     from engine.checkpoint.save import save
     from engine.distributed.world import process_group
-    from engine.recipe.load import dump, fingerprint
+    from engine.recipe.identity import fingerprint
+    from engine.recipe.load import dump
     from engine.runs.pretrain import build_state, make_networks, make_schedule
     from engine.training.optim import local
     from engine.weights.adopting import adopt

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.errors import UserError
-from engine.recipe.load import FREE_ON_RESUME
-from engine.recipe.schema import parse
+from engine.recipe.identity import is_free
+from engine.recipe.plain import parse
 
 AXES = ("step", "epoch", "time")
 # What a comparison shows unless told otherwise.
@@ -32,7 +32,6 @@ NAMES = {
     "lr": "learning rate",
 }
 SHARES = ("knn_top1", "knn_top5", "probe_top1", "probe_top5")  # from 0 to 1, shown as percentages
-_APART = frozenset(("run.dir", "run.seed")) | FREE_ON_RESUME  # in which runs differ that are one but for the seed
 _PLACE = ("step", "epoch")
 
 
@@ -173,7 +172,7 @@ def by_recipe(runs: Sequence[Run]) -> list[Group]:
 
 
 def _bound(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in run.recipe.items() if key not in _APART}
+    return {key: value for key, value in run.recipe.items() if key != "run.seed" and not is_free(key)}
 
 
 def _group_name(runs: list[Run]) -> str:

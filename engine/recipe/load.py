@@ -1,4 +1,4 @@
-"""The recipe of a run: its keys, its checks, its identity.
+"""From YAML to the checked recipe of a run, and back.
 
 A recipe is what the user wrote; nothing here rewrites a value of it, and derived values live where they are used.
 Reading one imports neither torch nor numpy, so that a mistake shows at once. Every complaint is a `UserError`.
@@ -6,59 +6,34 @@ Reading one imports neither torch nor numpy, so that a mistake shows at once. Ev
 
 import dataclasses
 import difflib
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import UserError, one_line
-from engine.recipe.schema import parse, read_section, show, unparse, wrong
+from engine.recipe.keys import read_section, show, wrong
+from engine.recipe.plain import parse, unparse
 from engine.recipe.sections import (
     CONV_VITS,
     PLAIN_VITS,
+    RECIPES,
     SHAPE_KEYS,
-    TASKS,
     TIMM_VIT,
-    Checkpoint,
     Data,
-    Evaluate,
     Finetune,
-    FinetuneEvaluate,
-    LinearEvaluate,
-    Log,
     Model,
-    Parallel,
     Pretrain,
     Recipe,
 )
 from models.shapes import VIT_SHAPES
 
-Task = TypeVar("Task", bound=Recipe)
-
-# A section has a form for each task.
-FREE_SECTIONS = {
-    "checkpoint": [Checkpoint],
-    "log": [Log],
-    "evaluate": [Evaluate, LinearEvaluate, FinetuneEvaluate],
-    "parallel": [Parallel],
-}
-FREE_ON_RESUME = frozenset(
-    ["run.dir", "data.root", "data.val_root", "data.workers", "train.max_steps"]
-    + [
-        f"{name}.{field.name}"
-        for name, kinds in FREE_SECTIONS.items()
-        for kind in kinds
-        for field in dataclasses.fields(kind)
-    ]
-)
-
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 # ---- reading and writing ---------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), kind: type[Task] = Pretrain) -> Task:
+def load(path: str | Path, overrides: Sequence[str] = (), kind: type[AnyRecipe] = Pretrain) -> AnyRecipe:
     """The checked recipe of a YAML file, after `dotted.key=value` overrides (value: YAML; of equal keys the last).
 
     Raises UserError for a file that cannot be read, is not YAML or not a mapping, for a task other than `kind`, for an
@@ -72,7 +47,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), kind: type[Task] = Pre
     return loads(text, f"recipe ({one_line(path)})", overrides, kind)
 
 
-def loads(text: str | bytes, origin: str, overrides: Sequence[str] = (), kind: type[Task] = Pretrain) -> Task:
+def loads(text: str | bytes, origin: str, overrides: Sequence[str] = (), kind: type[AnyRecipe] = Pretrain) -> AnyRecipe:
     """`load` for YAML text; `origin` names it in errors."""
     raw = parse(text, origin)
     if not isinstance(raw, dict) or not raw:
@@ -89,7 +64,7 @@ def task_of(text: object) -> str | None:
     """The task of a recipe's YAML; None where it says none that is known."""
     raw = parse(text, "recipe") if isinstance(text, str) else None
     task = raw.get("task") if isinstance(raw, dict) else None
-    return task if isinstance(task, str) and task in TASKS else None
+    return task if isinstance(task, str) and task in RECIPES else None
 
 
 def dump(recipe: Recipe) -> str:
@@ -109,15 +84,15 @@ def _apply(raw: dict, override: str) -> None:
     raw[leaf] = parse(text, f"override ({one_line(override)})")
 
 
-def _build(raw: dict, kind: type[Task]) -> Task:
+def _build(raw: dict, kind: type[AnyRecipe]) -> AnyRecipe:
     task = raw.get("task")
-    if not isinstance(task, str) or task not in TASKS:
+    if not isinstance(task, str) or task not in RECIPES:
         found = show(task) if "task" in raw else "missing"
-        raise UserError(f"task ({found}) must be one of {', '.join(TASKS)}; set it at the top of the recipe")
-    if TASKS[task] is not kind:
-        wanted = next(name for name, other in TASKS.items() if other is kind)
+        raise UserError(f"task ({found}) must be one of {', '.join(RECIPES)}; set it at the top of the recipe")
+    if RECIPES[task] is not kind:
+        wanted = next(name for name, other in RECIPES.items() if other is kind)
         raise UserError(f"task ({task}) must be {wanted} for this command; pass a recipe of that task")
-    kinds = {field.name: field.type for field in dataclasses.fields(TASKS[task]) if field.name != "task"}
+    kinds = {field.name: field.type for field in dataclasses.fields(RECIPES[task]) if field.name != "task"}
     known = [f"{name}.{field.name}" for name, part in kinds.items() for field in dataclasses.fields(part)]
     for name in _keys(raw):
         if name not in known and name not in kinds and name != "task":
@@ -242,38 +217,11 @@ def check_world(recipe: Recipe, world_size: int) -> None:
         raise wrong("parallel.replicate", replicas, f"a divisor of the number of processes ({world_size})")
 
 
-# ---- identity and files ----------------------------------------------------------------------------------------------
-
-
-def flatten(recipe: Recipe) -> dict[str, Any]:
-    """{dotted key: value} of the whole recipe, `task` included; data.dataset_options is one value."""
-    sections = dataclasses.asdict(recipe)
-    task = sections.pop("task")
-    return {"task": task} | {f"{name}.{leaf}": value for name, part in sections.items() for leaf, value in part.items()}
-
-
-def fingerprint(recipe: Recipe) -> str:
-    """sha256, in hex, of every key that a resume may not change."""
-    bound = {name: value for name, value in flatten(recipe).items() if name not in FREE_ON_RESUME}
-    return hashlib.sha256(json.dumps(bound, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def resume_differences(old: Recipe, new: Recipe) -> list[str]:
-    """`key (old -> new)` for each key that differs though a resume may not change it; empty: it may go on."""
-    before, after = flatten(old), flatten(new)
-    if old.task != new.task:
-        return [f"task ({old.task} -> {new.task})"]
-    return [
-        f"{name} ({show(before[name])} -> {show(after[name])})"
-        for name in before
-        if name not in FREE_ON_RESUME and before[name] != after[name]
-    ]
-
-
 def locate(path: str, recipe_file: str | Path) -> Path:
     """A path that a recipe names: relative to the working directory, else to the recipe file's folder.
 
     Where nothing is at either place it is the one in the working directory; the caller says that it is missing.
     """
     here, beside = Path(path), Path(recipe_file).parent / path
-    return beside if os.path.exists(beside) and not os.path.exists(here) else here
+    # Not Path.exists, which raises where a folder may not be looked into.
+    return beside if os.access(beside, os.F_OK) and not os.access(here, os.F_OK) else here

@@ -7,7 +7,7 @@ import dataclasses
 import re
 from typing import Literal
 
-from engine.recipe.schema import Rule, key
+from engine.recipe.keys import Rule, key
 
 PLAIN_VITS = ("vit", "vit_small", "vit_base", "vit_large", "vit_huge")
 CONV_VITS = ("vit_conv", "vit_conv_small", "vit_conv_base")
@@ -302,4 +302,4 @@ class Finetune:
 
 
 Recipe = Pretrain | Linear | Finetune
-TASKS: dict[str, type[Recipe]] = {"pretrain": Pretrain, "linear": Linear, "finetune": Finetune}
+RECIPES: dict[str, type[Recipe]] = {"pretrain": Pretrain, "linear": Linear, "finetune": Finetune}

@@ -11,7 +11,8 @@ from engine.checkpoint.manifest import Manifest
 from engine.distributed.agreement import agreement, share
 from engine.distributed.world import World
 from engine.errors import UserError
-from engine.recipe.load import dump, loads, resume_differences, task_of
+from engine.recipe.identity import resume_differences
+from engine.recipe.load import dump, loads, task_of
 from engine.recipe.sections import Linear, Recipe
 
 LOCK_SECONDS = 10.0  # ranks of a killed launch need a moment to notice and to let go

@@ -27,8 +27,8 @@ from engine.distributed.agreement import agreement
 from engine.distributed.world import World, in_turn, make_mesh
 from engine.errors import UserError, one_line
 from engine.evaluation.subject import Subject
+from engine.recipe.keys import wrong
 from engine.recipe.load import dump
-from engine.recipe.schema import wrong
 from engine.recipe.sections import Finetune
 from engine.runs.supervised import TOP, Supervised, closing, digest, open_images, run, say
 from engine.runs.trainer import Plan

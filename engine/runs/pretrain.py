@@ -22,7 +22,8 @@ from engine.distributed.world import World, make_mesh
 from engine.errors import UserError
 from engine.evaluation.online_probe import PREFIX
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
-from engine.recipe.load import Pretrain, dump, fingerprint, shape
+from engine.recipe.identity import fingerprint
+from engine.recipe.load import Pretrain, dump, shape
 from engine.runs import report
 from engine.runs.bad_images import BadImages
 from engine.runs.directory import RunDirectory, check_same_recipe

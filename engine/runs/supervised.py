@@ -29,7 +29,8 @@ from engine.evaluation.images import open_labelled
 from engine.evaluation.measure import features
 from engine.evaluation.subject import Subject
 from engine.pictures.confusion import by_class, confusion_picture
-from engine.recipe.load import dump, fingerprint
+from engine.recipe.identity import fingerprint
+from engine.recipe.load import dump
 from engine.recipe.sections import Finetune, Linear
 from engine.runs import report
 from engine.runs.bad_images import BadImages

@@ -1,6 +1,7 @@
 """The model card beside a folder export."""
 
-from engine.recipe.load import flatten, loads
+from engine.recipe.identity import flatten
+from engine.recipe.load import loads
 from engine.weights.weights import About
 
 SHOWN = (

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from engine.errors import UserError
 from engine.recipe import load as recipes
 from engine.recipe import sections as tasks
-from engine.recipe.load import FREE_ON_RESUME, check_world, dump, fingerprint, flatten, load, loads, locate
-from engine.recipe.load import resume_differences as differences
-from engine.recipe.schema import parse, unparse
+from engine.recipe.identity import FREE_KEYS, FREE_SECTIONS, fingerprint, flatten, is_free
+from engine.recipe.identity import resume_differences as differences
+from engine.recipe.load import check_world, dump, load, loads, locate
+from engine.recipe.plain import parse, unparse
 from engine.recipe.sections import Finetune, Linear
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -505,11 +506,12 @@ def test_yaml_keeps_the_recipes_of_labelled_tasks_and_they_say_every_key(name):
 def test_fingerprint_follows_exactly_the_keys_that_a_resume_may_not_change():
     recipe = load(QUICK)
     labelled = load(FOLDER / "finetune_quickstart.yaml", kind=Finetune)
-    assert set(flatten(recipe)) | set(flatten(labelled)) >= FREE_ON_RESUME
     expected = {"run.dir", "data.root", "data.val_root", "data.workers", "train.max_steps"}
+    assert flatten(recipe).keys() >= expected == FREE_KEYS
     sections = ("checkpoint.", "log.", "evaluate.", "parallel.")
+    assert {f"{name}." for name in FREE_SECTIONS} == set(sections)
     for each in (recipe, labelled):
-        free = FREE_ON_RESUME & flatten(each).keys()
+        free = {name for name in flatten(each) if is_free(name)}
         assert {name for name in flatten(each) if name.startswith(sections)} | expected == free
     for dotted, value in flatten(recipe).items():
         if dotted == "task":
@@ -517,7 +519,7 @@ def test_fingerprint_follows_exactly_the_keys_that_a_resume_may_not_change():
         section, leaf = dotted.split(".")
         part = dataclasses.replace(getattr(recipe, section), **{leaf: changed(value)})
         other = dataclasses.replace(recipe, **{section: part})
-        free = dotted in FREE_ON_RESUME
+        free = is_free(dotted)
         assert (fingerprint(other) == fingerprint(recipe)) is free, dotted
         named = [line.partition(" (")[0] for line in differences(recipe, other)]
         assert named == ([] if free else [dotted])

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from engine.checkpoint.save import save
 from engine.errors import RunFailed, UserError
 from engine.export import main
-from engine.recipe.load import dump, fingerprint, load
+from engine.recipe.identity import fingerprint
+from engine.recipe.load import dump, load
 from engine.runs.pretrain import make_networks
 from engine.weights.exporting import export
 from engine.weights.formats import FORMATS, is_file
