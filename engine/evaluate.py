@@ -5,7 +5,6 @@
   linear    a linear classifier on the frozen features: the paper's protocol, or --fast, which is not
   finetune  the whole network and a classifier trained on labels, all of them or a few
 
-CHECKPOINT is a run directory, a checkpoint directory, an exported file or folder, a published .pth.tar or timm/<name>.
 Each command says more with --help. The last line on stdout is the result as JSON.
 """
 
@@ -16,7 +15,18 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.cli import Parser, enter
+from engine.cli import (
+    Parser,
+    add_checkpoint,
+    add_encoder,
+    add_images,
+    add_overrides,
+    decoding_workers,
+    enter,
+    given_source,
+    result,
+    source_kind,
+)
 from engine.errors import UserError
 from engine.logger import say_once
 from engine.recipe.keys import wrong
@@ -28,8 +38,6 @@ if TYPE_CHECKING:
     from engine.distributed.world import World
     from engine.evaluation.subject import Subject
 
-WORKERS_AT_MOST = 12  # processes per rank that decode, where --workers does not say
-
 
 def main(arguments: list[str]) -> None:
     parser = Parser("engine.evaluate", __doc__)
@@ -40,7 +48,7 @@ def main(arguments: list[str]) -> None:
 def knn(arguments: list[str]) -> None:
     """Weighted k-nearest-neighbour classification: val's images by the labels of the nearest of train's."""
     parser = _parser("knn", knn.__doc__)
-    _add_images(parser, "--train", "--val")
+    add_images(parser, "--train", "--val")
     _add_network(parser)
     parser.add_argument("--k", default="20", help="neighbours that vote; several as 10,20,100 (default: 20)")
     options = parser.parse_args(arguments)
@@ -52,17 +60,15 @@ def knn(arguments: list[str]) -> None:
 
     with process_group() as world:
         subject, sources = _open_both(options, world)
-        results = measure_knn(subject, sources, ks, world, _workers(options))
-    if len(ks) > 1:
-        rows = [f"{r['k']:>6} {100 * r['top1']:>7.2f} {100 * r['top5']:>7.2f}" for r in results]
-        _say("\n".join(["     k   top-1   top-5", *rows]))
-    _say(json.dumps(results[0]))
+        results = measure_knn(subject, sources, ks, world, decoding_workers(options))
+    rows = [f"{r['k']:>6} {100 * r['top1']:>7.2f} {100 * r['top5']:>7.2f}" for r in results]
+    result(results[0], "\n".join(["     k   top-1   top-5", *rows]) if len(ks) > 1 else None)
 
 
 def rankme(arguments: list[str]) -> None:
     """RankMe (Garrido et al. 2023): how many directions the features really use."""
     parser = _parser("rankme", rankme.__doc__)
-    _add_images(parser, "--data")
+    add_images(parser, "--data")
     _add_network(parser)
     options = parser.parse_args(arguments)
 
@@ -73,10 +79,10 @@ def rankme(arguments: list[str]) -> None:
     from engine.evaluation.subject import open_subject
 
     with process_group() as world:
-        source = open_unlabelled(options.data, world, kind=_kind(options.data, options), dataset=options.dataset)
+        source = open_unlabelled(options.data, world, kind=source_kind(options, options.data), dataset=options.dataset)
         subject = open_subject(options.checkpoint, world, **_network(options))
-        result = measure_rankme(subject, source, world, _workers(options))
-    _say(json.dumps({"rankme": result}))
+        found = measure_rankme(subject, source, world, decoding_workers(options))
+    result({"rankme": found})
 
 
 def linear(arguments: list[str]) -> None:
@@ -88,7 +94,7 @@ def linear(arguments: list[str]) -> None:
     a little too good.
     """
     parser = _parser("linear", linear.__doc__)
-    _add_images(parser, "--train", "--val", required=False)
+    add_images(parser, "--train", "--val", required=False)
     _add_network(parser)
     _add_run(parser, "recipes/linear_vit.yaml or recipes/linear_resnet50.yaml")
     parser.add_argument("--fast", action="store_true", help="minutes, and not the paper's protocol")
@@ -105,8 +111,8 @@ def finetune(arguments: list[str]) -> None:
     --baseline initial starts from the network as it was before pre-training: what the labels teach alone.
     """
     parser = _parser("finetune", finetune.__doc__)
-    _add_images(parser, "--train", "--val", required=False)
-    _add_encoder(parser)
+    add_images(parser, "--train", "--val", required=False)
+    add_encoder(parser)
     parser.add_argument("--baseline", choices=("initial",), help="start from the untrained network instead")
     _add_run(parser, "recipes/finetune_vit_b.yaml or another of task finetune")
     options = parser.parse_intermixed_args(arguments)
@@ -120,8 +126,8 @@ def finetune(arguments: list[str]) -> None:
     from engine.runs.finetune import finetune as run
 
     with process_group() as world:
-        result = run(recipe, options.checkpoint, options.encoder, options.baseline, world)
-    _say(json.dumps(result))
+        found = run(recipe, options.checkpoint, options.encoder, options.baseline, world)
+    result(found)
 
 
 def _fast_linear(options: argparse.Namespace) -> None:
@@ -132,12 +138,9 @@ def _fast_linear(options: argparse.Namespace) -> None:
 
     with process_group() as world:
         subject, sources = _open_both(options, world)
-        scores = measure_fast_linear(subject, sources, world, _workers(options))
-    _say("top-1 on val by learning rate and weight decay (wd), in per cent:")
-    _say(table(scores))
-    _say("This is not the paper's protocol: centre crops alone, and the best of these is chosen on val.")
+        scores = measure_fast_linear(subject, sources, world, decoding_workers(options))
     top = best(scores)
-    _say(json.dumps({"top1": top.top1, "top5": top.top5, **top.candidate._asdict()}))
+    result({"top1": top.top1, "top5": top.top5, **top.candidate._asdict()}, table(scores))
 
 
 def _paper_linear(options: argparse.Namespace) -> None:
@@ -148,8 +151,8 @@ def _paper_linear(options: argparse.Namespace) -> None:
     from engine.runs.linear import probe
 
     with process_group() as world:
-        result = probe(recipe, options.checkpoint, options.encoder, world)
-    _say(json.dumps(result))
+        found = probe(recipe, options.checkpoint, options.encoder, world)
+    result(found)
 
 
 def _open_both(options: argparse.Namespace, world: "World") -> tuple["Subject", "Sources"]:
@@ -157,7 +160,7 @@ def _open_both(options: argparse.Namespace, world: "World") -> tuple["Subject", 
     from engine.evaluation.images import open_labelled
     from engine.evaluation.subject import open_subject
 
-    kind = _kind(options.train, options)
+    kind = source_kind(options, options.train)
     sources = open_labelled(options.train, options.val, world, kind=kind, dataset=options.dataset)
     return open_subject(options.checkpoint, world, **_network(options)), sources
 
@@ -169,24 +172,13 @@ COMMANDS = {"knn": knn, "rankme": rankme, "linear": linear, "finetune": finetune
 
 
 def _parser(command: str, text: str) -> Parser:
-    return Parser(f"engine.evaluate {command}", text)
-
-
-def _add_images(parser: Parser, *roots: str, required: bool = True) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    for root in roots:
-        parser.add_argument(root, required=required, metavar="ROOT", help="a folder of images, tars or one tar")
-    parser.add_argument("--source", choices=("folder", "shards", "torchvision"), help="guessed from ROOT when absent")
-    parser.add_argument("--dataset", help="a class of torchvision.datasets, for --source torchvision")
-    parser.add_argument("--workers", type=int, help="processes per rank that decode (default: as many as cores)")
-
-
-def _add_encoder(parser: Parser) -> None:
-    parser.add_argument("--encoder", choices=("base", "momentum"), default="base", help="default: base")
+    parser = Parser(f"engine.evaluate {command}", text)
+    add_checkpoint(parser)
+    return parser
 
 
 def _add_network(parser: Parser) -> None:
-    _add_encoder(parser)
+    add_encoder(parser)
     parser.add_argument("--features", help="of a ViT: cls, mean (of the patches) or last4 (CLS of four blocks)")
     parser.add_argument(
         "--baseline", choices=("initial", "pixels"), help="measure the untrained network, or no network, instead"
@@ -200,13 +192,13 @@ def _add_run(parser: Parser, recipes: str) -> None:
     parser.add_argument(
         "--labels", metavar="SHARE", help="of the training images, as many of every class, as 1%% (default: all)"
     )
-    parser.add_argument("overrides", nargs="*", default=[], metavar="dotted.key=value", help="e.g. train.epochs=30")
+    add_overrides(parser, "train.epochs=30")
 
 
 def _run_recipe(options: argparse.Namespace, kind: type[AnyRecipe]) -> AnyRecipe:
     """The recipe with what the command line says in its place."""
     given = {"data.root": options.train, "data.val_root": options.val, "data.dataset": options.dataset}
-    given |= {"data.source": options.source or (options.dataset and "torchvision"), "data.workers": options.workers}
+    given |= {"data.source": given_source(options), "data.workers": options.workers}
     given["run.dir"] = options.out and str(options.out)
     given["data.labels"] = options.labels and read_share(options.labels, "--labels")
     recipe = _load(options, given, kind)
@@ -218,7 +210,7 @@ def _run_recipe(options: argparse.Namespace, kind: type[AnyRecipe]) -> AnyRecipe
         given |= {key: root and str(locate(root, options.recipe)) for key, root in roots.items()}
     elif given["data.source"] is None and recipe.data.source != "torchvision":
         # A torchvision dataset's root looks like any folder: the recipe knows better than a guess.
-        given["data.source"] = _kind(options.train, options)
+        given["data.source"] = source_kind(options, options.train)
     recipe = _load(options, given, kind)
     check_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     return recipe
@@ -284,31 +276,9 @@ def read_share(text: str, key: str) -> float:
     return share
 
 
-def _kind(root: str, options: argparse.Namespace) -> str:
-    """--source, or what DATASET and root say."""
-    from engine.data.sources import guess_kind
-
-    return options.source or ("torchvision" if options.dataset else guess_kind(Path(root)))
-
-
-def _workers(options: argparse.Namespace) -> int:
-    """Processes per rank that decode: as asked for, else the cores that the ranks of this machine leave."""
-    if options.workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(WORKERS_AT_MOST, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1) if cores > 1 else 0
-    if options.workers < 0:
-        raise UserError(f"--workers ({options.workers}) must be >= 0; leave it out for as many as there are cores")
-    return options.workers
-
-
 def _say_loading(options: argparse.Namespace) -> None:
     """These imports take seconds, and a mistake in the arguments should show before."""
     say_once(f"{options.checkpoint}: loading PyTorch")
-
-
-def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

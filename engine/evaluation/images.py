@@ -61,8 +61,6 @@ def open_unlabelled(root: str, world: World, *, kind: str, dataset: str | None =
 
 def _open(root: str, split: str, kind: str, name: str, options: dict[str, Any]) -> Source:
     path = Path(root)
-    if kind != "torchvision" and options["dataset"] is not None:
-        raise UserError(f"--dataset ({options['dataset']}) must be left out for --source {kind}")
     source = open_source(kind, path, split, key=name, **options)
     if source is None and kind == "torchvision":
         raise UserError(f"{name} ({root}) must have a validation split; torchvision's {options['dataset']} has none")

@@ -1,0 +1,61 @@
+"""The options that front doors share mean one thing, and a result is the last line, once."""
+
+import json
+import os
+
+import pytest
+
+from engine.cli import (
+    WORKERS_AT_MOST,
+    Parser,
+    add_images,
+    decoding_workers,
+    given_source,
+    result,
+    source_kind,
+)
+from engine.errors import UserError
+
+
+def parsed(*arguments: str):
+    parser = Parser("engine.door")
+    add_images(parser, "--data", required=False)
+    return parser.parse_args(arguments)
+
+
+def test_a_source_is_given_or_implied_or_guessed(tmp_path):
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars/a.tar").touch()
+    assert [source_kind(parsed(), str(tmp_path / name)) for name in ("tars", "tars/a.tar", "")] == ["shards"] * 2 + [
+        "folder"
+    ]
+    assert source_kind(parsed("--source", "folder"), str(tmp_path / "tars")) == "folder"
+    assert source_kind(parsed("--dataset", "CIFAR10"), str(tmp_path / "tars")) == "torchvision"
+    assert given_source(parsed()) is None and given_source(parsed("--source", "torchvision")) == "torchvision"
+
+
+def test_a_dataset_goes_with_torchvision_alone():
+    with pytest.raises(UserError, match=r"^--dataset \(CIFAR10\) must be left out for --source folder$"):
+        given_source(parsed("--dataset", "CIFAR10", "--source", "folder"))
+    with pytest.raises(UserError, match=r"^--dataset \(missing\) must be a class of torchvision.datasets; pass it"):
+        source_kind(parsed("--source", "torchvision"), "root")
+
+
+def test_workers_are_what_is_given_or_the_cores_that_ranks_leave(monkeypatch):
+    assert decoding_workers(parsed("--workers", "40")) == 40
+    with pytest.raises(UserError, match=r"^--workers \(-1\) must be >= 0; leave it out"):
+        parsed("--workers", "-1")
+    with pytest.raises(UserError, match=r"^argument --workers: invalid integer value: 'many'; see"):
+        parsed("--workers", "many")
+    for cores, ranks, expected in ((64, 2, WORKERS_AT_MOST), (16, 2, 7), (1, 1, 0), (2, 4, 0)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert decoding_workers(parsed()) == expected
+
+
+def test_a_result_is_printed_by_the_first_rank(monkeypatch, capsys):
+    result({"top1": 0.5}, "a table\nof two lines")
+    assert capsys.readouterr().out.splitlines() == ["a table", "of two lines", json.dumps({"top1": 0.5})]
+    monkeypatch.setenv("RANK", "1")
+    result({"top1": 0.5})
+    assert capsys.readouterr().out == ""
