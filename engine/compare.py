@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.cli import Parser, enter
 from engine.errors import UserError
-from engine.pictures.runs import AXES, METRICS, alone, by_recipe, check_metrics, read_runs
+from engine.pictures.curves import AXES, METRICS, alone, by_recipe, check_metrics, read_runs
 
 
 def main(arguments: list[str]) -> None:

@@ -1,15 +1,48 @@
 """What a vision transformer's class token looks at.
 
-Shapes: B images, H heads, N tokens, R rows and C columns of patches.
+Shapes: B images, H heads, N tokens, R rows and C columns of patches, S side of an image.
 """
 
+from pathlib import Path
+
+import numpy as np
 import torch
+from matplotlib import colormaps
+from PIL import Image
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from engine.data.decode import center_crop, decode
 from engine.errors import UserError
+from engine.pictures.canvas import FAINT, HEADER, MARGIN, WIDTH, Sheet, style
+from engine.pictures.features import open_subject
+
+GAP = 6
+LINE = 20  # of text below an image
+HEAT = "inferno"
+
+
+def show_attention(checkpoint: str, image_file: Path, out: Path) -> None:
+    """Draws where the class token of a CHECKPOINT's ViT looks in an image. Raises UserError for no ViT or image."""
+    image = _read(image_file)
+    subject = open_subject(checkpoint, torch.device("cpu"))
+    check_attention(subject.network, checkpoint)
+    image_3SS = center_crop(image, subject.image_size, subject.crop_fraction, subject.interpolation)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (subject.mean, subject.std))
+    attention_HRC = class_attention(subject.network, ((image_3SS / 255 - mean) / std)[None])[0]
+    title = f"What the class token looks at: {image_file.name}"
+    subtitle = "Attention to each patch in the last block; brightest: the largest of each picture"
+    draw_attention(image_3SS.permute(1, 2, 0).numpy(), attention_HRC.numpy(), title, subtitle, out)
+
+
+def _read(file: Path) -> Image.Image:
+    try:
+        return decode(file.read_bytes())
+    except Exception as error:  # broken files make Pillow raise nearly anything
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"IMAGE ({file}) must be a readable image: {reason}; pass another") from error
 
 
 def check_attention(trunk: nn.Module, origin: str) -> None:
@@ -30,7 +63,7 @@ def class_attention(trunk: nn.Module, images_B3SS: Tensor) -> Tensor:
     """How much of its attention the class token pays to each patch in the last block: [B, H, R, C].
 
     The weights are those of the block's own forward pass, after its softmax. What the class token pays to itself and
-    to registers is left out, so that a head's weights add up to at most 1.
+    to registers is left out, so that a head's weights add up to at most 1. The trunk has passed `check_attention`.
     """
     attention = trunk.blocks[-1].attn
     weights_BHNN = []
@@ -48,3 +81,39 @@ def class_attention(trunk: nn.Module, images_B3SS: Tensor) -> Tensor:
         attention.fused_attn = fused
     rows, columns = trunk.patch_embed.grid_size
     return weights_BHNN[0][:, :, 0, trunk.num_prefix_tokens :].unflatten(2, (rows, columns))
+
+
+# ---- the drawing -----------------------------------------------------------------------------------------------------
+
+
+def draw_attention(image_SS3: np.ndarray, attention_HRC: np.ndarray, title: str, subtitle: str, out: Path) -> None:
+    """The image, the mean over heads laid over it, and every head."""
+    heads = len(attention_HRC)
+    rows = max(1, round(heads**0.5))
+    columns = -(-heads // rows)
+    # Two large squares as high as the rows of small ones fill the width; under each stands a line of text.
+    small = (WIDTH - 2 * MARGIN - 4 * GAP - (columns - 1) * GAP - 2 * (rows - 1) * (GAP + LINE)) / (2 * rows + columns)
+    large = rows * small + (rows - 1) * (GAP + LINE)
+    with style():
+        sheet = Sheet(HEADER + large + LINE + MARGIN, title, subtitle)
+        sheet.image(MARGIN, HEADER, large, image_SS3)
+        sheet.text(MARGIN, HEADER + large + 15, "image", color=FAINT)
+        x = MARGIN + large + 2 * GAP
+        sheet.image(x, HEADER, large, _heated(image_SS3, attention_HRC.mean(0)))
+        sheet.text(x, HEADER + large + 15, "mean over heads", color=FAINT)
+        x += large + 2 * GAP
+        for head, weight_RC in enumerate(attention_HRC):
+            row, column = divmod(head, columns)
+            left, top = x + column * (small + GAP), HEADER + row * (small + GAP + LINE)
+            sheet.image(left, top, small, weight_RC, cmap=HEAT, vmin=0)
+            sheet.text(left, top + small + 15, f"head {head + 1}", color=FAINT)
+        sheet.save(out)
+
+
+def _heated(image_SS3: np.ndarray, weight_RC: np.ndarray) -> np.ndarray:
+    """The image in grey, coloured by how large the weights are."""
+    side = len(image_SS3)
+    row_S, column_S = (np.arange(side) * patches // side for patches in weight_RC.shape)
+    heat_SS3 = colormaps[HEAT](weight_RC / max(weight_RC.max(), np.finfo(float).tiny))[row_S][:, column_S, :3]
+    grey_SS1 = image_SS3.mean(axis=2, keepdims=True) / 255
+    return 0.4 * grey_SS1 + 0.6 * heat_SS3

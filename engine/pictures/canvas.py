@@ -25,8 +25,8 @@ WIDTH = 800
 MARGIN = 16
 HEADER = 62  # from the top edge to what is below title and subtitle
 SUFFIXES = (".png", ".svg", ".pdf")
+DOTS = 2  # per pixel
 _PER_INCH = 100
-_DOTS_PER_INCH = 200
 _POINTS_PER_PIXEL = 72 / _PER_INCH
 
 INK, FAINT, LINE = "#1f2328", "#656d76", "#d0d7de"
@@ -90,15 +90,17 @@ class Sheet:
 
     def __init__(self, height: float, title: str = "", subtitle: str = ""):
         self.height = height
-        self.figure = Figure(figsize=(WIDTH / _PER_INCH, height / _PER_INCH), dpi=_DOTS_PER_INCH, facecolor="white")
+        self.figure = Figure(figsize=(WIDTH / _PER_INCH, height / _PER_INCH), dpi=DOTS * _PER_INCH, facecolor="white")
         self.text(MARGIN, 25, title, size=17, weight="bold")
         self.text(MARGIN, 46, subtitle, size=12, color=FAINT)
 
-    def text(self, x: float, y: float, text: str, *, size: float = 12, width: float = np.inf, **style) -> None:
-        """One line, its baseline at y; what is wider than `width` ends in an ellipsis."""
-        style = {"color": INK, "va": "baseline"} | style
+    def text(
+        self, x: float, y: float, text: str, *, size: float = 12, width: float = np.inf, upright: bool = False, **style
+    ) -> None:
+        """One line, its baseline at y, or reading upwards from y; what is longer than `width` ends in an ellipsis."""
+        style = {"color": INK, "va": "bottom" if upright else "baseline", "rotation": 90 if upright else 0} | style
         line = self.figure.text(x / WIDTH, 1 - y / self.height, text, fontsize=size * _POINTS_PER_PIXEL, **style)
-        while len(text) > 1 and line.get_window_extent().width > width * _DOTS_PER_INCH / _PER_INCH:
+        while len(text) > 1 and line.get_window_extent().size[int(upright)] > width * DOTS:
             text = text[:-1]
             line.set_text(text.rstrip() + "…")
 

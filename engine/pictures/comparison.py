@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from engine.pictures.canvas import COLOURS, FAINT, HEADER, INK, LINE, MARGIN, WIDTH, Sheet, style, write
-from engine.pictures.runs import NAMES, SHARES, Group, table
+from engine.pictures.curves import NAMES, SHARES, Group, table
 
 DASHES = ("-", "--", ":")  # after a round of all colours
 TABLE_ROW = 24

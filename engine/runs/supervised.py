@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -180,12 +181,14 @@ class Supervised(ABC):
 
     def show_classes(self, prediction_Q: Tensor, label_Q: Tensor) -> None:
         """classes.csv and confusion.png of the epoch that is the result so far."""
-        picture = confusion_picture(prediction_Q, label_Q, self.classes)
-        encoded = io.BytesIO()
-        picture.save(encoded, "PNG")
-        replace_file(self.directory / "confusion.png", encoded.getvalue())
         replace_file(self.directory / "classes.csv", by_class(prediction_Q, label_Q, self.classes).encode())
-        self.log.images("confusion", pil_to_tensor(picture), self.step)
+        try:
+            png = confusion_picture(prediction_Q, label_Q, self.classes)
+        except UserError as error:
+            say(self.world, [f"confusion.png is left out: {error}"])
+            return
+        replace_file(self.directory / "confusion.png", png)
+        self.log.images("confusion", pil_to_tensor(Image.open(io.BytesIO(png)).convert("RGB")), self.step)
 
     def picture(self, batch: Batch) -> Tensor:
         """uint8 [3, H, W]: what the network sees, one column per image."""

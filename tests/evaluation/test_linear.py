@@ -20,7 +20,6 @@ from engine.errors import RunFailed, UserError
 from engine.evaluation import fast_linear
 from engine.evaluation.linear import LinearProbe, linear_step
 from engine.evaluation.readout import readout
-from engine.pictures.confusion import by_class, confusion, confusion_picture
 from engine.recipe.load import load
 from engine.recipe.sections import Linear
 from engine.runs import linear as probes
@@ -277,7 +276,7 @@ def test_constant_columns_become_zero_and_divergence_scores_nothing():
     assert (score.top1, score.top5) == (0, 0)
 
 
-# ---- features and pictures -------------------------------------------------------------------------------------------
+# ---- features -------------------------------------------------------------------------------------------
 
 
 def test_feature_choices_of_a_vit():
@@ -295,18 +294,3 @@ def test_feature_choices_of_a_vit():
             readout(trunk, choice)
     with pytest.raises(UserError, match="must be own for a Flatten"):
         readout(nn.Flatten(), "cls")
-
-
-def test_confusion_counts_rows_by_true_class():
-    prediction, label = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([0, 0, 1, 2, 1])
-    assert confusion(prediction, label, 3).tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 1]]
-    assert by_class(prediction, label, ["a", "b,c", "d", "none"]).splitlines() == [
-        "class,images,top1",
-        "a,2,0.500000",
-        '"b,c",2,0.500000',
-        "d,1,1.000000",
-        "none,0,",
-    ]
-    for classes in (3, 60, 5000):
-        labels = torch.arange(classes)
-        assert confusion_picture(labels, labels, [f"class {i}" for i in range(classes)]).width < 900

@@ -15,7 +15,7 @@ from PIL import Image
 
 from engine.compare import main
 from engine.errors import UserError
-from engine.pictures.runs import alone, by_recipe, check_metrics, read_run, read_runs, table
+from engine.pictures.curves import alone, by_recipe, check_metrics, read_run, read_runs, table
 from engine.recipe.load import dump, load
 
 RECIPE = Path(__file__).parents[2] / "recipes/quickstart.yaml"

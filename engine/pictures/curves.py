@@ -4,7 +4,6 @@ Rows bear no time. Each loss row has the speed since the one before, so the time
 steps over images per second, added up. Checkpoints and evaluations, during which that clock stands still, do not count.
 """
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import takewhile
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.errors import UserError
+from engine.files import read_rows
 from engine.recipe.identity import is_free
 from engine.recipe.plain import parse
 
@@ -106,13 +106,12 @@ def read_run(path: Path) -> Run:
     """
     recipe_file, metrics_file = path / "recipe.yaml", path / "metrics.jsonl"
     try:
-        text, lines = recipe_file.read_bytes(), metrics_file.read_bytes().split(b"\n")
+        text, rows = recipe_file.read_bytes(), read_rows(metrics_file)
     except OSError as error:
         missing = Path(error.filename).name if path.is_dir() else "the folder"
         raise UserError(
             f"RUN ({path}) must be a run directory; {missing} cannot be read: {error.strerror}; name another"
         ) from error
-    rows = [_row(line, f"{metrics_file} line {number}") for number, line in enumerate(lines[:-1], start=1)]
     sections = parse(text, f"recipe ({recipe_file})")
     if not isinstance(sections, dict):
         raise UserError(f"recipe ({recipe_file}) must be a mapping of keys to values; name another RUN")
@@ -125,16 +124,6 @@ def read_run(path: Path) -> Run:
     if not isinstance(recipe.get("train.global_batch_size"), int):
         raise UserError(f"recipe ({recipe_file}) must have train.global_batch_size; name another RUN")
     return Run(path.resolve().name, recipe, rows)
-
-
-def _row(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise UserError(f"{where} ({line[:40]!r}) must be a JSON object with a step; mend the line")
-    return row
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:

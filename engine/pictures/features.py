@@ -1,0 +1,93 @@
+"""Images with the features that a network gives them: what neighbours and maps show.
+
+Shapes: N images, D features, S side of an image.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.data import bad_images
+from engine.data.loader import EvalBatch, eval_batches
+from engine.data.source import Source
+from engine.data.sources import open_source
+from engine.errors import UserError
+from engine.evaluation.features import extract
+from engine.evaluation.subject import Subject
+from engine.weights.opening import open_encoder
+
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Featured:
+    """Images of a source that could be read: features [N, D], numbers in the source [N], labels [N] (-1: none).
+
+    name: what the picture calls the network.
+    """
+
+    name: str
+    source: Source
+    subject: Subject
+    feature_ND: Tensor
+    id_N: Tensor
+    label_N: Tensor
+
+    @property
+    def classes(self) -> Sequence[str]:
+        return self.source.classes or ()
+
+    @property
+    def number(self) -> str:
+        """How many images there are, in words."""
+        of = f" of {len(self.source):,}" if len(self.id_N) < len(self.source) else ""
+        return f"{len(self.id_N):,}{of} images" + (f" of {len(self.classes)} classes" if self.classes else "")
+
+    def pixels(self, row_N: Tensor) -> Tensor:
+        """uint8 [N, S, S, 3]: what the network sees of the images in these rows."""
+        found = _batches(self.source, self.id_N[row_N].numpy(), self.subject, workers=0)
+        return torch.cat([batch.images[: batch.valid] for batch in found]).permute(0, 2, 3, 1)
+
+
+def see(checkpoint: str, kind: str, root: Path, dataset: str | None, *, at_most: int, workers: int) -> Featured:
+    """Images of `root`, which is a `kind` of source, as a CHECKPOINT's base encoder sees them.
+
+    They are root's validation images; all of its images where it tells none apart. at_most: as many, evenly spread.
+    workers: processes that read. Raises UserError, which calls the root --data.
+    """
+    where = {"dataset": dataset, "key": "--data"}
+    source = open_source(kind, root, "val", **where) or open_source(kind, root, "train", **where)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    subject = open_subject(checkpoint, device)
+    ids = np.linspace(0, len(source) - 1, min(at_most, len(source))).round().astype(np.int64)
+    form = {"mean": subject.mean, "std": subject.std, "device": device, "dtype": subject.dtype}
+    rows = extract(subject.network, _batches(source, ids, subject, workers), **form)
+    name = checkpoint if checkpoint.startswith("timm/") else Path(checkpoint).resolve().name
+    return Featured(name, source, subject, *rows)
+
+
+def open_subject(checkpoint: str, device: torch.device) -> Subject:
+    """The trunk of a CHECKPOINT's base encoder. Raises UserError."""
+    encoder = open_encoder(checkpoint)
+    about = encoder.about
+    return Subject(encoder.trunk.to(device), about.image_size, about.mean, about.std, about.crop_fraction)
+
+
+def unit(feature_ND: Tensor) -> Tensor:
+    """Every row at length 1, in float64: only its direction counts, as in kNN. Raises UserError if not finite."""
+    if not feature_ND.isfinite().all():
+        raise UserError("CHECKPOINT must give finite features, and does not: its weights have diverged; pass another")
+    return F.normalize(feature_ND.double(), dim=1)
+
+
+def _batches(source: Source, ids: np.ndarray, subject: Subject, workers: int) -> Iterator[EvalBatch]:
+    form = {"image_size": subject.image_size, "crop_fraction": subject.crop_fraction}
+    form["interpolation"] = subject.interpolation
+    for batch in eval_batches(source, ids, batch_size=BATCH, workers=workers, **form):
+        bad_images.report(batch.bad, "it is left out of the picture")
+        yield batch

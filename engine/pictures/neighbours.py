@@ -1,0 +1,93 @@
+"""Images beside those whose features are nearest to theirs, by cosine as in kNN.
+
+Shapes: N images, Q queries, K neighbours, D features, S side of an image.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.pictures.canvas import HEADER, INK, MARGIN, RIGHT, WIDTH, WRONG, Sheet, style
+from engine.pictures.features import Featured, unit
+
+GAP = 6
+APART = 20  # between a query and its neighbours
+LARGEST = 160  # side of an image
+NAME = 18  # below an image
+
+
+class Gallery(NamedTuple):
+    """A row per query: itself, then its K neighbours, the nearest first.
+
+    image_QKSS3 uint8 [Q, 1 + K, S, S, 3]; label_QK [Q, 1 + K]; classes: names by label, empty without labels.
+    """
+
+    image_QKSS3: np.ndarray
+    label_QK: np.ndarray
+    classes: Sequence[str]
+
+
+def show_neighbours(images: Featured, queries: int, k: int, out: Path) -> None:
+    """Draws `queries` images with their k nearest. Raises UserError where the images are too few."""
+    query_Q = spread(images.label_N, queries)
+    row_QK = torch.cat((query_Q[:, None], nearest(images.feature_ND, query_Q, k)), dim=1)
+    pixels_QKSS3 = images.pixels(row_QK.flatten()).unflatten(0, row_QK.shape)
+    gallery = Gallery(pixels_QKSS3.numpy(), images.label_N[row_QK].numpy(), images.classes)
+    draw_neighbours(gallery, f"Nearest neighbours: {images.name}", f"By cosine, among {images.number}", out)
+
+
+def spread(label_N: Tensor, count: int) -> Tensor:
+    """Rows of `count` images, evenly spread over the classes: int64 [Q]. Raises UserError where there are fewer."""
+    if count > len(label_N):
+        raise UserError(f"--queries ({count}) must be at most {len(label_N)}, the number of images; lower it")
+    middle_Q = (torch.arange(count) * 2 + 1) * len(label_N) // (2 * count)
+    return label_N.argsort(stable=True)[middle_Q]
+
+
+def nearest(feature_ND: Tensor, query_Q: Tensor, k: int) -> Tensor:
+    """The k images nearest to each query image, nearest first, itself apart: int64 [Q, K].
+
+    query_Q: the queries' rows. Raises UserError where there are no k others, or features that are not finite.
+    """
+    if k > len(feature_ND) - 1:
+        raise UserError(f"--k ({k}) must be at most {len(feature_ND) - 1}, the number of other images; lower it")
+    unit_ND = unit(feature_ND)
+    similarity_QN = unit_ND[query_Q] @ unit_ND.T
+    similarity_QN[torch.arange(len(query_Q)), query_Q] = -torch.inf
+    return similarity_QN.topk(k, dim=1).indices
+
+
+def draw_neighbours(gallery: Gallery, title: str, subtitle: str, out: Path) -> None:
+    """The gallery, with a frame around each neighbour that tells whether it is of the query's class."""
+    queries, columns = gallery.label_QK.shape
+    line = NAME if gallery.classes else 0
+    side = min(LARGEST, (WIDTH - 2 * MARGIN - APART - (columns - 1) * GAP) / columns)
+    pitch, top = side + line + GAP + 4, HEADER + 20
+    with style():
+        sheet = Sheet(top + queries * pitch + MARGIN - GAP, title, subtitle)
+        sheet.text(MARGIN, HEADER + 12, "query", weight="bold")
+        sheet.text(MARGIN + APART + side + GAP, HEADER + 12, "its neighbours, the nearest first", weight="bold")
+        if gallery.classes:
+            _explain_frames(sheet, gallery.label_QK)
+        for row, column in np.ndindex(queries, columns):
+            x, y = MARGIN + APART * (column > 0) + column * (side + GAP), top + row * pitch
+            label, frame = gallery.label_QK[row, column], None
+            if gallery.classes:
+                if column:
+                    frame = RIGHT if label == gallery.label_QK[row, 0] else WRONG
+                sheet.text(x, y + side + 15, gallery.classes[label], size=11, width=side, color=frame or INK)
+            sheet.image(x, y, side, gallery.image_QKSS3[row, column], frame=frame)
+        sheet.save(out)
+
+
+def _explain_frames(sheet: Sheet, label_QK: np.ndarray) -> None:
+    is_same_QK = label_QK[:, 1:] == label_QK[:, :1]
+    right, same = WIDTH - MARGIN, is_same_QK.sum()
+    others = f"{is_same_QK.size - same} of another class"
+    sheet.text(right, HEADER + 12, others, color=WRONG, weight="bold", ha="right")
+    sheet.text(right - 140, HEADER + 12, f"{same} of the same class", color=RIGHT, weight="bold", ha="right")

@@ -1,0 +1,52 @@
+"""The picture holds the views that training makes."""
+
+import json
+
+import numpy as np
+import torch
+from PIL import Image
+
+from engine.data.decode import crop_box, crop_draws
+from engine.data.loader import train_batches
+from engine.data.sources import open_source
+from engine.pictures.canvas import DOTS, HEADER, MARGIN
+from engine.pictures.views import VIEW_COLOURS
+from engine.recipe.load import load
+from engine.runs.pretrain import make_augment
+from tests.pictures.drawn import FASHION, QUICKSTART, rgb, show
+
+
+def test_views_picture_holds_the_first_batch_of_a_run(tmp_path):
+    """The squares of the picture are, pixel by pixel, the views that training makes of its first batch."""
+    overrides = [f"data.root={json.dumps(str(FASHION))}", "run.seed=3"]
+    show("views", QUICKSTART, tmp_path / "v.png", *overrides)
+    picture = np.asarray(Image.open(tmp_path / "v.png").convert("RGB")).astype(int)
+
+    recipe = load(QUICKSTART, overrides)
+    source = open_source("shards", FASHION, "train")
+    run = {"global_batch_size": 128, "rank": 0, "world_size": 1, "first_step": 0, "last_step": 1, "workers": 0}
+    form = {"image_size": 28, "crop_min": recipe.augment.crop_min, "pin_memory": False}
+    batch = next(iter(train_batches(source, seed=3, **run, **form)))
+    augment = make_augment(recipe, torch.float32)
+    view_2B3SS = augment(batch.crops, batch.sample_B, 0).unflatten(0, (2, -1)) * 0.5  # the recipe's std; its mean is 0
+    side, scale = 112, 112 * DOTS // 28
+    for column in range(6):
+        x = (MARGIN + 62 + column * (side + 6)) * DOTS
+        for row in range(3):
+            y = (HEADER + row * (side + 6)) * DOTS
+            tile_SS3 = picture[y : y + side * DOTS, x : x + side * DOTS][scale // 2 :: scale, scale // 2 :: scale]
+            if row:
+                expected_SS3 = view_2B3SS[row - 1, column].clamp(0, 1).permute(1, 2, 0).numpy() * 255
+                assert np.abs(tile_SS3 - expected_SS3).max() <= 1
+                continue
+            image = source.read(int(batch.sample_B[column]))
+            clear_SS = np.abs(tile_SS3 - np.asarray(image).astype(int)).max(2) <= 1  # where no outline lies
+            assert clear_SS.mean() > 0.7
+            for view, colour in enumerate(VIEW_COLOURS):
+                draw_D = crop_draws(3, 0, batch.sample_B[column : column + 1], view)[0]
+                top, left, height, width = crop_box(draw_D, 28, 28, recipe.augment.crop_min)
+                cut = image.crop((left, top, left + width, top + height)).resize((28, 28), Image.Resampling.BILINEAR)
+                assert np.array_equal(np.asarray(cut).transpose(2, 0, 1), batch.crops[view, column])
+                if view:  # the later outline lies on top: its lower edge, at a third of it
+                    edge = picture[y + (top + height) * scale - 1, x + round((left + width / 3) * scale)]
+                    assert np.abs(edge - rgb(colour)).max() < 60
