@@ -1,15 +1,15 @@
 """Which recipes are one run: what a resume may change, and a fingerprint of all else."""
 
-import dataclasses
 import hashlib
 import json
+from operator import attrgetter
 from typing import Any
 
-from engine.recipe.keys import show
+from engine.recipe.keys import keys_of, show
 from engine.recipe.sections import Recipe
 
 FREE_SECTIONS = frozenset({"checkpoint", "log", "evaluate", "parallel"})
-FREE_KEYS = frozenset({"run.dir", "data.root", "data.val_root", "data.workers", "train.max_steps"})
+FREE_KEYS = frozenset({"schema", "run.dir", "data.root", "data.val_root", "data.workers", "train.max_steps"})
 
 
 def is_free(dotted: str) -> bool:
@@ -18,15 +18,22 @@ def is_free(dotted: str) -> bool:
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
-    """{dotted key: value} of the whole recipe, `task` included; data.dataset_options is one value."""
-    sections = dataclasses.asdict(recipe)
-    task = sections.pop("task")
-    return {"task": task} | {f"{name}.{leaf}": value for name, part in sections.items() for leaf, value in part.items()}
+    """{dotted key: value} of the whole recipe; data.dataset_options is one value."""
+    return {name: attrgetter(name)(recipe) for name in keys_of(type(recipe))}
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """sha256, in hex, of every key that a resume may not change."""
-    bound = {name: value for name, value in flatten(recipe).items() if not is_free(name)}
+    """sha256, in hex, of every key that a resume may not change.
+
+    A key that came with a later schema counts only where it differs from what older recipes have: runs that were begun
+    before it go on.
+    """
+    keys = keys_of(type(recipe))
+    bound = {
+        name: value
+        for name, value in flatten(recipe).items()
+        if not is_free(name) and not keys[name].metadata["key"].is_as_before(value)
+    }
     return hashlib.sha256(json.dumps(bound, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The keys of a section: dataclass fields that state type and range, and the way of plain data into them.
+"""The keys of a recipe: dataclass fields that say what they mean, their type and range; plain data's way into them.
 
 It knows no key of any recipe. Every complaint is a `UserError`: one line that says what must be and what to do.
 """
@@ -21,33 +21,75 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-def key(rule: Rule | None = None, **default: Any) -> Any:
-    """A dataclass field with its range; required unless it has a `default` or `default_factory`."""
-    return dataclasses.field(metadata={"rule": rule or Rule("", lambda value: True)}, **default)
+ANY = Rule("", lambda value: True)
 
 
-def read_section(name: str, kind: type, raw: dict) -> Any:
-    """The dataclass `kind` from the plain data of the section `name`, whose keys are known to be `kind`'s."""
+class Key(NamedTuple):
+    """What a field says of its key, beside type and default."""
+
+    doc: str
+    rule: Rule
+    since: int
+    before: Any
+
+    def is_as_before(self, value: Any) -> bool:
+        """Whether the value is what stands for the key in recipes of the schemas that lacked it."""
+        return self.since > 1 and value == self.before
+
+
+def key(doc: str, rule: Rule = ANY, *, since: int = 1, before: Any = None, **default: Any) -> Any:
+    """A field: its meaning in one sentence and its range; required unless it has a `default` or `default_factory`.
+
+    since: the schema that it came with; before: its value in recipes of older schemas that leave it out, which must
+    reproduce what ran before the key.
+    """
+    return dataclasses.field(metadata={"key": Key(doc, rule, since, before)}, **default)
+
+
+def keys_of(kind: type, within: str = "") -> dict[str, dataclasses.Field]:
+    """{dotted name: field} of every key of a recipe's dataclass, in its order, sections opened."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        name = within + field.name
+        found |= keys_of(field.type, f"{name}.") if is_section(field) else {name: field}
+    return found
+
+
+def is_section(field: dataclasses.Field) -> bool:
+    return dataclasses.is_dataclass(field.type)
+
+
+def is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def read(kind: type, raw: dict, schema: int, within: str = "") -> Any:
+    """The dataclass `kind` from plain data of that schema, whose keys are known to be `kind`'s."""
     values = {}
     for field in dataclasses.fields(kind):
-        dotted = f"{name}.{field.name}"
-        if field.name in raw:
-            values[field.name] = _read(dotted, field, raw[field.name])
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            do = f"add it to the recipe or pass {dotted}=VALUE"
-            raise UserError(f"{dotted} (missing) must be {_describe(field)}; {do}")
+        name = within + field.name
+        if is_section(field):
+            inner = raw.get(field.name, {})
+            if not isinstance(inner, dict):
+                raise wrong(name, inner, "a mapping", f"write its keys below it, as {name}: {{key: value}}")
+            values[field.name] = read(field.type, inner, schema, f"{name}.")
+        elif field.name in raw:
+            values[field.name] = _read_value(name, field, raw[field.name])
+        elif field.metadata["key"].since > schema:
+            values[field.name] = field.metadata["key"].before
+        elif is_required(field):
+            raise UserError(f"{name} (missing) must be {describe(field)}; add it to the recipe or pass {name}=VALUE")
     return kind(**values)
 
 
-def _read(dotted: str, field: dataclasses.Field, raw: Any) -> Any:
-    rule = field.metadata["rule"]
+def _read_value(name: str, field: dataclasses.Field, raw: Any) -> Any:
     try:
         value = _convert(field.type, raw)
     except (TypeError, OverflowError):
-        raise wrong(dotted, raw, _describe(field)) from None
+        raise wrong(name, raw, describe(field)) from None
     entries = value if isinstance(value, tuple) else (value,)
-    if value is not None and not all(rule.holds(entry) for entry in entries):
-        raise wrong(dotted, raw, _describe(field))
+    if value is not None and not all(field.metadata["key"].rule.holds(entry) for entry in entries):
+        raise wrong(name, raw, describe(field))
     return value
 
 
@@ -88,9 +130,9 @@ _WORDS = {
 }
 
 
-def _describe(field: dataclasses.Field) -> str:
+def describe(field: dataclasses.Field) -> str:
     """What a field must be, in words: `an integer >= 1 or null`."""
-    kind, rule = field.type, field.metadata["rule"].text
+    kind, rule = field.type, field.metadata["key"].rule.text
     if isinstance(kind, UnionType):
         return f"{_WORDS[_without_null(kind)]}{rule} or null"
     if get_origin(kind) is Literal:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import UserError, one_line
-from engine.recipe.keys import read_section, show, wrong
+from engine.recipe.keys import keys_of, read, show, wrong
 from engine.recipe.plain import parse, unparse
 from engine.recipe.sections import (
     CONV_VITS,
     PLAIN_VITS,
     RECIPES,
+    SCHEMA,
     SHAPE_KEYS,
     TIMM_VIT,
     Data,
@@ -68,7 +69,7 @@ def task_of(text: object) -> str | None:
 
 
 def dump(recipe: Recipe) -> str:
-    """YAML that loads back to an equal recipe."""
+    """YAML of every key that loads back to an equal recipe."""
     return unparse(dataclasses.asdict(recipe))
 
 
@@ -85,22 +86,22 @@ def _apply(raw: dict, override: str) -> None:
 
 
 def _build(raw: dict, kind: type[AnyRecipe]) -> AnyRecipe:
-    task = raw.get("task")
+    schema, task = raw.get("schema", 1), raw.get("task")
+    if type(schema) is not int or not 1 <= schema <= SCHEMA:
+        known = f"an integer from 1 to {SCHEMA}, the newest that this engine knows"
+        raise wrong("schema", schema, known, "for a newer one, update the engine")
     if not isinstance(task, str) or task not in RECIPES:
         found = show(task) if "task" in raw else "missing"
         raise UserError(f"task ({found}) must be one of {', '.join(RECIPES)}; set it at the top of the recipe")
     if RECIPES[task] is not kind:
         wanted = next(name for name, other in RECIPES.items() if other is kind)
         raise UserError(f"task ({task}) must be {wanted} for this command; pass a recipe of that task")
-    kinds = {field.name: field.type for field in dataclasses.fields(RECIPES[task]) if field.name != "task"}
-    known = [f"{name}.{field.name}" for name, part in kinds.items() for field in dataclasses.fields(part)]
+    known = list(keys_of(kind))
+    sections = {name.partition(".")[0] for name in known}
     for name in _keys(raw):
-        if name not in known and name not in kinds and name != "task":
+        if name not in known and name not in sections:
             raise UserError(f"{one_line(name)} is no key of the recipe; {_advice(name, known)}")
-    for name in kinds:
-        if not isinstance(raw.get(name, {}), dict):
-            raise wrong(name, raw[name], "a mapping", f"write its keys below it, as {name}: {{key: value}}")
-    return kind(task=task, **{name: read_section(name, part, raw.get(name, {})) for name, part in kinds.items()})
+    return read(kind, raw, schema)
 
 
 def _keys(raw: dict) -> Iterable[str]:

@@ -1,6 +1,10 @@
-"""What each task's recipe holds: its sections and keys, each with type and range, as frozen dataclasses.
+"""What each task's recipe holds: sections and keys, each with its meaning, type and range, as frozen dataclasses.
 
-What values mean together, and how a recipe is read and written, is engine.recipe.load's.
+A key has a default where one value is what most want, or leaves the part out. What values mean together is
+engine.recipe.load's.
+
+Schemas: 1, recipes that say none; 2, recipes that say it. A key that comes later has `since` and `before`, so that
+older recipes, and the runs that they began, stay what they were.
 """
 
 import dataclasses
@@ -35,135 +39,130 @@ RANDAUGMENT = Rule(
 )
 ARGUMENTS = Rule(", each a keyword argument", lambda value: all(name.isidentifier() for name in value))
 
+CROP_FRACTION = "side of the centre crop over the shorter side of the resized image; 1 sees the whole width"
+
+SCHEMA = 2  # raise it with a key whose default is not what ran before it
+SCHEMAS = Rule(f" from 1 to {SCHEMA}", lambda value: 1 <= value <= SCHEMA)
+
 section = dataclasses.dataclass(frozen=True, kw_only=True)
+
+
+def schema_key() -> int:
+    return key("the list of keys and defaults that the recipe was written for", SCHEMAS, default=1)
 
 
 @section
 class Run:
-    dir: str = key(TEXT)
-    seed: int = key(NOT_NEGATIVE)
+    dir: str = key("folder of checkpoints and metrics; a run that is found there is resumed", TEXT)
+    seed: int = key("of initial weights, order of the images and augmentation", NOT_NEGATIVE, default=0)
 
 
 @section
 class Model:
-    """null for patch_size, dim, depth and heads means the named network's own; `shape` resolves them."""
+    """`shape` resolves patch_size, dim, depth and heads."""
 
-    name: str = key(NETWORK)
-    image_size: int = key(AT_LEAST_1)
-    patch_size: int | None = key(AT_LEAST_1, default=None)
-    dim: int | None = key(AT_LEAST_1, default=None)
-    depth: int | None = key(AT_LEAST_1, default=None)
-    heads: int | None = key(AT_LEAST_1, default=None)
-    freeze_patch_projection: bool = key()
-    projector_hidden_dim: int = key(AT_LEAST_1, default=4096)
-    output_dim: int = key(AT_LEAST_1, default=256)
+    name: str = key("the network whose features are wanted, without heads", NETWORK)
+    image_size: int = key("side of a view in pixels", AT_LEAST_1, default=224)
+    patch_size: int | None = key("of a ViT, in pixels; null: the named network's", AT_LEAST_1, default=None)
+    dim: int | None = key("width of a ViT; null: the named network's", AT_LEAST_1, default=None)
+    depth: int | None = key("blocks of a ViT; null: the named network's", AT_LEAST_1, default=None)
+    heads: int | None = key("of attention in a ViT; null: the named network's", AT_LEAST_1, default=None)
+    freeze_patch_projection: bool = key("leave a plain ViT's patch projection as it was drawn, for stable training")
+    projector_hidden_dim: int = key("hidden width of projector and predictor", AT_LEAST_1, default=4096)
+    output_dim: int = key("width of the vectors that the loss compares", AT_LEAST_1, default=256)
 
 
 @section
 class Moco:
-    """momentum: m0, where the cosine schedule of the momentum encoder starts on its way to 1."""
-
-    temperature: float = key(POSITIVE)
-    momentum: float = key(FRACTION)
+    temperature: float = key("T of the contrastive loss", POSITIVE)
+    momentum: float = key("where the momentum encoder's coefficient starts on its half cosine to 1", FRACTION)
 
 
 @section
 class Optimizer:
-    """base_lr: per 256 images; the peak lr is base_lr * global batch / 256."""
-
-    name: Literal["adamw", "lars"] = key()
-    base_lr: float = key(POSITIVE)
-    weight_decay: float = key(NOT_NEGATIVE)
+    name: Literal["adamw", "lars"] = key("AdamW for ViTs, LARS for ResNets")
+    base_lr: float = key("learning rate per 256 images; the peak is base_lr * global_batch_size / 256", POSITIVE)
+    weight_decay: float = key("under adamw on all that is trained, under lars not on biases and norms", NOT_NEGATIVE)
 
 
 @section
 class Train:
-    """max_steps ends the run early and changes nothing else: schedules follow epochs.
+    """A batch has two images or more: BatchNorm in training and a loss with negatives need them."""
 
-    A batch has two images or more: BatchNorm in training and a loss with negatives need them.
-    """
-
-    global_batch_size: int = key(AT_LEAST_2)
-    epochs: int = key(AT_LEAST_1)
-    warmup_epochs: float = key(NOT_NEGATIVE)
-    max_steps: int | None = key(AT_LEAST_1, default=None)
+    global_batch_size: int = key("images of a step over all processes, whose number must divide it", AT_LEAST_2)
+    epochs: int = key("passes over the training images, which the schedules span", AT_LEAST_1)
+    warmup_epochs: float = key("epochs of linear rise of the learning rate, before its half cosine to 0", NOT_NEGATIVE)
+    max_steps: int | None = key("an earlier end of the same schedules; null: none", AT_LEAST_1, default=None)
 
 
 @section
 class Data:
-    """val_root null: look for `train` and `val` inside root. max_bad_fraction: unreadable images that a run bears."""
-
-    source: Literal["folder", "shards", "torchvision"] = key()
-    root: str = key(TEXT)
-    val_root: str | None = key(TEXT, default=None)
-    dataset: str | None = key(TEXT, default=None)
-    dataset_options: dict = key(ARGUMENTS, default_factory=dict)
-    workers: int = key(NOT_NEGATIVE)
-    max_bad_fraction: float = key(FRACTION)
+    source: Literal["folder", "shards", "torchvision"] = key("image files, tar files or a dataset of torchvision")
+    root: str = key("where the images are; may hold `train` and `val`", TEXT)
+    val_root: str | None = key("where the validation images are; null: `val` inside root", TEXT, default=None)
+    dataset: str | None = key("class in torchvision.datasets, under source torchvision", TEXT, default=None)
+    dataset_options: dict = key("what that class is called with", ARGUMENTS, default_factory=dict)
+    workers: int = key("loading processes beside each training process; 0: none", NOT_NEGATIVE)
+    max_bad_fraction: float = key("share of unreadable images that a run bears", FRACTION, default=0.001)
 
 
 @section
 class Augment:
-    """Pairs of probabilities are [view 1, view 2]; sigma in pixels; mean and std per channel of images in 0..1."""
+    """Of MoCo's two views, in this order; pairs are [view 1, view 2]. The defaults are the paper's, on ImageNet."""
 
-    crop_min: float = key(CROP)
-    brightness: float = key(NOT_NEGATIVE)
-    contrast: float = key(NOT_NEGATIVE)
-    saturation: float = key(NOT_NEGATIVE)
-    hue: float = key(HUE)
-    jitter_probability: float = key(FRACTION)
-    grayscale_probability: float = key(FRACTION)
-    blur_sigma: tuple[float, float] = key(POSITIVE)
-    blur_probability: tuple[float, float] = key(FRACTION)
-    solarize_probability: tuple[float, float] = key(FRACTION)
-    flip_probability: float = key(FRACTION)
-    mean: tuple[float, float, float] = key()
-    std: tuple[float, float, float] = key(POSITIVE)
+    crop_min: float = key("smallest share of the image's area that a crop keeps", CROP)
+    brightness: float = key("largest change of brightness, as a share", NOT_NEGATIVE, default=0.4)
+    contrast: float = key("largest change of contrast, as a share", NOT_NEGATIVE, default=0.4)
+    saturation: float = key("largest change of saturation, as a share", NOT_NEGATIVE, default=0.2)
+    hue: float = key("largest turn of the hue, as a share of the circle", HUE, default=0.1)
+    jitter_probability: float = key("of brightness, contrast, saturation and hue together", FRACTION, default=0.8)
+    grayscale_probability: float = key("of a grey view", FRACTION, default=0.2)
+    blur_sigma: tuple[float, float] = key("smallest and largest, in pixels", POSITIVE, default=(0.1, 2.0))
+    blur_probability: tuple[float, float] = key("of a Gaussian blur", FRACTION, default=(1.0, 0.1))
+    solarize_probability: tuple[float, float] = key("of solarisation", FRACTION, default=(0.0, 0.2))
+    flip_probability: float = key("of a flip from left to right", FRACTION, default=0.5)
+    mean: tuple[float, float, float] = key("taken off each channel of images in 0..1", default=(0.485, 0.456, 0.406))
+    std: tuple[float, float, float] = key("divides each channel after that", POSITIVE, default=(0.229, 0.224, 0.225))
 
 
 @section
 class Checkpoint:
-    every_steps: int = key(AT_LEAST_1)
-    keep: int = key(AT_LEAST_1)
+    every_steps: int = key("steps between checkpoints", AT_LEAST_1, default=500)
+    keep: int = key("newest checkpoints that stay; the best stays too", AT_LEAST_1, default=2)
 
 
 @section
 class Log:
-    every_steps: int = key(AT_LEAST_1)
+    every_steps: int = key("steps between logged ones; the first and the last always are", AT_LEAST_1, default=10)
 
 
 @section
 class Evaluate:
-    """crop_fraction: side of the centre crop over the shorter side of the resized image; 1 sees the whole width.
-
-    online_probe: a linear classifier learns on the features of the training steps; kNN's rows have its accuracy too.
-    """
-
-    knn_every_epochs: int = key(NOT_NEGATIVE)
-    crop_fraction: float = key(CROP, default=0.875)
-    online_probe: bool = key(default=False)
+    knn_every_epochs: int = key("epochs between kNN rows; 0: never", NOT_NEGATIVE, default=10)
+    crop_fraction: float = key(CROP_FRACTION, CROP, default=0.875)
+    online_probe: bool = key("train a linear classifier beside the network, which it leaves alone", default=False)
 
 
 Interpolation = Literal["bilinear", "bicubic"]
 Precision = Literal["bf16", "float32", "float64"]
 Shard = Literal["full", "grad_op", "hybrid", "replicate"]
+SHARDED = "what is split over processes: all, gradients and optimizer state, all within a replica, or nothing"
 
 
 @section
 class Parallel:
-    """replicate: number of replicas under hybrid; 1 in the other modes."""
-
-    compile: bool = key()
-    precision: Precision = key()
-    shard: Shard = key()
-    replicate: int = key(AT_LEAST_1)
+    compile: bool = key("run the network through torch.compile")
+    precision: Precision = key("of the trunk's arithmetic; under bf16 heads, BatchNorm and loss stay in float32")
+    shard: Shard = key(SHARDED, default="full")
+    replicate: int = key("replicas under shard hybrid; 1 in the other modes", AT_LEAST_1, default=1)
 
 
 @section
 class Pretrain:
     """The recipe of `task: pretrain`. `load` checks it; one that is put together by hand is not checked."""
 
-    task: Literal["pretrain"] = "pretrain"
+    schema: int = schema_key()
+    task: Literal["pretrain"] = key("MoCo v3 pre-training, without labels")
     run: Run
     model: Model
     moco: Moco
@@ -179,45 +178,42 @@ class Pretrain:
 
 @section
 class LinearOptimizer:
-    """SGD with momentum 0.9 and without weight decay. base_lr: per 256 images."""
+    """SGD with momentum 0.9 and without weight decay."""
 
-    base_lr: float = key(POSITIVE)
+    base_lr: float = key("learning rate per 256 images", POSITIVE)
 
 
 @section
 class LinearTrain:
-    """max_steps ends the run early and changes nothing else. The last, partial batch of an epoch is used."""
+    """The last, partial batch of an epoch is used, and may have one image."""
 
-    global_batch_size: int = key(AT_LEAST_1)
-    epochs: int = key(AT_LEAST_1)
-    max_steps: int | None = key(AT_LEAST_1, default=None)
+    global_batch_size: int = key("images of a step over all processes, whose number must divide it", AT_LEAST_1)
+    epochs: int = key("passes over the training images, which the schedule spans", AT_LEAST_1)
+    max_steps: int | None = key("an earlier end of the same schedule; null: none", AT_LEAST_1, default=None)
 
 
 @section
 class LabelledData(Data):
-    """labels: the share of the training images that is used, as many of every class; run.seed chooses them."""
-
-    labels: float = key(CROP, default=1.0)
+    labels: float = key("share of the training images that is used, as many of every class", CROP, default=1.0)
 
 
 @section
 class LinearAugment:
-    crop_min: float = key(CROP)
-    flip_probability: float = key(FRACTION)
+    crop_min: float = key("smallest share of the image's area that a crop keeps", CROP)
+    flip_probability: float = key("of a flip from left to right", FRACTION, default=0.5)
 
 
 @section
 class LinearEvaluate:
-    """crop_fraction: side of the centre crop over the shorter side of the resized image."""
-
-    crop_fraction: float = key(CROP)
+    crop_fraction: float = key(CROP_FRACTION, CROP, default=0.875)
 
 
 @section
 class Linear:
     """The recipe of `task: linear`: a classifier on the features of a frozen CHECKPOINT."""
 
-    task: Literal["linear"] = "linear"
+    schema: int = schema_key()
+    task: Literal["linear"] = key("a linear classifier on frozen features")
     run: Run
     optimizer: LinearOptimizer
     train: LinearTrain
@@ -230,60 +226,47 @@ class Linear:
 
 @section
 class FinetuneModel:
-    """drop_path: share of samples for which the last block is left out; it grows with the depth from 0."""
-
-    drop_path: float = key(BELOW_1)
+    drop_path: float = key("share of samples that skip the last block, growing with depth from 0", BELOW_1, default=0.0)
 
 
 @section
 class FinetuneOptimizer:
-    """AdamW. base_lr: per 512 images; layer_decay: a layer's rate over that of the next deeper one."""
+    """AdamW."""
 
-    base_lr: float = key(POSITIVE)
-    min_lr: float = key(NOT_NEGATIVE)
-    weight_decay: float = key(NOT_NEGATIVE)
-    layer_decay: float = key(CROP)
-
-
-@section
-class FinetuneTrain:
-    """max_steps ends the run early and changes nothing else. ema_decay: what the average keeps; null: no average."""
-
-    global_batch_size: int = key(AT_LEAST_1)
-    epochs: int = key(AT_LEAST_1)
-    warmup_epochs: float = key(NOT_NEGATIVE)
-    max_steps: int | None = key(AT_LEAST_1, default=None)
-    label_smoothing: float = key(BELOW_1)
-    ema_decay: float | None = key(BELOW_1, default=None)
+    base_lr: float = key("learning rate per 512 images; the peak is base_lr * global_batch_size / 512", POSITIVE)
+    min_lr: float = key("learning rate where the cosine ends", NOT_NEGATIVE, default=1e-5)
+    weight_decay: float = key("not on biases, norms, positions and CLS", NOT_NEGATIVE)
+    layer_decay: float = key("a layer's learning rate over that of the next deeper one", CROP, default=1.0)
 
 
 @section
-class FinetuneAugment:
-    """mixup, cutmix: alpha of the Beta distribution, 0 for none. repeats: how often an image comes in its batch."""
-
-    crop_min: float = key(CROP)
-    flip_probability: float = key(FRACTION)
-    interpolation: Interpolation = key()
-    randaugment: str | None = key(RANDAUGMENT, default=None)
-    erase_probability: float = key(FRACTION)
-    mixup: float = key(NOT_NEGATIVE)
-    cutmix: float = key(NOT_NEGATIVE)
-    repeats: int = key(REPEATS)
+class FinetuneTrain(LinearTrain):
+    warmup_epochs: float = key("epochs of linear rise of the learning rate, before its half cosine", NOT_NEGATIVE)
+    label_smoothing: float = key("share of the target that is spread over all classes", BELOW_1, default=0.0)
+    ema_decay: float | None = key("what the moving average of the weights keeps; null: none", BELOW_1, default=None)
 
 
 @section
-class FinetuneEvaluate:
-    """crop_fraction: side of the centre crop over the shorter side of the resized image."""
+class FinetuneAugment(LinearAugment):
+    interpolation: Interpolation = key("of crops, in training and evaluation", default="bicubic")
+    randaugment: str | None = key("RandAugment; null: none", RANDAUGMENT, default=None)
+    erase_probability: float = key("of a random rectangle", FRACTION, default=0.0)
+    mixup: float = key("alpha of the Beta distribution of MixUp; 0: none", NOT_NEGATIVE, default=0.0)
+    cutmix: float = key("alpha of the Beta distribution of CutMix; 0: none", NOT_NEGATIVE, default=0.0)
+    repeats: int = key("how often an image comes in its batch; the epoch stays as long", REPEATS, default=1)
 
-    every_epochs: int = key(AT_LEAST_1)
-    crop_fraction: float = key(CROP)
+
+@section
+class FinetuneEvaluate(LinearEvaluate):
+    every_epochs: int = key("epochs between evaluations", AT_LEAST_1, default=1)
 
 
 @section
 class Finetune:
     """The recipe of `task: finetune`: the whole network of a CHECKPOINT and a classifier, trained on labels."""
 
-    task: Literal["finetune"] = "finetune"
+    schema: int = schema_key()
+    task: Literal["finetune"] = key("a whole network and a classifier, on labels")
     run: Run
     model: FinetuneModel
     optimizer: FinetuneOptimizer

@@ -1,0 +1,266 @@
+"""Keys, overrides, types, ranges and combinations: what a recipe refuses, and in which words."""
+
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UserError, one_line
+from engine.recipe import load as recipes
+from engine.recipe.describe import describe_keys
+from engine.recipe.identity import fingerprint, flatten, is_free
+from engine.recipe.load import check_world, dump, load, loads, locate
+from engine.recipe.plain import unparse
+from engine.recipe.sections import RECIPES, SCHEMA, Recipe
+from tests.recipe.shipped import CONV, FOLDER, QUICK, RESNET, complaint, shipped
+
+# ---- which keys there are --------------------------------------------------------------------------------------------
+
+REQUIRED = {
+    "pretrain": """
+        run.dir model.name model.freeze_patch_projection moco.temperature moco.momentum
+        optimizer.name optimizer.base_lr optimizer.weight_decay
+        train.global_batch_size train.epochs train.warmup_epochs data.source data.root data.workers augment.crop_min
+        parallel.compile parallel.precision
+    """,
+    "linear": """
+        run.dir optimizer.base_lr train.global_batch_size train.epochs data.source data.root data.workers
+        augment.crop_min
+    """,
+    "finetune": """
+        run.dir optimizer.base_lr optimizer.weight_decay train.global_batch_size train.epochs train.warmup_epochs
+        data.source data.root data.workers augment.crop_min parallel.compile parallel.precision
+    """,
+}
+EXAMPLES = {"pretrain": "resnet50_100ep", "linear": "linear_vit", "finetune": "finetune_vit_b"}
+
+
+def text_of(recipe: Recipe, names: Iterable[str]) -> str:
+    """YAML of some of a recipe's keys."""
+    raw = {"schema": recipe.schema, "task": recipe.task}
+    for section, leaf in (name.split(".") for name in names):
+        raw.setdefault(section, {})[leaf] = getattr(getattr(recipe, section), leaf)
+    return unparse(raw)
+
+
+@pytest.mark.parametrize("task", RECIPES)
+def test_every_key_without_a_default_is_missed_by_its_name(task):
+    recipe, required = shipped(EXAMPLES[task]), set(REQUIRED[task].split())
+    for missing in required:
+        with pytest.raises(UserError) as caught:
+            loads(text_of(recipe, required - {missing}), "text", kind=type(recipe))
+        found = str(caught.value)
+        assert found.startswith(f"{missing} (missing) must be ") and found.endswith(f"or pass {missing}=VALUE")
+
+
+@pytest.mark.parametrize("task", RECIPES)
+def test_a_key_left_out_and_its_default_written_out_are_the_same(task):
+    recipe, docs = shipped(EXAMPLES[task]), describe_keys(task)
+    short = text_of(recipe, REQUIRED[task].split())
+    left_out = loads(short, "text", kind=type(recipe))
+    defaults = [f"{key.name}={key.default}" for key in docs if key.default is not None]
+    for same in (loads(short, "text", defaults, type(recipe)), loads(dump(left_out), "dump", kind=type(recipe))):
+        assert repr(flatten(same) | {"schema": SCHEMA}) == repr(flatten(left_out))  # not even 1 for 1.0
+        assert fingerprint(same) == fingerprint(left_out)
+
+
+@pytest.mark.parametrize("task", RECIPES)
+def test_every_key_is_described(task):
+    docs = describe_keys(task)
+    assert [key.name for key in docs] == list(flatten(shipped(EXAMPLES[task])))
+    for key in docs:
+        assert len(key.meaning) > 5 and key.meaning == one_line(key.meaning) and not key.meaning.endswith("."), key
+        assert key.is_free is is_free(key.name)
+    assert {key.name for key in docs if key.default is None} == {"task", *REQUIRED[task].split()}
+    assert ("train.max_steps", "an integer >= 1 or null", "null") in [key[:3] for key in docs]
+    assert ("augment.flip_probability", "a finite number from 0 to 1", "0.5") in [key[:3] for key in docs]
+
+
+# ---- keys and overrides ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.base_lrr=1", "optimizer.base_lrr is no key of the recipe; did you mean optimizer.base_lr?"),
+        ("optimiser.base_lr=1", "optimiser.base_lr is no key of the recipe; did you mean optimizer.base_lr?"),
+        ("model.base_lr=1", "did you mean optimizer.base_lr?"),
+        ("epochs=3", "epochs is no key of the recipe; did you mean train.epochs?"),
+        ("epoch=3", "did you mean train.epochs?"),
+        ("train.zzzzzzzz=3", "train.zzzzzzzz is no key of the recipe; remove it"),
+        ("run.dir.deep=3", "run.dir.deep is no key of the recipe; dir holds a value and no keys"),
+        ("run.=3", "run. is no key of the recipe"),
+        ("a.b.c=3", "a.b is no key of the recipe"),
+        ("train=3", "train (3) must be a mapping"),
+        ("train={epoch: 3}", "train.epoch is no key of the recipe; did you mean train.epochs?"),
+        ("train.epochs", "override (train.epochs) must be of the form dotted.key=value"),
+        ("=3", "override (=3) must be of the form dotted.key=value"),
+        ("", "override () must be of the form dotted.key=value"),
+        ("train.epochs=[", "override (train.epochs=[) must be plain YAML"),
+        ("train.epochs={a: 1, a: 2}", "the key a twice"),
+        ("task=linear", "task (linear) must be pretrain for this command; pass a recipe of that task"),
+    ],
+)
+def test_refused_override(override, words):
+    assert words in complaint(override)
+
+
+def test_overrides_reach_every_depth_and_the_last_holds():
+    overrides = ["data.source=torchvision", "data.dataset=CIFAR10", "data.dataset_options.train=true"]
+    recipe = load(QUICK, [*overrides, "train.max_steps=1", "train.max_steps=7", "data.val_root="])
+    assert recipe.data.dataset_options == {"train": True}
+    assert recipe.train.max_steps == 7 and recipe.data.val_root is None
+    assert load(QUICK, ["augment.blur_sigma=[1, 2]"]).augment.blur_sigma == (1.0, 2.0)
+    assert load(QUICK, ["run.dir=a=b"]).run.dir == "a=b"
+
+
+# ---- types and ranges ------------------------------------------------------------------------------------------------
+
+INTEGER = ["ten", "1.5", "true", "null", "[1]", "{a: 1}", "99999999999999999999", "-1"]
+NUMBER = ["much", "true", "null", "[1]", ".nan", ".inf", "1e999", "1" + "0" * 400]
+WRONG = {
+    "run.dir": ["3", "null", "''", "true", '"a\\nb"', '"a\\0b"'],
+    "run.seed": INTEGER,
+    "model.name": ["vit_tiny", "timm/", "3", "timm/a b", "timm/../x"],
+    "model.image_size": [*INTEGER, "0"],
+    "model.patch_size": ["0", "ten"],
+    "model.dim": ["0", "ten"],
+    "model.depth": ["0", "ten"],
+    "model.heads": ["0", "ten"],
+    "model.freeze_patch_projection": ["1", "yes", "null"],
+    "model.projector_hidden_dim": [*INTEGER, "0"],
+    "model.output_dim": [*INTEGER, "0"],
+    "moco.temperature": [*NUMBER, "0", "-1"],
+    "moco.momentum": [*NUMBER, "-0.1", "1.1"],
+    "optimizer.name": ["sgd", "3", "null", "[]"],
+    "optimizer.base_lr": [*NUMBER, "0", "-1"],
+    "optimizer.weight_decay": [*NUMBER, "-1"],
+    "train.global_batch_size": [*INTEGER, "0", "1"],
+    "train.epochs": [*INTEGER, "0"],
+    "train.warmup_epochs": [*NUMBER, "-1"],
+    "train.max_steps": ["0", "ten", "1.5"],
+    "data.source": ["zip", "null"],
+    "data.root": ["3", "null", "''"],
+    "data.val_root": ["3", "''"],
+    "data.dataset": ["3", "''"],
+    "data.dataset_options": ["3", "null", "[1]", "{a: .nan}", "{a: [{b: 1e999}]}", "{a b: 1}"],
+    "data.workers": INTEGER,
+    "data.max_bad_fraction": [*NUMBER, "-0.1", "1.1"],
+    "augment.crop_min": [*NUMBER, "0", "1.1"],
+    "augment.hue": [*NUMBER, "-0.1", "0.6"],
+    "augment.blur_sigma": ["1", "[1]", "[0, 1]", "[1, 2, 3]", "[1, x]", "[1, .nan]"],
+    "augment.blur_probability": ["1", "[0, 1.1]", "[-1, 0]"],
+    "augment.solarize_probability": ["1", "[0, 1.1]", "[true, 0]"],
+    "augment.mean": ["0", "[0, 0]", "[0, 0, x]"],
+    "augment.std": ["0", "[1, 1]", "[1, 1, 0]"],
+    "checkpoint.every_steps": [*INTEGER, "0"],
+    "checkpoint.keep": [*INTEGER, "0"],
+    "log.every_steps": [*INTEGER, "0"],
+    "evaluate.knn_every_epochs": INTEGER,
+    "evaluate.crop_fraction": [*NUMBER, "0", "1.1"],
+    "evaluate.online_probe": ["1", "yes", "null"],
+    "parallel.compile": ["1", "yes", "null"],
+    "parallel.precision": ["fp16", "32"],
+    "parallel.shard": ["none", "1"],
+    "parallel.replicate": [*INTEGER, "0"],
+}
+WRONG |= {f"augment.{name}": [*NUMBER, "-0.1"] for name in ("brightness", "contrast", "saturation")}
+WRONG |= {f"augment.{name}_probability": [*NUMBER, "-0.1", "1.1"] for name in ("jitter", "grayscale", "flip")}
+
+
+def test_every_key_refuses_what_it_cannot_be():
+    assert set(WRONG) == set(flatten(load(QUICK))) - {"schema", "task"}
+    for dotted, values in WRONG.items():
+        for value in values:
+            found = complaint(f"{dotted}={value}")
+            assert found.startswith(f"{dotted} (") and ") must be " in found and f"pass {dotted}=VALUE" in found, found
+            assert len(found) < 400
+
+
+def test_the_words_name_type_and_range():
+    assert complaint("train.epochs=ten") == (
+        "train.epochs (ten) must be an integer >= 1; change the recipe or pass train.epochs=VALUE"
+    )
+    assert "train.max_steps (0) must be an integer >= 1 or null" in complaint("train.max_steps=0")
+    assert "optimizer.name (sgd) must be one of adamw, lars" in complaint("optimizer.name=sgd")
+    assert "a list of 2, each a finite number > 0" in complaint("augment.blur_sigma=1")
+    assert "parallel.compile (yes) must be true or false" in complaint("parallel.compile=yes")
+    assert "augment.crop_min (0) must be a finite number > 0 and <= 1" in complaint("augment.crop_min=0")
+    assert "resnet50 or timm/<name>" in complaint("model.name=vit_tiny")
+
+
+# ---- combinations ----------------------------------------------------------------------------------------------------
+
+OWN_SHAPE = [f"model.{name}=null" for name in recipes.SHAPE_KEYS]
+
+
+@pytest.mark.parametrize(
+    ("path", "overrides", "words"),
+    [
+        (QUICK, ["model.image_size=30"], "model.image_size (30) must be divisible by model.patch_size (7)"),
+        (QUICK, ["model.heads=5"], "model.dim (96) must be divisible by model.heads (5)"),
+        (QUICK, ["model.dim=90", "model.heads=3"], "model.dim (90) must be divisible by 4"),
+        (QUICK, ["model.depth=null"], "model.depth (null) must be an integer >= 1 for vit"),
+        (CONV, ["model.heads=null"], "model.heads (null) must be an integer >= 1 for vit_conv"),
+        (CONV, ["model.patch_size=7"], "model.patch_size (7) must be 2, 4, 8, 16 or 32"),
+        (CONV, ["model.patch_size=1"], "model.patch_size (1) must be 2, 4, 8, 16 or 32"),
+        (CONV, ["model.patch_size=32", "model.dim=100"], "model.dim (100) must be divisible by 16"),
+        (CONV, ["model.freeze_patch_projection=true"], "must be false for vit_conv, which is no plain ViT"),
+        (RESNET, ["model.freeze_patch_projection=true"], "must be false for resnet50"),
+        (RESNET, ["model.name=timm/convnext_tiny", "model.freeze_patch_projection=true"], "must be false for timm/"),
+        (RESNET, ["model.patch_size=16"], "model.patch_size (16) must be null for resnet50"),
+        (RESNET, ["model.name=timm/vit_base_patch16_224", "model.dim=8"], "model.dim (8) must be null for timm/"),
+        (QUICK, ["train.warmup_epochs=30.5"], "train.warmup_epochs (30.5) must be at most train.epochs (30)"),
+        (QUICK, ["data.source=torchvision"], "data.dataset (null) must be the name of a class of torchvision.datasets"),
+        (QUICK, ["data.dataset=CIFAR10"], "data.dataset (CIFAR10) must be null under data.source shards"),
+        (QUICK, ["data.dataset_options={a: 1}"], "data.dataset_options ({'a': 1}) must be {} under data.source shards"),
+        (QUICK, ["augment.blur_sigma=[2, 1]"], "augment.blur_sigma ([2.0, 1.0]) must be a list of the smallest"),
+        (QUICK, ["parallel.shard=replicate", "parallel.replicate=2"], "must be 1 under parallel.shard replicate"),
+        (QUICK, ["parallel.shard=full", "parallel.replicate=2"], "must be 1 under parallel.shard full"),
+    ],
+)
+def test_values_at_odds(path, overrides, words):
+    assert words in complaint(*overrides, path=path)
+
+
+def test_combinations_that_are_right():
+    load(QUICK, ["train.warmup_epochs=30", "parallel.shard=hybrid", "parallel.replicate=4", "train.max_steps=1"])
+    load(CONV, ["model.image_size=30"])
+    load(RESNET, ["model.name=timm/vit_base_patch16_224.mae", "model.freeze_patch_projection=true"])
+    assert recipes.shape(load(RESNET, ["model.name=timm/resnet18"]).model) is None
+    own = load(QUICK, [*OWN_SHAPE, "model.name=vit_small", "model.image_size=224", "model.depth=3"])
+    assert recipes.shape(own.model) == {"patch_size": 16, "dim": 384, "depth": 3, "heads": 12, "conv_stem": False}
+
+
+def test_the_world_divides_the_batch_and_the_replicas_divide_the_world():
+    recipe = load(QUICK, ["parallel.shard=hybrid", "parallel.replicate=2"])
+    for world in (2, 4, 128):
+        check_world(recipe, world)
+    with pytest.raises(UserError, match=r"global_batch_size \(128\) must be divisible by .* \(6\).*batch_size=132"):
+        check_world(recipe, 6)
+    with pytest.raises(
+        UserError, match=r"global_batch_size \(128\) must be divisible by the number of processes \(256\)"
+    ):
+        check_world(recipe, 256)
+    with pytest.raises(UserError, match=r"parallel.replicate \(2\) must be a divisor of .* \(1\)"):
+        check_world(recipe, 1)
+
+
+def test_paths_are_looked_for_here_and_then_beside_the_recipe(tmp_path, monkeypatch):
+    here, beside = tmp_path / "here", tmp_path / "recipes"
+    (beside / "data").mkdir(parents=True)
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert locate("data", beside / "r.yaml") == beside / "data"
+    assert locate("none", beside / "r.yaml") == Path("none")
+    assert locate(str(tmp_path), beside / "r.yaml") == tmp_path
+    (here / "data").mkdir()
+    assert locate("data", beside / "r.yaml") == Path("data")
+
+
+def test_reading_a_recipe_imports_nothing_slow():
+    slow = {"torch", "timm", "numpy", "torchvision"}
+    check = f"import sys, engine.recipe.load, engine.recipe.describe; assert not {slow} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=FOLDER.parent)
