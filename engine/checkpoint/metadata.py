@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo  # FileSystemReader takes no other entry
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -21,6 +20,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from engine.checkpoint.manifest import METADATA, Damaged, Manifest
+from engine.errors import one_line
+from engine.torch_internals import stored_chunk
 
 _METADATA, _FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 _RECORDS = {
@@ -66,9 +67,7 @@ def read_metadata(path: Path, manifest: Manifest) -> Metadata:
         with (path / METADATA).open("rb") as file:
             return _checked(_Unpickler(file).load().state, manifest)
     except Exception as error:  # unpickling hostile bytes may raise anything
-        raise Damaged(
-            path, f"{METADATA} is refused ({' '.join(str(error).split()) or type(error).__name__})"
-        ) from error
+        raise Damaged(path, f"{METADATA} is refused ({one_line(error) or type(error).__name__})") from error
 
 
 def _checked(content: dict[str, Any], manifest: Manifest) -> Metadata:
@@ -82,7 +81,7 @@ def _checked(content: dict[str, Any], manifest: Manifest) -> Metadata:
     return Metadata(checked, storage_data=stored)
 
 
-def _place(info: dict[str, Any], manifest: Manifest) -> _StorageInfo:
+def _place(info: dict[str, Any], manifest: Manifest) -> Any:
     """Where one chunk lies: inside a file that the manifest lists, as plain bytes."""
     file, offset, length = info["relative_path"], info["offset"], info["length"]
     if file not in manifest.files:
@@ -93,7 +92,7 @@ def _place(info: dict[str, Any], manifest: Manifest) -> _StorageInfo:
         raise ValueError(f"it refers to bytes behind the end of {file}")
     if info.get("transform_descriptors"):
         raise ValueError("it asks for a transformation of the stored bytes")
-    return _StorageInfo(file, offset, length)
+    return stored_chunk(file, offset, length)
 
 
 def _tensor(name: str, record: Any, manifest: Manifest, stored: dict[MetadataIndex, Any]) -> TensorStorageMetadata:

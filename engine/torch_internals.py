@@ -1,0 +1,99 @@
+"""Every private name of torch that engine touches, each behind a function with a plain name and with a test.
+
+torch promises nothing of these names: after an update, tests/test_torch_internals.py says which of them is gone or
+means something else. `models`, which knows nothing of engine, keeps its own: `torch._foreach_lerp_` in moco.py, and
+`_functional_collectives` and `_BatchNorm` in norm.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+# ---- lists of tensors, by one kernel for all of them instead of one for each
+
+
+def add_each(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: float = 1.0) -> Sequence[Tensor]:
+    """tensor + factor * other, for each pair."""
+    return torch._foreach_add(tensors, others, alpha=factor)
+
+
+def subtract_each(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Sequence[Tensor]:
+    """tensor - other, for each pair."""
+    return torch._foreach_sub(tensors, others)
+
+
+def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """tensor * factor, for each pair."""
+    return torch._foreach_mul(tensors, factors)
+
+
+def norm_each(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of each, float64 [len(tensors)]: squares of finite float32 numbers cannot overflow there."""
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64))
+
+
+def copy_each_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Give each tensor the values of its other, in place."""
+    torch._foreach_copy_(tensors, others)
+
+
+def lerp_each_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    """Move each tensor towards its end by this share of the way, in place."""
+    torch._foreach_lerp_(tensors, ends, weight)
+
+
+# ---- FSDP
+
+
+def forget_forwards(root: nn.Module) -> None:
+    """After every forward of `root`, clear what FSDP notes of it for the backward to come: where none ever comes, the
+    notes of a long run would fill the memory. No public call does it."""
+    states = [module._get_fsdp_state() for module in root.modules() if isinstance(module, FSDPModule)]
+
+    def forget(*_: object) -> None:
+        for state in states:
+            state._comm_ctx.post_forward_order.clear()
+            # At most one group until torch 2.13, several from then on.
+            several = hasattr(state, "_fsdp_param_groups")
+            for group in state._fsdp_param_groups if several else [state._fsdp_param_group]:
+                if group is not None:
+                    group._post_forward_indices.clear()
+
+    root.register_forward_hook(forget)
+
+
+# ---- the compiler
+
+
+def allow_variants(count: int) -> None:
+    """Let at least this many compiled forms of one function be kept: each shape of a module's class is one."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)
+
+
+def has_cpp_compiler() -> bool:
+    """Whether the C++ compiler is there that compiling for a CPU calls: it looks where the compilation itself will."""
+    from torch._inductor import cpp_builder, exc  # takes seconds to import
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return False
+    return True
+
+
+# ---- loader and checkpoints
+
+
+def end_workers(batches: Iterator) -> None:
+    """End the worker processes of a DataLoader's iterator now, whoever still refers to it. It must have workers."""
+    batches._shutdown_workers()
+
+
+def stored_chunk(file: str, offset: int, length: int) -> Any:
+    """Where a chunk of a tensor lies in a checkpoint, as torch.distributed.checkpoint's FileSystemReader wants it."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    return _StorageInfo(file, offset, length)

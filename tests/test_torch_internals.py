@@ -1,0 +1,152 @@
+"""torch's private names do what engine.torch_internals says of them, and nothing else in engine touches one."""
+
+import ast
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.data import DataLoader
+
+from engine.distributed.world import make_mesh, process_group
+from engine.torch_internals import (
+    add_each,
+    allow_variants,
+    copy_each_,
+    end_workers,
+    forget_forwards,
+    has_cpp_compiler,
+    lerp_each_,
+    multiply_each,
+    norm_each,
+    stored_chunk,
+    subtract_each,
+)
+
+ROOT = Path(__file__).parents[1]
+# Private names of others than torch; a namedtuple's are documented.
+ELSEWHERE = {"_exit", "_asdict", "_replace", "_fields", "_make"}
+
+
+def pairs() -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    one, other = ([torch.randn(shape, generator=generator) for shape in ((3,), (2, 4), ())] for _ in range(2))
+    return one, other
+
+
+def test_lists_of_tensors():
+    a, b = pairs()
+    expected = {
+        "add": [x + 0.5 * y for x, y in zip(a, b, strict=True)],
+        "subtract": [x - y for x, y in zip(a, b, strict=True)],
+        "multiply": [x * y for x, y in zip(a, b, strict=True)],
+        "lerp": [x + 0.25 * (y - x) for x, y in zip(a, b, strict=True)],
+    }
+    norm_A = torch.stack([x.double().norm() for x in a])
+    torch.testing.assert_close(list(add_each(a, b, factor=0.5)), expected["add"])
+    torch.testing.assert_close(list(subtract_each(a, b)), expected["subtract"])
+    torch.testing.assert_close(list(multiply_each(a, b)), expected["multiply"])
+    torch.testing.assert_close(norm_each(a), norm_A)
+    assert norm_each([torch.full((2,), 3e38)]).isfinite().all()
+    places = [x.data_ptr() for x in a]
+    lerp_each_(a, b, 0.25)
+    torch.testing.assert_close(a, expected["lerp"])
+    copy_each_(a, b)
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert [x.data_ptr() for x in a] == places
+
+
+def test_fsdp_forgets_forwards_without_backward():
+    """And would not by itself: the day that torch does, the function can go."""
+
+    def notes(root: nn.Module) -> int:
+        states = [module._get_fsdp_state() for module in root.modules() if isinstance(module, FSDPModule)]
+        return sum(len(state._comm_ctx.post_forward_order) for state in states)
+
+    with process_group() as world:
+        mesh = make_mesh(world, "full", 1)
+        remembering, forgetting = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).to(world.device) for _ in range(2))
+        for network in (remembering, forgetting):
+            for module in (*network, network):
+                fully_shard(module, mesh=mesh)
+        forget_forwards(forgetting)
+        for _ in range(3):
+            remembering(torch.ones(1, 2, device=world.device))
+            forgetting(torch.ones(1, 2, device=world.device))
+        assert notes(remembering) > 0
+        assert notes(forgetting) == 0
+
+
+def test_as_many_variants_as_allowed_are_compiled(monkeypatch):
+    config = torch._dynamo.config
+    monkeypatch.setattr(config, "recompile_limit", 1)
+    allow_variants(3)
+    assert config.recompile_limit == 3
+    allow_variants(2)
+    assert config.recompile_limit == 3
+    compiled = torch.compile(lambda x: x + 1, backend="eager", fullgraph=True, dynamic=False)
+    for size in range(1, 4):
+        compiled(torch.ones(size))
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        compiled(torch.ones(4))
+
+
+@pytest.mark.parametrize(("compiler", "there"), [("true", True), ("no-such-compiler", False)])
+def test_the_compiler_is_looked_for_where_torch_looks(compiler, there):
+    from torch._inductor import config
+
+    with config.patch({"cpp.cxx": (compiler,)}):
+        assert has_cpp_compiler() is there
+
+
+def test_workers_end_while_their_iterator_lives():
+    batches = iter(DataLoader(range(100), num_workers=2, multiprocessing_context="fork"))
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    end_workers(batches)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_a_stored_chunk_is_what_torch_writes(tmp_path):
+    dcp.save({"a": torch.ones(3)}, checkpoint_id=tmp_path, no_dist=not dist.is_initialized())
+    (info,) = dcp.FileSystemReader(tmp_path).read_metadata().storage_data.values()
+    assert stored_chunk(info.relative_path, info.offset, info.length) == info
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def foreign(tree: ast.Module) -> set[str]:
+    """Private names that a file uses and does not define: attributes, what it imports, and what getattr is given."""
+    own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    used = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name, ctx=ast.Store()) | ast.AnnAssign(target=ast.Name(id=name)):
+                own.add(name)
+            case ast.Attribute(attr=name):
+                used.add(name)
+            case ast.ImportFrom(module=str(module)) if module.split(".")[0] == "torch":
+                used |= {*module.split("."), *(alias.name for alias in node.names)}
+            case ast.Import():
+                used |= {part for alias in node.names for part in alias.name.split(".")}
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=[_, ast.Constant(value=name), *_]):
+                used.add(name)
+    return {name for name in used - own - ELSEWHERE if private(name)}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "engine").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_other_file_touches_them(path):
+    if path.name != "torch_internals.py" and path.parent.name not in ("training", "data"):
+        assert not foreign(ast.parse(path.read_text())), "put it in engine/torch_internals.py, with a test"
+
+
+def test_models_keep_few_of_their_own():
+    found = {name for path in (ROOT / "models").rglob("*.py") for name in foreign(ast.parse(path.read_text()))}
+    assert found <= {"_foreach_lerp_", "_functional_collectives", "_BatchNorm"}
