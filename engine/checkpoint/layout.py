@@ -1,23 +1,19 @@
 """What lies in a folder of checkpoints: names, the pointers `latest` and `best`, changes that are never half done."""
 
-import errno
-import fcntl
 import os
 import re
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from engine.errors import UserError
+from engine.files import lock, replace_file
 from engine.logger import warn
 
 POINTERS = ("latest", "best")
 LOCK = ".lock"
 _STEP = re.compile(r"step_(\d{7,})")
 _LEFTOVER = re.compile(r"(?:step_\d{7,}|latest|best)\.(?:tmp|removed)-[0-9a-f]{8}")
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def step_name(step: int) -> str:
@@ -47,11 +43,6 @@ def _entries(checkpoints: Path) -> list[Path]:
         raise UserError(f"checkpoint folder ({checkpoints}) must be a readable folder; {error.strerror}") from error
 
 
-def aside(path: Path, kind: str) -> Path:
-    """A free name beside `path` for something that is no checkpoint (yet, or any more): kind is tmp or removed."""
-    return path.with_name(f"{path.name}.{kind}-{secrets.token_hex(4)}")
-
-
 def set_aside(checkpoint: Path, reason: str) -> None:
     """Rename a damaged checkpoint to step_X.damaged-1 (or -2, ...), never to be loaded or overwritten, and say so.
 
@@ -77,26 +68,7 @@ def point(checkpoints: Path, pointer: str, checkpoint: Path) -> None:
 
     Called by rank 0 alone. Raises OSError.
     """
-    draft = aside(checkpoints / pointer, "tmp")
-    write_durably(draft, checkpoint.name + "\n")
-    draft.replace(checkpoints / pointer)
-    sync_folder(checkpoints)
-
-
-def write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names in a folder outlive a power cut."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    replace_file(checkpoints / pointer, checkpoint.name + "\n")
 
 
 @contextmanager
@@ -106,19 +78,6 @@ def writing(checkpoints: Path) -> Iterator[bool]:
     Raises UserError where another process holds it: two runs, or the orphan of a killed one, share the folder.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
-    with (checkpoints / LOCK).open("w") as file:
-        yield _lock(file, checkpoints)
-
-
-def _lock(file: TextIO, checkpoints: Path) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"checkpoint folder ({checkpoints}) must belong to one run; another process is writing there: end it"
-        ) from error
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return False
-    return True
+    in_use = f"checkpoint folder ({checkpoints}) must belong to one run; another process is writing there: end it"
+    with lock(checkpoints / LOCK, in_use) as held:
+        yield held

@@ -6,15 +6,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from engine.checkpoint import layout
-from engine.checkpoint.dcp import dcp_arguments
+from engine.checkpoint import dcp, layout
 from engine.checkpoint.manifest import Damaged, Manifest, read_manifest, verify
 from engine.checkpoint.metadata import entry, read_metadata
-from engine.distributed.agreement import agreement, by_rank, describe, rank, share, size
+from engine.distributed.agreement import agreement, rank, share, size
 from engine.errors import UserError
 from engine.logger import warn
 
@@ -57,17 +54,6 @@ def _is_valid(folder: Path) -> bool:
         return False
 
 
-class _Reader(dcp.FileSystemReader):
-    """DCP's reader, given a table of contents that was read safely: its own would unpickle anything."""
-
-    def __init__(self, path: Path, metadata: Metadata):
-        super().__init__(path)
-        self.metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.metadata
-
-
 def load(
     path: Path,
     tensors: dict[str, torch.Tensor],
@@ -83,11 +69,11 @@ def load(
     Raises UserError on every rank, before any tensor changes; if the data itself is refused while it is read,
     the error says that the tensors are spoiled.
     """
-    path, metadata, manifest = Path(path), None, None
+    path = Path(path)
     with agreement(group):
         manifest, metadata = _open(path, share_of=(rank(group), size(group)))
         _match(path, manifest, tensors, ignore)
-    _read(path, tensors, metadata, group)
+    dcp.read(path, metadata, tensors, group)
     return manifest.state
 
 
@@ -110,7 +96,7 @@ def _one_by_one(path: Path, names: list[str], metadata: Metadata) -> Iterator[tu
     for name in names:
         saved = metadata.state_dict_metadata[name]
         tensor = torch.empty(saved.size, dtype=saved.properties.dtype)
-        _read(path, {name: tensor}, metadata, None, alone=True)
+        dcp.read(path, metadata, {name: tensor}, None, alone=True)
         yield name, tensor
 
 
@@ -143,23 +129,3 @@ def _mismatch(path: Path, problems: list[str]) -> str:
 
 def _text(described: dict[str, Any]) -> str:
     return f"{described['dtype']} {described['shape']}"
-
-
-def _read(
-    path: Path,
-    tensors: dict[str, torch.Tensor],
-    metadata: Metadata,
-    group: dist.ProcessGroup | None,
-    alone: bool = False,
-) -> None:
-    # FileSystemReader reads tensors by torch.load(weights_only=True). The planner's load_bytes, which would unpickle
-    # freely, is never reached: read_metadata lets nothing but tensors through.
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    try:
-        with dcp_arguments(group) as arguments:
-            arguments |= {"no_dist": True, "process_group": None} if alone else {}
-            dcp.load(dict(tensors), storage_reader=_Reader(path, metadata), planner=planner, **arguments)
-    except CheckpointException as error:  # not an Exception; DCP raises it on every rank
-        failures = {number: describe(cause)[:300] for number, (cause, _) in error.failures.items()}
-        reason = by_rank(failures, len(failures) if alone else size(group))
-        raise Damaged(path, f"its data is refused, the tensors to fill are spoiled: {reason}") from error

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.layout import write_durably
 from engine.errors import UserError
+from engine.files import replace_file
 
 NAME = "MANIFEST.json"
 METADATA = ".metadata"  # torch.distributed.checkpoint's own table of contents
@@ -58,7 +58,7 @@ def checksum(path: Path) -> dict[str, Any]:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     content = {"format": FORMAT, **asdict(manifest)}
     content["manifest_sha256"] = own_checksum(content)
-    write_durably(folder / NAME, json.dumps(content, indent=1) + "\n")
+    replace_file(folder / NAME, json.dumps(content, indent=1) + "\n")
 
 
 def own_checksum(content: dict[str, Any]) -> str:

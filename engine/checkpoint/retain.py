@@ -1,6 +1,5 @@
 """Remove checkpoints that are no longer wanted and what killed runs left behind."""
 
-import shutil
 from pathlib import Path
 
 import torch.distributed as dist
@@ -8,6 +7,7 @@ import torch.distributed as dist
 from engine.checkpoint import layout
 from engine.distributed.agreement import rank
 from engine.errors import UserError
+from engine.files import aside, remove, sync
 from engine.logger import warn
 
 
@@ -33,11 +33,11 @@ def retain(checkpoints: Path, keep: int, group: dist.ProcessGroup | None = None)
 
 def _remove(folder: Path) -> bool:
     # Renamed first: a removal that is cut off leaves nothing that looks like a checkpoint.
-    doomed = layout.aside(folder, "removed")
+    doomed = aside(folder, "removed")
     try:
         folder.rename(doomed)
-        layout.sync_folder(folder.parent)
-        shutil.rmtree(doomed)
+        sync(folder.parent)
+        remove(doomed)
     except OSError as error:
         warn(f"checkpoint {folder} could not be removed: {error}")
         return False
@@ -73,7 +73,7 @@ def _clean(checkpoints: Path) -> list[Path]:
 
 def _delete(path: Path) -> bool:
     try:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        remove(path)
     except OSError as error:
         warn(f"{path} could not be removed: {error}")
         return False

@@ -1,53 +1,24 @@
 """Write a checkpoint so that it is there completely or not at all."""
 
 import json
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
-from engine.checkpoint import layout, manifest
-from engine.checkpoint.dcp import dcp_arguments
-from engine.checkpoint.manifest import Damaged, Manifest, read_manifest, verify, write_manifest
+from engine.checkpoint import dcp, layout
+from engine.checkpoint.manifest import Damaged, Manifest, checksum, read_manifest, verify, write_manifest
 from engine.checkpoint.metadata import entry
-from engine.distributed.agreement import agreement, by_rank, describe, gather, rank, share, size
+from engine.distributed.agreement import agreement, gather, rank, share, size
 from engine.errors import UserError
+from engine.files import aside, publish, remove
 from engine.logger import warn
 
 
 class SaveFailed(UserError):
     """A checkpoint was not written; those before it are as they were."""
-
-
-class _Writer(dcp.FileSystemWriter):
-    def storage_meta(self) -> StorageMeta:
-        # DCP would store the temporary path and a random id: equal states must give equal files.
-        return StorageMeta()
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        try:
-            return super().write_data(plan, planner)
-        except Exception as error:
-            # torch.save hides "No space left on device" behind "enforce fail ... unexpected pos".
-            if (cause := _os_error(error)) is None:
-                raise
-            raise cause from None
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The error of the file system behind an error, where there is one."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def save(
@@ -83,11 +54,12 @@ def save(
                     draft = _begin(final, recipe_sha256)
             draft = share(draft, group)
             if draft is not None:
-                _write_tensors(draft, tensors, group)
+                dcp.write(draft, tensors, group)
                 files = _checksums(draft, group)
                 with agreement(group):
                     if rank(group) == 0:
-                        _commit(draft, final, Manifest(step, size(group), recipe_sha256, files, contents, state))
+                        write_manifest(draft, Manifest(step, size(group), recipe_sha256, files, contents, state))
+                        publish(draft, final)
         except UserError as error:
             if draft is not None and rank(group) == 0:
                 _discard(draft)
@@ -135,41 +107,23 @@ def _begin(final: Path, recipe_sha256: str) -> Path | None:
             if found.recipe_sha256 != recipe_sha256:
                 raise UserError(f"{final.name} exists and is of another recipe; use another run.dir")
             return None
-    draft = layout.aside(final, "tmp")
+    draft = aside(final, "tmp")
     draft.mkdir()
     return draft
-
-
-def _write_tensors(draft: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    writer = _Writer(draft, single_file_per_rank=True, sync_files=True, overwrite=False)
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    try:
-        with dcp_arguments(group) as arguments:
-            dcp.save(dict(tensors), storage_writer=writer, planner=planner, **arguments)
-    except CheckpointException as error:  # not an Exception; DCP raises it on every rank
-        failures = {number: describe(cause) for number, (cause, _) in error.failures.items()}
-        raise UserError(by_rank(failures, size(group))) from error
 
 
 def _checksums(draft: Path, group: dist.ProcessGroup | None) -> dict[str, dict]:
     """Size and checksum of every file: each rank reads those that it wrote, rank 0 also what no rank claims."""
     with agreement(group):
-        mine = {file.name: manifest.checksum(file) for file in sorted(draft.glob(f"__{rank(group)}_*"))}
+        mine = {file.name: checksum(file) for file in sorted(draft.glob(f"__{rank(group)}_*"))}
     files = {name: value for part in gather(mine, group) for name, value in part.items()}
     with agreement(group):
         if rank(group) == 0:
             there = {file.name for file in draft.iterdir()}
             if set(files) - there:
                 raise UserError(f"{draft.parent} must be on a file system that all nodes share")
-            files |= {name: manifest.checksum(draft / name) for name in sorted(there - set(files))}
+            files |= {name: checksum(draft / name) for name in sorted(there - set(files))}
     return files
-
-
-def _commit(draft: Path, final: Path, content: Manifest) -> None:
-    write_manifest(draft, content)
-    layout.sync_folder(draft)
-    draft.rename(final)
-    layout.sync_folder(final.parent)
 
 
 def _name_latest(final: Path, group: dist.ProcessGroup | None) -> None:
@@ -182,9 +136,10 @@ def _name_latest(final: Path, group: dist.ProcessGroup | None) -> None:
 
 
 def _discard(draft: Path) -> None:
-    shutil.rmtree(draft, ignore_errors=True)
-    if draft.exists():
-        warn(f"{draft} could not be removed; the next start tries again")
+    try:
+        remove(draft)
+    except OSError as error:
+        warn(f"{draft} could not be removed, the next start tries again: {error}")
 
 
 def _lost(final: Path, error: UserError) -> str:

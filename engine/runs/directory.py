@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 from typing import IO
 
-from engine.checkpoint.layout import write_durably
 from engine.checkpoint.manifest import Manifest
 from engine.distributed.agreement import agreement, share
 from engine.distributed.world import World
 from engine.errors import UserError
+from engine.files import replace_file
 from engine.recipe.identity import resume_differences
 from engine.recipe.load import dump, loads, task_of
 from engine.recipe.sections import Linear, Recipe
@@ -62,8 +62,7 @@ class RunDirectory:
         """Leave what runs, resolved, in recipe.yaml."""
         with agreement(self.world.host_group):
             if self.world.is_first:
-                write_durably(self.path / ".recipe.yaml", dump(recipe))
-                (self.path / ".recipe.yaml").replace(self.path / "recipe.yaml")
+                replace_file(self.path / "recipe.yaml", dump(recipe))
 
     def _make(self) -> None:
         try:
