@@ -76,11 +76,11 @@ def rankme(arguments: list[str]) -> None:
     from engine.distributed.world import process_group
     from engine.evaluation.images import open_unlabelled
     from engine.evaluation.measure import measure_rankme
-    from engine.evaluation.subject import open_subject
+    from engine.evaluation.subject import open_subject_together
 
     with process_group() as world:
         source = open_unlabelled(options.data, world, kind=source_kind(options, options.data), dataset=options.dataset)
-        subject = open_subject(options.checkpoint, world, **_network(options))
+        subject = open_subject_together(options.checkpoint, world, **_network(options))
         found = measure_rankme(subject, source, world, decoding_workers(options))
     result({"rankme": found})
 
@@ -158,11 +158,11 @@ def _paper_linear(options: argparse.Namespace) -> None:
 def _open_both(options: argparse.Namespace, world: "World") -> tuple["Subject", "Sources"]:
     """The network and the labelled images to measure it on; the images first, for their mistakes cost the least."""
     from engine.evaluation.images import open_labelled
-    from engine.evaluation.subject import open_subject
+    from engine.evaluation.subject import open_subject_together
 
     kind = source_kind(options, options.train)
     sources = open_labelled(options.train, options.val, world, kind=kind, dataset=options.dataset)
-    return open_subject(options.checkpoint, world, **_network(options)), sources
+    return open_subject_together(options.checkpoint, world, **_network(options)), sources
 
 
 COMMANDS = {"knn": knn, "rankme": rankme, "linear": linear, "finetune": finetune}
@@ -223,7 +223,7 @@ def _load(options: argparse.Namespace, given: dict[str, Any], kind: type[AnyReci
 
 
 def _network(options: argparse.Namespace) -> dict[str, Any]:
-    """What `open_subject` is to know."""
+    """What `open_subject_together` is to know."""
     fraction = options.crop_fraction
     if fraction is not None and not 0 < fraction <= 1:
         raise UserError(f"--crop-fraction ({fraction}) must be > 0 and <= 1; 0.875 is usual")

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.evaluation.features import Features
+
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 WEIGHT_DECAYS = (0.0, 1e-4, 1e-3, 1e-2)
 GROUP = 8  # candidates in one product
@@ -58,25 +60,17 @@ def standardise(train_ND: Tensor, val_QD: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def train_group(
-    group: Sequence[Candidate],
-    train_ND: Tensor,
-    label_N: Tensor,
-    val_QD: Tensor,
-    val_label_Q: Tensor,
-    *,
-    classes: int,
-    seed: int = 0,
-    epochs: int = EPOCHS,
+    group: Sequence[Candidate], train: Features, val: Features, *, classes: int, seed: int = 0, epochs: int = EPOCHS
 ) -> list[Score]:
     """Train the candidates of a group together by SGD from zero, cosine per step, and score each on val.
 
     Features are standardised ones, on the device that computes; the order of the rows is a function of `seed`.
     """
-    candidates_L, features = len(group), train_ND.shape[1]
+    train_ND, _, label_N = train
     rate_L11 = train_ND.new_tensor([c.learning_rate for c in group])[:, None, None]
     decay_L11 = train_ND.new_tensor([c.weight_decay for c in group])[:, None, None]
     # The bias is the last column; decay leaves it alone.
-    weight_LCE = train_ND.new_zeros(candidates_L, classes, features + 1)
+    weight_LCE = train_ND.new_zeros(len(group), classes, train_ND.shape[1] + 1)
     momentum_LCE = torch.zeros_like(weight_LCE)
     generator = torch.Generator().manual_seed(seed)
     total = epochs * math.ceil(len(train_ND) / BATCH)
@@ -88,7 +82,7 @@ def train_group(
             momentum_LCE.mul_(MOMENTUM).add_(gradient_LCE)
             weight_LCE.addcmul_(momentum_LCE, rate_L11, value=-0.5 * (1 + math.cos(math.pi * step / total)))
             step += 1
-    return [Score(c, *_score(w, val_QD, val_label_Q)) for c, w in zip(group, weight_LCE, strict=True)]
+    return [Score(c, *_score(w, val)) for c, w in zip(group, weight_LCE, strict=True)]
 
 
 def best(scores: Sequence[Score]) -> Score:
@@ -121,12 +115,12 @@ def gradient(weight_LCE: Tensor, x_BE: Tensor, label_B: Tensor) -> Tensor:
     return (error_BLC.flatten(1).T @ x_BE).div_(len(label_B)).view_as(weight_LCE)
 
 
-def _score(weight_CE: Tensor, val_QD: Tensor, label_Q: Tensor) -> tuple[float, float]:
+def _score(weight_CE: Tensor, val: Features) -> tuple[float, float]:
     if not weight_CE.isfinite().all():
         return 0.0, 0.0
-    right = torch.zeros(TOP, dtype=torch.int64, device=label_Q.device)
-    for x_BD, label_B in zip(val_QD.split(BATCH), label_Q.split(BATCH), strict=True):
+    right = torch.zeros(TOP, dtype=torch.int64, device=val.label_N.device)
+    for x_BD, label_B in zip(val.feature_ND.split(BATCH), val.label_N.split(BATCH), strict=True):
         logit_BC = _with_one(x_BD) @ weight_CE.T
         hit_BT = logit_BC.topk(min(TOP, logit_BC.shape[1])).indices == label_B[:, None]
         right += F.pad(hit_BT.sum(0), (0, TOP - hit_BT.shape[1]))
-    return right[0].item() / len(label_Q), right.sum().item() / len(label_Q)
+    return right[0].item() / len(val.label_N), right.sum().item() / len(val.label_N)

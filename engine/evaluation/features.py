@@ -1,33 +1,103 @@
-"""Features of a frozen trunk over a source of images, the same bits on any number of ranks.
+"""Features of a frozen network over a source of images, the same bits on any number of ranks.
 
-A rank must make as many calls of a sharded trunk as its peers, with the same shapes, and a forward pass rounds
+A rank must make as many calls of a sharded network as its peers, with the same shapes, and a forward pass rounds
 differently in another batch. So the batches are those of one process, of one fixed size, dealt out to the ranks like
 cards, and a rank that gets one fewer runs an empty one.
 
-Shapes: N rows of this rank, B batch size, D features.
+Shapes: N rows of this rank, B batch size, S side of an image, D features.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from engine.data import bad_images
+from engine.data.loader import EvalBatch, eval_batches
+from engine.data.sources import Source
+from engine.distributed.agreement import gather
+from engine.distributed.world import World
+from engine.errors import RunFailed
+from engine.evaluation.subject import Subject
+
+T = TypeVar("T")
+
+BATCH = 128  # images per forward, whatever the number of ranks
 
 
-class ImageBatch(Protocol):
-    """What `engine.data` yields for evaluation: uint8 [B, 3, S, S] with ids and labels, int64 [B] (-1: none).
+class Features(NamedTuple):
+    """Float32 [N, D], with the numbers of the images in their source and their labels (int64 [N]; label -1: none)."""
 
-    The first `valid` rows are real, the rest is padding.
+    feature_ND: Tensor
+    id_N: Tensor
+    label_N: Tensor
+
+    def to(self, device: torch.device) -> "Features":
+        return Features(*(rows.to(device) for rows in self))
+
+
+def features(
+    subject: Subject,
+    source: Source,
+    what: str | None,
+    world: World,
+    workers: int,
+    remedy: str = "evaluate an earlier checkpoint",
+) -> Features:
+    """This rank's share of a source's features, on the CPU.
+
+    what: the name under which progress shows; None for none. remedy: what a user does about features that are not
+    finite.
+
+    Raises:
+        RunFailed: on every rank, where no image can be read or a feature is not finite.
     """
+    found = unchecked_features(subject, source, what, world, workers)
+    ranks = gather((len(found.id_N), bool(found.feature_ND.isfinite().all())), world.host_group)
+    if not sum(rows for rows, _ in ranks):
+        raise RunFailed(f"none of {len(source)} images could be read, {source.name(0)} and others; mend them")
+    if not all(finite for _, finite in ranks):
+        raise RunFailed(f"features are not finite: the network's weights have diverged; {remedy}")
+    return found
 
-    images: torch.Tensor
-    ids_B: torch.Tensor
-    labels_B: torch.Tensor
-    valid: int
+
+def unchecked_features(
+    subject: Subject, source: Source, what: str | None, world: World, workers: int, consequence: str = "it is left out"
+) -> Features:
+    """`features` that may be none or not finite. consequence: what is said to follow for an unreadable image."""
+    ids, batches = rank_slice(len(source), world.rank, world.size, BATCH)
+    found = batches_for(subject, source, ids.numpy(), workers, consequence, batches)
+    if what is not None:
+        found = progress(found, batches, f"features of {what}", "batch", world)
+    return extract(subject, found, world.device)
 
 
-def rank_slice(count: int, rank: int, world: int, batch_size: int) -> tuple[torch.Tensor, int]:
+def batches_for(
+    subject: Subject, source: Source, ids: np.ndarray, workers: int, consequence: str, batches: int | None = None
+) -> Iterator[EvalBatch]:
+    """The images `ids` in the form that the subject takes. Unreadable ones are left out, and said: `consequence` is
+    what follows. batches: as many, empty ones at the end."""
+    found = eval_batches(
+        source,
+        ids,
+        batch_size=BATCH,
+        image_size=subject.image_size,
+        crop_fraction=subject.crop_fraction,
+        interpolation=subject.interpolation,
+        workers=workers,
+        batches=batches,
+    )
+    for batch in found:
+        bad_images.report(batch.bad, consequence)
+        yield batch
+
+
+def rank_slice(count: int, rank: int, world: int, batch_size: int) -> tuple[Tensor, int]:
     """The share of `count` images that one rank extracts: batch j, of images j * batch_size on, is of rank j % world.
 
     Returns (ids, batches): int64 ids in ascending order, to be cut every batch_size, and how many forward passes every
@@ -36,6 +106,23 @@ def rank_slice(count: int, rank: int, world: int, batch_size: int) -> tuple[torc
     total = -(-count // batch_size)
     ids = torch.arange(total * batch_size).view(total, batch_size)[rank::world].flatten()
     return ids[ids < count], -(-total // world)
+
+
+def extract(subject: Subject, batches: Iterable[EvalBatch], device: torch.device | str) -> Features:
+    """Runs the network, in eval mode and without gradients, once per batch; leaves its modes and buffers as they were.
+
+    Rows of padding are dropped. Returns the network's output, not normalised, on the CPU.
+    Raises ValueError where there is no batch at all.
+    """
+    parts = []
+    with torch.no_grad(), _evaluating(subject.network):
+        for batch in batches:
+            feature_BD = subject.network(subject.normalised(batch.images, device))
+            rows = feature_BD[: batch.valid].float().cpu(), batch.ids_B[: batch.valid], batch.labels_B[: batch.valid]
+            parts.append(rows)
+    if not parts:
+        raise ValueError("features need at least one batch of images; there was none")
+    return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 @contextmanager
@@ -50,33 +137,8 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def extract(
-    trunk: nn.Module,
-    batches: Iterable[ImageBatch],
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Runs the trunk, in eval mode and without gradients, once per batch; leaves its modes and buffers as they were.
-
-    The trunk sees (images / 255 - mean) / std in `dtype` on `device`, so mean and std are per channel, for pixels from
-    0 to 1. Rows of padding are dropped.
-
-    Returns (feature_ND, id_N, label_N) on the CPU: the trunk's output in float32, not normalised, and int64.
-    Raises ValueError where there is no batch at all.
-    """
-    mean_c = torch.tensor(mean, device=device, dtype=torch.float32).view(3, 1, 1)
-    std_c = torch.tensor(std, device=device, dtype=torch.float32).view(3, 1, 1)
-    features, ids, labels = [], [], []
-    with torch.no_grad(), _evaluating(trunk):
-        for batch in batches:
-            pixels = batch.images.to(device, non_blocking=True).float().div_(255)
-            feature_BD = trunk(pixels.sub_(mean_c).div_(std_c).to(dtype))
-            features.append(feature_BD[: batch.valid].float().cpu())
-            ids.append(batch.ids_B[: batch.valid])
-            labels.append(batch.labels_B[: batch.valid])
-    if not features:
-        raise ValueError("features need at least one batch of images; there was none")
-    return torch.cat(features), torch.cat(ids), torch.cat(labels)
+def progress(items: Iterable[T], total: int, what: str, unit: str, world: World) -> Iterable[T]:
+    """The same items, counted on stderr by rank 0."""
+    # In a log file a line every half minute is enough.
+    seconds = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(items, what, total, unit=unit, mininterval=seconds, dynamic_ncols=True, disable=not world.is_first)

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn import functional as F
 
 from engine.errors import UserError
+from engine.evaluation.features import Features
 
 TOP = 5
 _GRID = 2**23
@@ -25,11 +27,8 @@ _NOBODY = torch.iinfo(torch.int64).min  # similarity of a candidate that fills u
 
 
 def knn_accuracy(
-    bank_ND: torch.Tensor,
-    bank_id_N: torch.Tensor,
-    bank_label_N: torch.Tensor,
-    query_QD: torch.Tensor,
-    label_Q: torch.Tensor,
+    bank: Features,
+    query: Features,
     *,
     k: int = 20,
     temperature: float = 0.07,
@@ -43,19 +42,11 @@ def knn_accuracy(
     Returns {"top1", "top5", "k"}, fractions from 0 to 1, equal on all ranks.
     Raises what `classify` and `accuracy` raise.
     """
-    top_label = F.pad(bank_label_N, (0, 1), value=-1).max().to(query_QD.device)
-    predictions = classify(
-        bank_ND,
-        bank_label_N,
-        bank_id_N,
-        query_QD,
-        classes=int(_all_reduce(top_label, dist.ReduceOp.MAX, group)) + 1,
-        ks=(k,),
-        temperature=temperature,
-        group=group,
-        k_name=k_name,
-    )
-    return {**accuracy(predictions[k], label_Q), "k": k}
+    top_label = F.pad(bank.label_N, (0, 1), value=-1).max().to(query.feature_ND.device)
+    classes = int(_all_gather(top_label, group).max()) + 1
+    options = {"temperature": temperature, "group": group, "k_name": k_name}
+    predictions = classify(bank, query.feature_ND, classes=classes, ks=(k,), **options)
+    return {**accuracy(predictions[k], query.label_N), "k": k}
 
 
 def check_k(k: int, bank: int, name: str = "k") -> None:
@@ -68,7 +59,7 @@ def check_k(k: int, bank: int, name: str = "k") -> None:
         )
 
 
-def accuracy(prediction_Q5: torch.Tensor, label_Q: torch.Tensor) -> dict[str, float]:
+def accuracy(prediction_Q5: Tensor, label_Q: Tensor) -> dict[str, float]:
     """{"top1", "top5"}: the share of rows whose label is the first, or any, of the predicted classes.
 
     Raises ValueError where there is no row, or one without a label (a negative one).
@@ -84,10 +75,8 @@ def accuracy(prediction_Q5: torch.Tensor, label_Q: torch.Tensor) -> dict[str, fl
 
 @torch.no_grad()
 def classify(
-    bank_ND: torch.Tensor,
-    bank_label_N: torch.Tensor,
-    bank_id_N: torch.Tensor,
-    query_QD: torch.Tensor,
+    bank: Features,
+    query_QD: Tensor,
     *,
     classes: int,
     ks: Sequence[int] = (20,),
@@ -96,12 +85,12 @@ def classify(
     tile: int = 8192,
     chunk: int = 512,
     k_name: str = "k",
-) -> dict[int, torch.Tensor]:
+) -> dict[int, Tensor]:
     """The classes that the k nearest bank rows vote for, each with weight exp(cosine similarity / temperature).
 
     A collective of `group` (the default group where None) if torch.distributed is initialised: every rank gives its own
     part of the bank, which may be empty and may stay on the CPU, and the same queries, on the device that computes.
-    bank_id_N tells the rows of all ranks apart. Of equally similar rows the one with the smaller id is nearer; of
+    The ids tell the bank's rows of all ranks apart. Of equally similar rows the one with the smaller id is nearer; of
     classes with equal votes the smaller comes first. A feature of zeros has similarity 0 with every other.
 
     Returns {k: int64 [Q, 5]}: per query the classes with most votes, best first, and -1 where fewer have a vote. They
@@ -111,10 +100,10 @@ def classify(
     """
     if not 0 < tile <= _MAX_TILE:
         raise ValueError(f"tile ({tile}) must be from 1 to {_MAX_TILE}")
-    _check(bank_ND, bank_label_N, query_QD, classes, ks, group, k_name)
+    _check(bank, query_QD, classes, ks, group, k_name)
     most = max(ks)
-    nearest = _search(bank_ND, bank_label_N, bank_id_N, query_QD.split(chunk), most, tile)
-    predictions: dict[int, list[torch.Tensor]] = {k: [query_QD.new_empty(0, TOP, dtype=torch.int64)] for k in ks}
+    nearest = _search(bank, query_QD.split(chunk), most, tile)
+    predictions: dict[int, list[Tensor]] = {k: [query_QD.new_empty(0, TOP, dtype=torch.int64)] for k in ks}
     for part in nearest:
         everyones = torch.cat(list(_all_gather(part, group)), dim=1)
         for k, prediction in _vote(_best(everyones, most), classes, ks, temperature).items():
@@ -122,28 +111,21 @@ def classify(
     return {k: torch.cat(parts) for k, parts in predictions.items()}
 
 
-def _search(
-    bank_ND: torch.Tensor,
-    bank_label_N: torch.Tensor,
-    bank_id_N: torch.Tensor,
-    chunks: Sequence[torch.Tensor],
-    most: int,
-    tile: int,
-) -> list[torch.Tensor]:
+def _search(bank: Features, chunks: Sequence[Tensor], most: int, tile: int) -> list[Tensor]:
     """Per chunk of queries the `most` nearest rows of this rank's bank, as candidates [C, most, 3]."""
     device = chunks[0].device
     queries = [_on_grid(query_CD) for query_CD in chunks]
     nearest = [_nobody(len(query_CD), most, device) for query_CD in queries]
-    for rows_T in bank_id_N.argsort().split(tile):
-        tile_TD = _on_grid(bank_ND[rows_T].to(device)).double()
-        names_T2 = torch.stack((bank_id_N[rows_T], bank_label_N[rows_T]), dim=1).to(device)
+    for rows_T in bank.id_N.argsort().split(tile):
+        tile_TD = _on_grid(bank.feature_ND[rows_T].to(device)).double()
+        names_T2 = torch.stack((bank.id_N[rows_T], bank.label_N[rows_T]), dim=1).to(device)
         for i, query_CD in enumerate(queries):
             found = _nearest_in_tile(query_CD.double() @ tile_TD.T, names_T2, most)
             nearest[i] = _best(torch.cat((nearest[i], found), dim=1), most)
     return nearest
 
 
-def _on_grid(x_ND: torch.Tensor) -> torch.Tensor:
+def _on_grid(x_ND: Tensor) -> Tensor:
     """Rows of length 1 as whole multiples of 2^-23; the multiples are exact in float32."""
     x_ND = x_ND.double()
     square_N1 = x_ND * x_ND
@@ -155,7 +137,7 @@ def _on_grid(x_ND: torch.Tensor) -> torch.Tensor:
     return (x_ND / norm_N1.where(norm_N1 > 0, 1) * _GRID).round().float()
 
 
-def _nearest_in_tile(similarity_CT: torch.Tensor, names_T2: torch.Tensor, most: int) -> torch.Tensor:
+def _nearest_in_tile(similarity_CT: Tensor, names_T2: Tensor, most: int) -> Tensor:
     """The nearest rows of a tile in id order, as candidates [C, <= most, 3].
 
     topk picks freely among equals, so the position in the tile joins the similarity in one key without equals.
@@ -168,11 +150,11 @@ def _nearest_in_tile(similarity_CT: torch.Tensor, names_T2: torch.Tensor, most: 
     return torch.cat((similarity_CK[..., None], names_CK2), dim=2)
 
 
-def _nobody(queries: int, most: int, device: torch.device) -> torch.Tensor:
+def _nobody(queries: int, most: int, device: torch.device) -> Tensor:
     return torch.tensor([_NOBODY, 0, 0], device=device).repeat(queries, most, 1)
 
 
-def _best(candidate_CN3: torch.Tensor, most: int) -> torch.Tensor:
+def _best(candidate_CN3: Tensor, most: int) -> Tensor:
     """The `most` first candidates by similarity, the largest first, then by id."""
     by_id = candidate_CN3[..., 1].argsort(dim=1, stable=True)
     candidate_CN3 = candidate_CN3.take_along_dim(by_id[..., None], dim=1)
@@ -180,7 +162,7 @@ def _best(candidate_CN3: torch.Tensor, most: int) -> torch.Tensor:
     return candidate_CN3.take_along_dim(by_similarity[:, :most, None], dim=1)
 
 
-def _vote(candidate_CK3: torch.Tensor, classes: int, ks: Sequence[int], temperature: float) -> dict[int, torch.Tensor]:
+def _vote(candidate_CK3: Tensor, classes: int, ks: Sequence[int], temperature: float) -> dict[int, Tensor]:
     """{k: [C, 5]} from neighbours in order. Votes are added one neighbour at a time, so in one order everywhere."""
     similarity_CK = candidate_CK3[..., 0].double() / _GRID**2
     weight_CK = ((similarity_CK - similarity_CK[:, :1]) / temperature).exp()  # relative to the nearest: no overflow
@@ -196,53 +178,39 @@ def _vote(candidate_CK3: torch.Tensor, classes: int, ks: Sequence[int], temperat
 
 
 def _check(
-    bank_ND: torch.Tensor,
-    bank_label_N: torch.Tensor,
-    query_QD: torch.Tensor,
-    classes: int,
-    ks: Sequence[int],
-    group: dist.ProcessGroup | None,
-    k_name: str,
+    bank: Features, query_QD: Tensor, classes: int, ks: Sequence[int], group: dist.ProcessGroup | None, k_name: str
 ) -> None:
     """Counts over all ranks first, so that all raise, or none does."""
-    not_finite = sum(int((~rows.isfinite()).any(dim=1).sum()) for rows in bank_ND.split(_MAX_TILE))
-    strange = int(((bank_label_N < 0) | (bank_label_N >= classes)).sum())
-    counts = torch.tensor([len(bank_ND), not_finite, strange], device=query_QD.device)
-    bank, not_finite, strange = _all_reduce(counts, dist.ReduceOp.SUM, group).tolist()
+    not_finite = sum(int((~rows.isfinite()).any(dim=1).sum()) for rows in bank.feature_ND.split(_MAX_TILE))
+    strange = int(((bank.label_N < 0) | (bank.label_N >= classes)).sum())
+    counts = torch.tensor([len(bank.id_N), not_finite, strange], device=query_QD.device)
+    images, not_finite, strange = _all_gather(counts, group).sum(0).tolist()
     for k in ks:
-        check_k(k, bank, k_name)
+        check_k(k, images, k_name)
     queries = int((~query_QD.isfinite()).any(dim=1).sum())
     if not_finite or queries:
         raise FloatingPointError(
-            f"kNN needs finite features; those of {not_finite} of {bank} training images and of {queries} of "
+            f"kNN needs finite features; those of {not_finite} of {images} training images and of {queries} of "
             f"{len(query_QD)} validation images are not: the trunk's weights have diverged or its precision overflows"
         )
     if strange:
         raise ValueError(
-            f"kNN needs labelled images; of {bank} for training, {strange} have no class, a label below {classes}"
+            f"kNN needs labelled images; of {images} for training, {strange} have no class, a label below {classes}"
         )
 
 
-def gather_rows(
-    feature_ND: torch.Tensor, id_N: torch.Tensor, label_N: torch.Tensor, group: dist.ProcessGroup | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def gather_rows(rows: Features, group: dist.ProcessGroup | None) -> Features:
     """The rows of all ranks, in the order of their ids. Ranks may hold different numbers of rows."""
-    most = int(_all_reduce(torch.tensor(len(id_N), device=id_N.device), dist.ReduceOp.MAX, group))
-    missing = most - len(id_N)
-    id_Q = _all_gather(F.pad(id_N, (0, missing), value=-1), group).flatten()
-    label_Q = _all_gather(F.pad(label_N, (0, missing)), group).flatten()
-    query_QD = _all_gather(F.pad(feature_ND, (0, 0, 0, missing)), group).flatten(0, 1)
+    most = int(_all_gather(torch.tensor(len(rows.id_N), device=rows.id_N.device), group).max())
+    missing = most - len(rows.id_N)
+    id_Q = _all_gather(F.pad(rows.id_N, (0, missing), value=-1), group).flatten()
+    label_Q = _all_gather(F.pad(rows.label_N, (0, missing)), group).flatten()
+    query_QD = _all_gather(F.pad(rows.feature_ND, (0, 0, 0, missing)), group).flatten(0, 1)
     order_Q = id_Q.argsort()[int((id_Q < 0).sum()) :]
-    return query_QD[order_Q], id_Q[order_Q], label_Q[order_Q]
+    return Features(query_QD[order_Q], id_Q[order_Q], label_Q[order_Q])
 
 
-def _all_reduce(x: torch.Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> torch.Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(x, operation, group)
-    return x
-
-
-def _all_gather(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[world, *x.shape]; x has the same shape on every rank."""
     if not dist.is_initialized():
         return x[None]

@@ -1,18 +1,19 @@
-"""What is measured: a network and the form of the images that it takes, from any CHECKPOINT."""
+"""What is measured: a network and the form of the images that it takes, from any CHECKPOINT.
+
+Shapes: B images, S their side, D features.
+"""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.distributed.world import World, in_turn
 from engine.evaluation.readout import readout
 from engine.recipe.sections import Interpolation
 from engine.weights.opening import open_trunk, open_weights
 from engine.weights.weights import EncoderName, fill_trunk
-
-Baseline = Literal["initial", "pixels"]
 
 
 @dataclass(frozen=True)
@@ -31,48 +32,57 @@ class Subject:
     interpolation: Interpolation = "bilinear"
     dtype: torch.dtype = torch.float32
 
-    def width(self, device: torch.device) -> int:
+    def normalised(self, image_B3SS: Tensor, device: torch.device | str) -> Tensor:
+        """Pixels from 0 to 255 as the network takes them: (pixels / 255 - mean) / std in `dtype` on the device."""
+        mean_311, std_311 = (
+            torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1) for v in (self.mean, self.std)
+        )
+        pixels = image_B3SS.to(device, non_blocking=True).float().div_(255)
+        return pixels.sub_(mean_311).div_(std_311).to(self.dtype)
+
+    @torch.no_grad()
+    def width(self, device: torch.device | str) -> int:
         """D."""
-        with torch.no_grad():
-            return self.network(torch.zeros(1, 3, self.image_size, self.image_size, device=device)).shape[1]
+        return self.network(torch.zeros(1, 3, self.image_size, self.image_size, device=device)).shape[1]
 
 
-def open_subject(
-    checkpoint: str,
-    world: World,
-    *,
-    encoder: EncoderName = "base",
-    features: str = "own",
-    baseline: Baseline | None = None,
-    crop_fraction: float | None = None,
-) -> Subject:
-    """The frozen network of a CHECKPOINT, copied to every rank, or one to compare it with on the same images.
+class Choice(TypedDict, total=False):
+    """Which network of a CHECKPOINT is meant, which of its numbers are the features, and the crop that it sees.
 
-    Args:
-        features: which numbers of the trunk (engine.evaluation.readout).
-        baseline: `initial` for the same network before training (with the seed of its recipe, 0 where it has none),
-            `pixels` for the images themselves.
-        crop_fraction: None for that of the checkpoint's recipe.
+    features: engine.evaluation.readout tells them apart; `own` when left out.
+    baseline: a network to compare it with on the same images: `initial` is the same one before training (with the seed
+        of its recipe, 0 where it has none), `pixels` the images themselves.
+    crop_fraction: that of the checkpoint's recipe when left out.
+    """
+
+    encoder: EncoderName
+    features: str
+    baseline: Literal["initial", "pixels"] | None
+    crop_fraction: float | None
+
+
+def open_subject(checkpoint: str, device: torch.device | str, **choice: Unpack[Choice]) -> Subject:
+    """The frozen network of a CHECKPOINT, float32, in eval mode on the device; for this process alone.
 
     Raises:
-        UserError: on every rank.
+        UserError: the CHECKPOINT or the choice is none.
     """
-    return in_turn(world, lambda: _open(checkpoint, world, encoder, features, baseline, crop_fraction))
-
-
-def _open(
-    checkpoint: str,
-    world: World,
-    encoder: EncoderName,
-    features: str,
-    baseline: Baseline | None,
-    crop_fraction: float | None,
-) -> Subject:
+    baseline = choice.get("baseline")
     if baseline == "pixels":
         weights, network = open_weights(checkpoint), nn.Flatten()
     else:
-        weights = open_trunk(checkpoint, encoder, untrained=baseline == "initial")
-        network = readout(fill_trunk(weights), features)
+        weights = open_trunk(checkpoint, choice.get("encoder", "base"), untrained=baseline == "initial")
+        network = readout(fill_trunk(weights), choice.get("features", "own"))
     about = weights.known()
-    network = network.to(world.device).eval().requires_grad_(False)
-    return Subject(network, about.image_size, about.mean, about.std, crop_fraction or about.crop_fraction)
+    network = network.to(device).eval().requires_grad_(False)
+    crop_fraction = choice.get("crop_fraction") or about.crop_fraction
+    return Subject(network, about.image_size, about.mean, about.std, crop_fraction)
+
+
+def open_subject_together(checkpoint: str, world: World, **choice: Unpack[Choice]) -> Subject:
+    """`open_subject` on every rank's device; rank 0 first, so that it alone fetches what is not there yet.
+
+    Raises:
+        UserError: on every rank, where it was raised on any.
+    """
+    return in_turn(world, lambda: open_subject(checkpoint, world.device, **choice))

@@ -3,7 +3,7 @@
 Shapes: N images, D features, S side of an image.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.data import bad_images
-from engine.data.loader import EvalBatch, eval_batches
 from engine.data.source import Source
 from engine.data.sources import open_source
 from engine.errors import UserError
-from engine.evaluation.features import extract
-from engine.evaluation.subject import Subject
-from engine.weights.opening import open_encoder
+from engine.evaluation.features import batches_for, extract
+from engine.evaluation.subject import Subject, open_subject
 
-BATCH = 128
+CONSEQUENCE = "it is left out of the picture"
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Featured:
 
     def pixels(self, row_N: Tensor) -> Tensor:
         """uint8 [N, S, S, 3]: what the network sees of the images in these rows."""
-        found = _batches(self.source, self.id_N[row_N].numpy(), self.subject, workers=0)
+        found = batches_for(self.subject, self.source, self.id_N[row_N].numpy(), 0, CONSEQUENCE)
         return torch.cat([batch.images[: batch.valid] for batch in found]).permute(0, 2, 3, 1)
 
 
@@ -65,17 +62,9 @@ def see(checkpoint: str, kind: str, root: Path, dataset: str | None, *, at_most:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = open_subject(checkpoint, device)
     ids = np.linspace(0, len(source) - 1, min(at_most, len(source))).round().astype(np.int64)
-    form = {"mean": subject.mean, "std": subject.std, "device": device, "dtype": subject.dtype}
-    rows = extract(subject.network, _batches(source, ids, subject, workers), **form)
+    rows = extract(subject, batches_for(subject, source, ids, workers, CONSEQUENCE), device)
     name = checkpoint if checkpoint.startswith("timm/") else Path(checkpoint).resolve().name
     return Featured(name, source, subject, *rows)
-
-
-def open_subject(checkpoint: str, device: torch.device) -> Subject:
-    """The trunk of a CHECKPOINT's base encoder. Raises UserError."""
-    encoder = open_encoder(checkpoint)
-    about = encoder.about
-    return Subject(encoder.trunk.to(device), about.image_size, about.mean, about.std, about.crop_fraction)
 
 
 def unit(feature_ND: Tensor) -> Tensor:
@@ -83,11 +72,3 @@ def unit(feature_ND: Tensor) -> Tensor:
     if not feature_ND.isfinite().all():
         raise UserError("CHECKPOINT must give finite features, and does not: its weights have diverged; pass another")
     return F.normalize(feature_ND.double(), dim=1)
-
-
-def _batches(source: Source, ids: np.ndarray, subject: Subject, workers: int) -> Iterator[EvalBatch]:
-    form = {"image_size": subject.image_size, "crop_fraction": subject.crop_fraction}
-    form["interpolation"] = subject.interpolation
-    for batch in eval_batches(source, ids, batch_size=BATCH, workers=workers, **form):
-        bad_images.report(batch.bad, "it is left out of the picture")
-        yield batch

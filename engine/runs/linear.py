@@ -15,7 +15,7 @@ from engine.distributed.agreement import gather
 from engine.distributed.world import World
 from engine.errors import RunFailed
 from engine.evaluation.linear import LinearProbe, linear_step
-from engine.evaluation.subject import Subject, open_subject
+from engine.evaluation.subject import Subject, open_subject_together
 from engine.recipe.sections import Linear
 from engine.runs.supervised import Supervised, closing, digest, open_images, run
 from engine.weights.weights import EncoderName
@@ -33,7 +33,7 @@ def probe(recipe: Linear, checkpoint: str, encoder: EncoderName, world: World) -
     """
     started = time.perf_counter()
     sources = open_images(recipe, world)
-    subject = open_subject(checkpoint, world, encoder=encoder, crop_fraction=recipe.evaluate.crop_fraction)
+    subject = open_subject_together(checkpoint, world, encoder=encoder, crop_fraction=recipe.evaluate.crop_fraction)
     task = Probing(recipe, world, sources, subject, checkpoint)
     seconds = run(task, started)
     check_frozen(subject.network, task.weights_digest, world)

@@ -1,15 +1,12 @@
-"""The monitor of pre-training: how well the base trunk's features tell the classes of labelled images apart.
-
-Shapes: Q validation images of all ranks, D features.
-"""
+"""The monitor of pre-training: how well the base trunk's features tell the classes of labelled images apart."""
 
 import torch
 from torch import nn
 
 from engine.data.splits import Sources
 from engine.distributed.world import World
+from engine.evaluation.features import unchecked_features
 from engine.evaluation.knn import gather_rows, knn_accuracy
-from engine.evaluation.measure import unchecked_features
 from engine.evaluation.online_probe import OnlineProbe
 from engine.evaluation.subject import Subject
 from engine.recipe.load import Pretrain
@@ -55,7 +52,7 @@ def monitor_row(
         unchecked_features(subject, source, None, world, recipe.data.workers, "it is left out of the monitor")
         for source in sources
     )
-    query_QD, _, label_Q = gather_rows(*(rows.to(world.device) for rows in queries), world.group)
-    knn = knn_accuracy(*bank, query_QD, label_Q, k=K, group=world.group)
+    query = gather_rows(queries.to(world.device), world.group)
+    knn = knn_accuracy(bank, query, k=K, group=world.group)
     row = {"knn_top1": knn["top1"], "knn_top5": knn["top5"]}
-    return row if probe is None else row | probe.accuracy(query_QD, label_Q)
+    return row if probe is None else row | probe.accuracy(query.feature_ND, query.label_N)

@@ -26,8 +26,8 @@ from engine.data.splits import Sources
 from engine.distributed.agreement import agreement, gather, share
 from engine.distributed.world import World
 from engine.errors import UserError
+from engine.evaluation.features import features
 from engine.evaluation.images import open_labelled
-from engine.evaluation.measure import features
 from engine.evaluation.subject import Subject
 from engine.pictures.confusion import by_class, confusion_picture
 from engine.recipe.identity import fingerprint

@@ -12,17 +12,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from engine.errors import UserError
-from engine.evaluation.features import extract, rank_slice
+from engine.evaluation.features import Features, extract, rank_slice
 from engine.evaluation.knn import classify, gather_rows, knn_accuracy
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
-from tests.evaluation.test_knn import padded_batch
+from engine.evaluation.subject import Subject
+from tests.evaluation.batches import padded_batch
 
 WORLDS = (1, 2, 4)
 BATCH = 8
 TRAIN, VAL = 130, 37  # neither divides into full batches, nor batches into ranks
 CLASSES = 6
 BANK = TRAIN - 8  # readable ones
-FORM = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "device": "cpu", "dtype": torch.float32}
 
 
 def pictures(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,19 +55,19 @@ def sharded_trunk() -> nn.Module:
     return trunk
 
 
-def refusals(bank: torch.Tensor, label: torch.Tensor, ids: torch.Tensor, query: torch.Tensor) -> list[str]:
+def refusals(bank: Features, query_QD: torch.Tensor) -> list[str]:
     """A bad row on one rank only, or a k above the whole bank: all ranks raise, and none waits for another."""
     last = dist.get_rank() == dist.get_world_size() - 1
     messages = []
     for change, error in (("nan", FloatingPointError), ("label", ValueError), ("k", UserError)):
-        broken, wrong = bank.clone(), label.clone()
+        broken = Features(*(rows.clone() for rows in bank))
         if change == "nan" and last:
-            broken[0, 0] = float("nan")
+            broken.feature_ND[0, 0] = float("nan")
         if change == "label" and last:
-            wrong[0] = CLASSES
+            broken.label_N[0] = CLASSES
         k = BANK + 1 if change == "k" else BANK
         with pytest.raises(error) as caught:
-            classify(broken, wrong, ids, query, classes=CLASSES, ks=(k,))
+            classify(broken, query_QD, classes=CLASSES, ks=(k,))
         messages.append(str(caught.value))
     return messages
 
@@ -76,23 +76,23 @@ def worker(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store_{world}", rank=rank, world_size=world)
     trunk = sharded_trunk()
-    bank, ids, label = extract(trunk, batches_of(TRAIN, 1), **FORM)
-    query, query_id, query_label = gather_rows(*extract(trunk, batches_of(VAL, 2), **FORM), None)
-    assert torch.equal(query_id, readable(torch.arange(VAL))) and torch.equal(
-        query_label, pictures(VAL, 2)[1][query_id]
-    )
+    subject = Subject(trunk, 8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), crop_fraction=1)
+    bank = extract(subject, batches_of(TRAIN, 1), "cpu")
+    query = gather_rows(extract(subject, batches_of(VAL, 2), "cpu"), None)
+    assert torch.equal(query.id_N, readable(torch.arange(VAL)))
+    assert torch.equal(query.label_N, pictures(VAL, 2)[1][query.id_N])
     options = {"classes": CLASSES, "ks": (1, 5, 20, BANK)}
-    whole, whole_id, whole_label = gather_rows(bank, ids, label, None)
+    whole = gather_rows(bank, None)
     held = slice(None) if rank == world - 1 else slice(0)  # all on the last rank, nothing on the others
     result = {
-        "query": query,
-        "bank": whole,
-        "predictions": classify(bank, label, ids, query, **options),
-        "other_tiles": classify(bank, label, ids, query, **options, tile=3, chunk=5),
-        "one_holder": classify(whole[held], whole_label[held], whole_id[held], query, **options),
-        "accuracy": knn_accuracy(bank, ids, label, query, query_label, k=20),
-        "refusals": refusals(bank, label, ids, query),
-        "rankme": rankme_from_gram(feature_gram(bank)),
+        "query": query.feature_ND,
+        "bank": whole.feature_ND,
+        "predictions": classify(bank, query.feature_ND, **options),
+        "other_tiles": classify(bank, query.feature_ND, **options, tile=3, chunk=5),
+        "one_holder": classify(Features(*(rows[held] for rows in whole)), query.feature_ND, **options),
+        "accuracy": knn_accuracy(bank, query, k=20),
+        "refusals": refusals(bank, query.feature_ND),
+        "rankme": rankme_from_gram(feature_gram(bank.feature_ND)),
         "training": trunk.training,
     }
     torch.save(result, f"{folder}/{world}_{rank}.pt")

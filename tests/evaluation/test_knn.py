@@ -11,23 +11,26 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from engine.data.loader import EvalBatch
 from engine.errors import UserError
-from engine.evaluation.features import extract, rank_slice
+from engine.evaluation.features import Features, extract, rank_slice
 from engine.evaluation.knn import accuracy, check_k, classify, knn_accuracy
+from engine.evaluation.subject import Subject
+from tests.evaluation.batches import padded_batch
 
 CLASSES = 12
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def random_bank(seed: int, clustered: bool, rows: int = 900, queries: int = 150, dim: int = 24):
+def random_bank(
+    seed: int, clustered: bool, rows: int = 900, queries: int = 150, dim: int = 24
+) -> tuple[Features, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     bank_label = torch.randint(CLASSES, (rows,), generator=generator)
     query_label = torch.randint(CLASSES, (queries,), generator=generator)
     centres = torch.randn(CLASSES, dim, generator=generator) * clustered
     bank = centres[bank_label] + torch.randn(rows, dim, generator=generator)
     query = centres[query_label] + torch.randn(queries, dim, generator=generator)
-    return bank, bank_label, query, query_label
+    return Features(bank, torch.arange(rows), bank_label), query
 
 
 def by_definition(bank, labels, ids, query, k, temperature=0.07):
@@ -47,17 +50,16 @@ def by_definition(bank, labels, ids, query, k, temperature=0.07):
 @pytest.mark.parametrize("clustered", [False, True])
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
 def test_agrees_with_scikit_learn(clustered, temperature):
-    bank, bank_label, query, _ = random_bank(3, clustered)
-    ids = torch.arange(len(bank))
+    bank, query = random_bank(3, clustered)
     ks = (1, 20, 100)
-    ours = classify(bank, bank_label, ids, query, classes=CLASSES, ks=ks, temperature=temperature)
+    ours = classify(bank, query, classes=CLASSES, ks=ks, temperature=temperature)
     for k in ks:
         theirs = KNeighborsClassifier(
             k,
             metric="cosine",
             algorithm="brute",
             weights=lambda distance: np.exp((1 - distance) / temperature),
-        ).fit(bank.double(), bank_label)
+        ).fit(bank.feature_ND.double(), bank.label_N)
         assert ours[k][:, 0].tolist() == theirs.predict(query.double()).tolist()
         votes = torch.tensor(theirs.predict_proba(query.double()))
         ranked = votes.sort(dim=1, descending=True, stable=True)
@@ -80,26 +82,17 @@ def test_ties_go_by_id_and_by_class_for_any_tiles(seed, rows, k, tile, chunk):
     labels = torch.randint(7, (rows,), generator=generator)
     ids = torch.randperm(rows, generator=generator) * 5
     k = min(k, rows)
-    found = classify(bank, labels, ids, query, classes=7, ks=(k,), tile=tile, chunk=chunk)[k]
+    found = classify(Features(bank, ids, labels), query, classes=7, ks=(k,), tile=tile, chunk=chunk)[k]
     assert torch.equal(found, by_definition(bank, labels, ids, query, k))
 
 
 def test_neither_scale_nor_tiles_nor_order_change_predictions():
-    bank, labels, query, _ = random_bank(5, clustered=False, dim=33)
-    ids = torch.arange(len(bank))
-    expected = classify(bank, labels, ids, query, classes=CLASSES, ks=(20, 1))
-    shuffled = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))
+    bank, query = random_bank(5, clustered=False, dim=33)
+    expected = classify(bank, query, classes=CLASSES, ks=(20, 1))
+    shuffled = torch.randperm(len(bank.id_N), generator=torch.Generator().manual_seed(0))
+    other = Features(bank.feature_ND[shuffled] * 8, bank.id_N[shuffled], bank.label_N[shuffled])
     for tile, chunk in ((1, 150), (64, 7), (899, 149), (2**16, 1)):
-        again = classify(
-            bank[shuffled] * 8,
-            labels[shuffled],
-            ids[shuffled],
-            query / 8,
-            classes=CLASSES,
-            ks=(1, 20),
-            tile=tile,
-            chunk=chunk,
-        )
+        again = classify(other, query / 8, classes=CLASSES, ks=(1, 20), tile=tile, chunk=chunk)
         assert all(torch.equal(again[k], expected[k]) for k in (1, 20))
 
 
@@ -108,32 +101,31 @@ def test_similarities_are_exact_up_to_the_largest_tile():
     bank = torch.eye(4).repeat(2**14, 1)
     bank[1::2] *= -1
     ids = torch.arange(2**16)
-    found = classify(bank, ids % 4, ids, torch.eye(4), classes=4, ks=(2**15,), tile=2**16)[2**15]
+    found = classify(Features(bank, ids, ids % 4), torch.eye(4), classes=4, ks=(2**15,), tile=2**16)[2**15]
     assert found[:, 0].tolist() == [0, 0, 2, 0]  # rows 1 and 3 are only found negated: all the rest is equal
 
 
 def test_zero_features_are_similar_to_nothing():
-    bank = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
-    labels = ids = torch.arange(3)
-    found = classify(bank, labels, ids, torch.tensor([[2.0, 0.0], [0.0, 0.0]]), classes=3, ks=(3,))[3]
+    bank = Features(torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]), torch.arange(3), torch.arange(3))
+    found = classify(bank, torch.tensor([[2.0, 0.0], [0.0, 0.0]]), classes=3, ks=(3,))[3]
     assert found.tolist() == [[1, 0, 2, -1, -1], [0, 1, 2, -1, -1]]
 
 
 def test_refuses_bad_features_labels_and_k():
-    bank, labels, query, _ = random_bank(1, clustered=False, rows=30, queries=4)
-    ids = torch.arange(30)
-    broken = bank.clone()
+    bank, query = random_bank(1, clustered=False, rows=30, queries=4)
+    broken = bank.feature_ND.clone()
     broken[7, 2], broken[9, 0] = float("nan"), float("inf")
     with pytest.raises(FloatingPointError, match="2 of 30 training images and of 0 of 4"):
-        classify(broken, labels, ids, query, classes=CLASSES)
+        classify(bank._replace(feature_ND=broken), query, classes=CLASSES)
     with pytest.raises(FloatingPointError, match="0 of 30 training images and of 4 of 4"):
-        classify(bank, labels, ids, query * float("inf"), classes=CLASSES)
+        classify(bank, query * float("inf"), classes=CLASSES)
+    unlabelled = bank._replace(label_N=bank.label_N.index_fill(0, torch.tensor([3]), -1))
     with pytest.raises(ValueError, match="of 30 for training, 1 have no class"):
-        classify(bank, labels.index_fill(0, torch.tensor([3]), -1), ids, query, classes=CLASSES)
+        classify(unlabelled, query, classes=CLASSES)
     with pytest.raises(ValueError, match="tile"):
-        classify(bank, labels, ids, query, classes=CLASSES, tile=2**16 + 1)
+        classify(bank, query, classes=CLASSES, tile=2**16 + 1)
     with pytest.raises(UserError, match=r"^--k \(31\) must be at most 30, .*; "):
-        classify(bank, labels, ids, query, classes=CLASSES, ks=(1, 31), k_name="--k")
+        classify(bank, query, classes=CLASSES, ks=(1, 31), k_name="--k")
     with pytest.raises(UserError, match=r"^k \(0\) must be at least 1; "):
         check_k(0, 30)
 
@@ -164,11 +156,8 @@ def batches_of(images, labels, rank, world, batch_size):
         yield padded_batch(images, labels, ids[start : start + batch_size], batch_size)
 
 
-def padded_batch(images, labels, ids, batch_size):
-    missing = batch_size - len(ids)
-    padded = nn.functional.pad(images[ids], (0, 0, 0, 0, 0, 0, 0, missing))
-    id_B, label_B = (nn.functional.pad(values, (0, missing), value=-1) for values in (ids, labels[ids]))
-    return EvalBatch(padded, id_B, label_B, len(ids), [])
+def subject(trunk: nn.Module) -> Subject:
+    return Subject(trunk, 8, MEAN, STD, crop_fraction=1)
 
 
 @given(count=st.integers(0, 200), world=st.integers(1, 9), batch_size=st.integers(1, 40))
@@ -193,9 +182,8 @@ def test_extraction_is_eval_mode_of_normalised_pixels_and_restores_the_trunk():
     trunk[1].eval()
     modes = [part.training for part in trunk.modules()]
     state = {name: value.clone() for name, value in trunk.state_dict().items()}
-    form = {"mean": MEAN, "std": STD, "device": "cpu", "dtype": torch.float32}
 
-    parts = [extract(trunk, batches_of(images, labels, rank, 2, 4), **form) for rank in range(2)]
+    parts = [extract(subject(trunk), batches_of(images, labels, rank, 2, 4), "cpu") for rank in range(2)]
 
     assert [part.training for part in trunk.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in trunk.state_dict().items())
@@ -209,13 +197,12 @@ def test_extraction_is_eval_mode_of_normalised_pixels_and_restores_the_trunk():
 
 def test_modes_are_restored_after_a_failure():
     trunk = small_trunk().train()
-    form = {"mean": MEAN, "std": STD, "device": "cpu", "dtype": torch.float32}
     narrow = padded_batch(torch.zeros(2, 3, 1, 1, dtype=torch.uint8), torch.arange(2), torch.arange(2), 2)
     with pytest.raises(RuntimeError):
-        extract(trunk, [narrow], **form)
+        extract(subject(trunk), [narrow], "cpu")
     assert all(part.training for part in trunk.modules())
     with pytest.raises(ValueError, match="at least one batch"):
-        extract(trunk, [], **form)
+        extract(subject(trunk), [], "cpu")
 
 
 def test_knn_accuracy_finds_what_pixels_tell():
@@ -229,9 +216,8 @@ def test_knn_accuracy_finds_what_pixels_tell():
 
     def run(train_labels, k=5):
         train, val = batches_of(images[:40], train_labels, 0, 1, 16), batches_of(images[40:], labels[40:], 0, 1, 16)
-        form = {"mean": MEAN, "std": STD, "device": "cpu", "dtype": torch.float32}
-        query_QD, _, label_Q = extract(trunk, val, **form)
-        return knn_accuracy(*extract(trunk, train, **form), query_QD, label_Q, k=k, k_name="--k")
+        bank, query = (extract(subject(trunk), batches, "cpu") for batches in (train, val))
+        return knn_accuracy(bank, query, k=k, k_name="--k")
 
     assert run(labels[:40]) == {"top1": 1.0, "top5": 1.0, "k": 5}
     assert run(labels[:40].roll(1))["top1"] == 0.0

@@ -18,12 +18,13 @@ from engine.data.sources import open_source
 from engine.distributed.world import process_group
 from engine.errors import RunFailed, UserError
 from engine.evaluation import fast_linear
+from engine.evaluation.features import Features
 from engine.evaluation.linear import LinearProbe, linear_step
 from engine.evaluation.readout import readout
+from engine.evaluation.subject import open_subject
 from engine.recipe.load import load
 from engine.recipe.sections import Linear
 from engine.runs import linear as probes
-from engine.weights.opening import open_encoder
 from tests.test_house import recording
 
 ROOT = Path(__file__).parents[2]
@@ -102,10 +103,10 @@ def finished(tmp_path_factory) -> tuple[Path, dict]:
 def test_protocol_against_plain_torch(finished):
     """Loader's crops; the rest is written anew: flip, mean and std, Linear, SGD, one cosine step per epoch."""
     recipe, source = small_recipe(finished[0]), open_source("shards", VAL, "all")
-    encoder = open_encoder(CHECKPOINT)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.about.mean, encoder.about.std))
-    classifier = nn.Linear(encoder.trunk.num_features, 10)
-    start = LinearProbe(encoder.trunk.num_features, 10, peak_lr=1, epochs=1, steps_per_epoch=1, seed=0)
+    subject = open_subject(CHECKPOINT, "cpu")
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (subject.mean, subject.std))
+    classifier = nn.Linear(subject.width("cpu"), 10)
+    start = LinearProbe(subject.width("cpu"), 10, peak_lr=1, epochs=1, steps_per_epoch=1, seed=0)
     with torch.no_grad():
         classifier.weight.copy_(start.weight_CD)
         classifier.bias.zero_()
@@ -115,13 +116,13 @@ def test_protocol_against_plain_torch(finished):
     off |= {"grayscale_probability": 0, "blur_sigma": (0, 0), "blur_probability": (0, 0)}
     flips = Augment(**off, solarize_probability=(0, 0), flip_probability=0.5, mean=(0,) * 3, std=(1,) * 3, seed=0)
     options = {"seed": 0, "global_batch_size": 300, "rank": 0, "world_size": 1, "first_step": 0, "last_step": 8}
-    options |= {"workers": 0, "image_size": encoder.about.image_size, "crop_min": recipe.augment.crop_min}
+    options |= {"workers": 0, "image_size": subject.image_size, "crop_min": recipe.augment.crop_min}
     losses, sizes = [], []
     for batch in train_batches(source, **options, pin_memory=False, views=1, keep_partial=True):
         flip_B = flips.draw(batch.sample_B, batch.epoch, 0).on_flip.flatten()
         images = torch.where(flip_B[:, None, None, None], batch.crops[0].flip(-1), batch.crops[0])
         with torch.no_grad():
-            features = encoder.trunk((images / 255 - mean) / std)
+            features = subject.network((images / 255 - mean) / std)
         loss = nn.functional.cross_entropy(classifier(features), torch.from_numpy(source.labels)[batch.sample_B])
         sgd.zero_grad()
         loss.backward()
@@ -198,7 +199,7 @@ def test_a_resume_refuses_what_differs(finished):
 
 def test_a_trunk_that_changes_is_an_error(tmp_path, monkeypatch):
     """One bit of one buffer or weight during training, and no result is reported."""
-    opened = probes.open_subject
+    opened = probes.open_subject_together
 
     class Drifting(nn.Module):
         def __init__(self, network):
@@ -215,7 +216,7 @@ def test_a_trunk_that_changes_is_an_error(tmp_path, monkeypatch):
         object.__setattr__(subject, "network", Drifting(subject.network))
         return subject
 
-    monkeypatch.setattr(probes, "open_subject", open_drifting)
+    monkeypatch.setattr(probes, "open_subject_together", open_drifting)
     with pytest.raises(RunFailed, match="the frozen trunk's weights or buffers changed"):
         run(small_recipe(tmp_path, "train.max_steps=1"))
 
@@ -223,11 +224,19 @@ def test_a_trunk_that_changes_is_an_error(tmp_path, monkeypatch):
 # ---- fast ------------------------------------------------------------------------------------------------------------
 
 
-def clusters(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def clusters(train: int, val: int) -> tuple[Features, Features]:
+    """So many rows of six classes, standardised."""
     centre_CD = torch.randn(6, 12, generator=torch.Generator().manual_seed(9))
-    label_N = torch.randint(6, (rows,), generator=generator)
-    return centre_CD[label_N] + 1.2 * torch.randn(rows, 12, generator=generator), label_N
+
+    def draw(rows: int, seed: int) -> Features:
+        generator = torch.Generator().manual_seed(seed)
+        label_N = torch.randint(6, (rows,), generator=generator)
+        row_ND = centre_CD[label_N] + 1.2 * torch.randn(rows, 12, generator=generator)
+        return Features(row_ND, torch.arange(rows), label_N)
+
+    drawn = draw(train, 1), draw(val, 2)
+    standard = fast_linear.standardise(drawn[0].feature_ND, drawn[1].feature_ND)
+    return drawn[0]._replace(feature_ND=standard[0]), drawn[1]._replace(feature_ND=standard[1])
 
 
 def test_the_gradient_of_all_candidates_is_autograds_of_each():
@@ -239,23 +248,22 @@ def test_the_gradient_of_all_candidates_is_autograds_of_each():
 
 
 def test_candidates_trained_together_are_those_trained_alone():
-    (train_ND, label_N), (val_QD, val_label_Q) = clusters(700, 1), clusters(300, 2)
-    train_ND, val_QD = fast_linear.standardise(train_ND, val_QD)
+    train, val = clusters(700, 300)
     group = fast_linear.groups_of_rank(1, 3)[0]
     options = {"classes": 6, "epochs": 20}
-    scores = fast_linear.train_group(group, train_ND, label_N, val_QD, val_label_Q, **options)
+    scores = fast_linear.train_group(group, train, val, **options)
     assert len({score.top1 for score in scores}) > 1
     for score in scores[::3]:
-        (alone,) = fast_linear.train_group([score.candidate], train_ND, label_N, val_QD, val_label_Q, **options)
+        (alone,) = fast_linear.train_group([score.candidate], train, val, **options)
         assert alone.top1 == pytest.approx(score.top1, abs=1.5 / 300) and alone.candidate == score.candidate
 
 
 def test_fast_is_as_good_as_scikit_learn():
-    (train_ND, label_N), (val_QD, val_label_Q) = clusters(700, 1), clusters(600, 2)
-    train_ND, val_QD = fast_linear.standardise(train_ND, val_QD)
+    train, val = clusters(700, 600)
     group = [fast_linear.Candidate(0.3, 1e-3)]
-    (ours,) = fast_linear.train_group(group, train_ND, label_N, val_QD, val_label_Q, classes=6)
-    theirs = LogisticRegression(C=1 / (1e-3 * 700), max_iter=2000).fit(train_ND, label_N).score(val_QD, val_label_Q)
+    (ours,) = fast_linear.train_group(group, train, val, classes=6)
+    regression = LogisticRegression(C=1 / (1e-3 * 700), max_iter=2000).fit(train.feature_ND, train.label_N)
+    theirs = regression.score(val.feature_ND, val.label_N)
     assert ours.top1 == pytest.approx(theirs, abs=0.01) and theirs > 0.6
 
 
@@ -270,9 +278,9 @@ def test_constant_columns_become_zero_and_divergence_scores_nothing():
     train_ND = torch.cat([torch.randn(50, 2), torch.full((50, 1), 3.0)], 1)
     standard_ND, _ = fast_linear.standardise(train_ND, train_ND)
     assert not standard_ND[:, 2].any() and standard_ND[:, :2].std(0, correction=0).tolist() == pytest.approx([1, 1])
-    labels = torch.arange(50) % 2
+    rows = Features(standard_ND, torch.arange(50), torch.arange(50) % 2)
     wild = [fast_linear.Candidate(1e30, 1.0)]
-    (score,) = fast_linear.train_group(wild, standard_ND, labels, standard_ND, labels, classes=2, epochs=9)
+    (score,) = fast_linear.train_group(wild, rows, rows, classes=2, epochs=9)
     assert (score.top1, score.top5) == (0, 0)
 
 
@@ -280,9 +288,8 @@ def test_constant_columns_become_zero_and_divergence_scores_nothing():
 
 
 def test_feature_choices_of_a_vit():
-    trunk = open_encoder(CHECKPOINT).trunk
-    size = open_encoder(CHECKPOINT).about.image_size
-    images = torch.rand(2, 3, size, size)
+    subject = open_subject(CHECKPOINT, "cpu")
+    trunk, images = subject.network, torch.rand(2, 3, subject.image_size, subject.image_size)
     tokens = trunk.forward_features(images)
     cls, mean, last = (readout(trunk, choice)(images) for choice in ("cls", "mean", "last2"))
     assert torch.equal(cls, trunk(images)) and readout(trunk, "own") is trunk
