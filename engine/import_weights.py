@@ -41,12 +41,12 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
     from engine.checkpoint.save import save
     from engine.distributed.world import process_group
     from engine.recipe.identity import fingerprint
-    from engine.recipe.load import dump
+    from engine.recipe.load import dump, shape
     from engine.runs.pretrain import build_state, make_networks, make_schedule
     from engine.training.optim import local
     from engine.weights.adopting import adopt
-    from engine.weights.architecture import of_recipe
     from engine.weights.opening import open_weights
+    from models.architecture import of_name
 
     checkpoints = Path(recipe.run.dir) / "checkpoints"
     if checkpoint_folders(checkpoints):
@@ -54,7 +54,7 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
     source = open_weights(str(file))
     model = recipe.model
     heads = (model.projector_hidden_dim, model.output_dim)
-    architecture = of_recipe(model)
+    architecture = of_name(model.name, model.image_size, shape(model))
     weights = adopt(source, architecture, heads, interpolate=interpolate)
     for note in source.notes:
         say_once(note)

@@ -6,6 +6,7 @@ the values do not depend on how many ranks there are.
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,9 +21,16 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 def seeded(rule: Callable[..., Tensor], **fixed: object) -> Callable[[int], Draw]:
-    """Turn `rule(name, shape, generator, **fixed)` into a function from a seed to a `Draw`."""
+    """Turn `rule(name, shape, generator, **fixed)` for parameters into a function from a seed to a `Draw`.
 
-    def start(seed: int) -> Draw:
-        return lambda name, shape: rule(name, shape, generator_for(seed, name), **fixed)
+    BatchNorm's buffers start as BatchNorm starts them.
+    """
 
-    return start
+    def draw(seed: int, name: str, shape: torch.Size) -> Tensor:
+        if name.endswith(("running_mean", "num_batches_tracked")):
+            return torch.zeros(shape)
+        if name.endswith("running_var"):
+            return torch.ones(shape)
+        return rule(name, shape, generator_for(seed, name), **fixed)
+
+    return lambda seed: partial(draw, seed)

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from models import heads
-from models.initial import generator_for
-from models.norm import GlobalBatchNorm
-from models.trunk import is_vit
+from models.initial import seeded
+from models.norm import set_views
+from models.parts import Part
+from models.trunk import Trunk
 
 
 class Encoder(nn.Module):
     """A trunk and its projector: images [V*B, 3, H, W] -> features [V*B, D] -> projections [V*B, P]."""
 
-    def __init__(self, trunk: nn.Module, hidden_dim: int, output_dim: int):
+    def __init__(self, trunk: Trunk, hidden_dim: int, output_dim: int):
         super().__init__()
-        self.trunk = trunk
-        layers = 3 if is_vit(trunk) else 2
-        self.projector = heads.head(trunk.num_features, hidden_dim, output_dim, layers=layers, last_norm=True)
+        self.trunk = trunk.module
+        layers = 3 if trunk.is_vit else 2
+        self.projector = heads.head(trunk.width, hidden_dim, output_dim, layers=layers, last_norm=True)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.trunk(images)
@@ -32,17 +33,26 @@ class MoCo(nn.Module):
     """Base encoder, momentum encoder and predictor. The momentum encoder takes no gradients.
 
     Args:
-        build_trunk: makes a fresh trunk (models.trunk); called once for each encoder.
+        build_trunk: makes a fresh trunk (models.architecture); called once for each encoder.
         hidden_dim: width of the heads' hidden layers.
         output_dim: P.
+
+    Attributes:
+        views: V, the crop batches that lie one after another in a training input.
+        width: D.
     """
 
-    def __init__(self, build_trunk: Callable[[], nn.Module], hidden_dim: int, output_dim: int):
+    views = 2
+
+    def __init__(self, build_trunk: Callable[[], Trunk], hidden_dim: int, output_dim: int):
         super().__init__()
-        self.base = Encoder(build_trunk(), hidden_dim, output_dim)
+        trunk = build_trunk()
+        self.width, self._draw_trunk = trunk.width, trunk.initial_values
+        self.base = Encoder(trunk, hidden_dim, output_dim)
         self.momentum = Encoder(build_trunk(), hidden_dim, output_dim).requires_grad_(False)
         # Only the ViT's predictor ends in BatchNorm (appendix A).
-        self.predictor = heads.head(output_dim, hidden_dim, output_dim, layers=2, last_norm=is_vit(self.base.trunk))
+        self.predictor = heads.head(output_dim, hidden_dim, output_dim, layers=2, last_norm=trunk.is_vit)
+        set_views(self, self.views)
 
     def queries(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Base features [V*B, D] and queries [V*B, P] of the images [V*B, 3, H, W] of V crop batches."""
@@ -54,6 +64,27 @@ class MoCo(nn.Module):
         """Keys [V*B, P] of the images [V*B, 3, H, W] of V crop batches, without gradient."""
         return self.momentum(images)[1]
 
+    def parts(self) -> list[Part]:
+        """Every trunk and head, in the order in which they are made FSDP's roots."""
+        return [
+            Part(self.base.trunk, is_trunk=True, is_trained=True),
+            Part(self.base.projector, is_trunk=False, is_trained=True),
+            Part(self.momentum.trunk, is_trunk=True, is_trained=False),
+            Part(self.momentum.projector, is_trunk=False, is_trained=False),
+            Part(self.predictor, is_trunk=False, is_trained=True),
+        ]
+
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and buffer before training as (name, value on the CPU), one at a time.
+
+        The momentum encoder starts as a copy of the base encoder. Values depend on the seed alone.
+        """
+        draw_trunk, draw_head = self._draw_trunk(seed), seeded(heads.initial_value)(seed)
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            source = name.replace("momentum.", "base.", 1) if name.startswith("momentum.") else name
+            inner = source.removeprefix("base.trunk.")
+            yield name, draw_head(source, tensor.shape) if inner == source else draw_trunk(inner, tensor.shape)
+
 
 @torch.no_grad()
 def update_momentum(momentum: list[Tensor], base: list[Tensor], m: float) -> None:
@@ -62,21 +93,3 @@ def update_momentum(momentum: list[Tensor], base: list[Tensor], m: float) -> Non
     Takes each rank's own shards, parameters only: BatchNorm's buffers follow the momentum encoder's own forward.
     """
     torch._foreach_lerp_(momentum, base, 1 - m)
-
-
-def initial_values(moco: MoCo, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer of a fresh MoCo as (name, value on the CPU), one at a time.
-
-    The momentum encoder starts as a copy of the base encoder. Values depend on the seed alone.
-    """
-    draw_trunk = moco.base.trunk.initial_values(seed)
-    fresh = {id(b) for m in moco.modules() if isinstance(m, GlobalBatchNorm) for b in m.buffers(recurse=False)}
-    for name, tensor in (*moco.named_parameters(), *moco.named_buffers()):
-        source = name.replace("momentum.", "base.", 1) if name.startswith("momentum.") else name
-        if id(tensor) in fresh:
-            value = torch.ones(tensor.shape) if name.endswith("running_var") else torch.zeros(tensor.shape)
-        elif source.startswith("base.trunk."):
-            value = draw_trunk(source.removeprefix("base.trunk."), tensor.shape)
-        else:
-            value = heads.initial_value(name, tensor.shape, generator_for(seed, source))
-        yield name, value

@@ -33,7 +33,7 @@ class GlobalBatchNorm(nn.Module):
         eps: float = 1e-5,
         momentum: float = 0.1,
         affine: bool = True,
-        views: int = 2,
+        views: int = 1,
         activation: nn.Module | None = None,
     ):
         super().__init__()
@@ -76,6 +76,13 @@ class GlobalBatchNorm(nn.Module):
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
         # The gradient of this sum is again a sum over ranks: every rank's loss depends on every rank's input.
         return x if self.group_name is None else functional.all_reduce(x, "sum", self.group_name)
+
+
+def set_views(module: nn.Module, views: int) -> None:
+    """Tell every GlobalBatchNorm in `module` how many crop batches lie one after another in a training input."""
+    for child in module.modules():
+        if isinstance(child, GlobalBatchNorm):
+            child.views = views
 
 
 def set_batch_norm_group(module: nn.Module, group: torch.distributed.ProcessGroup) -> None:

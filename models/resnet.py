@@ -1,27 +1,24 @@
 """ResNet trunk: torchvision's network without its classifier."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from models.initial import seeded
 from models.norm import GlobalBatchNorm
+from models.trunk import Trunk
+
+LAYERS = {"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)\.(\d+)"}  # as timm tells them by a parameter's name
 
 
-def build_resnet(layers: tuple[int, int, int, int] = (3, 4, 6, 3), width_per_group: int = 64) -> ResNet:
-    """torchvision's bottleneck ResNet (default: ResNet-50), [V*B, 3, H, W] -> [V*B, 2048], BatchNorm over all ranks."""
-    trunk = ResNet(Bottleneck, list(layers), width_per_group=width_per_group, norm_layer=GlobalBatchNorm)
-    trunk.num_features = trunk.fc.in_features
-    trunk.fc = nn.Identity()
-    trunk.initial_values = seeded(initial_value)
-    trunk.group_matcher = group_matcher
-    trunk.drop_paths = lambda _: {}  # torchvision's has no stochastic depth
-    return trunk
-
-
-def group_matcher(coarse: bool = False) -> dict[str, str]:
-    """How timm tells the layers of a ResNet by their parameters' names: by stage, or by block."""
-    return {"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+def build_resnet(layers: Sequence[int] = (3, 4, 6, 3), width_per_group: int = 64) -> Trunk:
+    """torchvision's bottleneck ResNet (default: ResNet-50), [N, 3, H, W] -> [N, 2048], BatchNorm over all ranks."""
+    module = ResNet(Bottleneck, list(layers), width_per_group=width_per_group, norm_layer=GlobalBatchNorm)
+    width = module.fc.in_features
+    setattr(module, "fc", nn.Identity())  # noqa: B010 (typed as Linear)
+    return Trunk(module, width, False, seeded(initial_value), drop_paths=lambda _: {}, layers=LAYERS)
 
 
 def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
 """Vision transformers as MoCo v3 builds them, on timm's VisionTransformer (paper sections 4.2 and 5).
 
-Shapes: V views, B images of this rank, D channels.
+Shapes: N images, D channels.
 """
 
 from collections.abc import Callable
@@ -14,25 +14,13 @@ from torch import Tensor, nn
 from models.drop_path import drop_path_places
 from models.initial import seeded
 from models.norm import GlobalBatchNorm
+from models.trunk import Trunk
 
 WAVELENGTH = 10_000.0  # of the slowest sine, in patches / 2 pi
 
 
-def build_vit(
-    *,
-    image_size: int,
-    patch_size: int,
-    dim: int,
-    depth: int,
-    heads: int,
-    conv_stem: bool = False,
-    freeze_patch_projection: bool = False,
-) -> VisionTransformer:
-    """A pre-norm ViT whose CLS token is the feature: [V*B, 3, H, W] -> [V*B, D].
-
-    Positions are a fixed sin-cos embedding. `freeze_patch_projection` is the paper's stability trick (section 4.2): the
-    patch projection keeps its random values, weight and bias.
-    """
+def build_vit(*, image_size: int, patch_size: int, dim: int, depth: int, heads: int, conv_stem: bool = False) -> Trunk:
+    """A pre-norm ViT whose CLS token is the feature: [N, 3, H, W] -> [N, D]. Positions are fixed sines and cosines."""
     make = partial(
         VisionTransformer,
         img_size=image_size,
@@ -47,13 +35,17 @@ def build_vit(
         weight_init="skip",
         **({"embed_layer": ConvStem} if conv_stem else {}),
     )
-    trunk = make()
-    trunk.drop_paths = partial(_drop_paths, make, image_size)
-    trunk.initial_values = seeded(initial_value, grid=trunk.patch_embed.grid_size)
-    trunk.pos_embed.requires_grad_(False)
-    if freeze_patch_projection:
-        trunk.patch_embed.proj.requires_grad_(False)
-    return trunk
+    module = make()
+    module.pos_embed.requires_grad_(False)
+    return Trunk(
+        module,
+        dim,
+        is_vit=True,
+        initial_values=seeded(initial_value, grid=module.patch_embed.grid_size),
+        drop_paths=partial(_drop_paths, make, image_size),
+        layers=module.group_matcher(coarse=False),
+        no_weight_decay=frozenset(module.no_weight_decay()),
+    )
 
 
 def _drop_paths(make: Callable[..., nn.Module], image_size: int, highest: float) -> dict[str, float]:
@@ -65,7 +57,7 @@ class ConvStem(nn.Module):
     """Stride-2 convolutions instead of the patch projection, one for each halving that `patch_size` asks for.
 
     Widths double up to D; BatchNorm and ReLU follow each; a 1x1 convolution ends the stem. The constructor and the
-    attributes are those that timm expects of an `embed_layer`. [V*B, 3, H, W] -> [V*B, tokens, D].
+    attributes are those that timm expects of an `embed_layer`. [N, 3, H, W] -> [N, tokens, D].
     """
 
     strict_img_size = True

@@ -18,9 +18,8 @@ from engine.distributed.world import World, make_mesh, process_group
 from engine.training.parallelize import materialize, parallelize
 from engine.training.schedule import Schedule
 from engine.training.step import StepOutput, TrainState, train_step
-from models.moco import MoCo, initial_values
-from models.resnet import build_resnet
-from models.vit import build_vit
+from models.architecture import Architecture
+from models.moco import MoCo
 
 FLOOR = 0.01  # of a tensor's largest entry, under which differences are absolute
 
@@ -60,17 +59,16 @@ def build(trace: Trace, world: World, precision: str, compile: bool, shard: str,
     trunk = dict(trace.config["trunk"])
     kind, image_size = trunk.pop("kind"), trunk.pop("image_size")
     if kind == "resnet":
-        build_trunk = partial(build_resnet, tuple(trunk["layers"]), trunk["width_per_group"])
+        build_trunk = Architecture("resnet", trunk).build
     else:
         frozen = trunk.pop("frozen_patch_projection")
-        build_trunk = partial(
-            build_vit, image_size=image_size, conv_stem=kind == "vit_conv", freeze_patch_projection=frozen, **trunk
-        )
+        vit = Architecture("vit", {"image_size": image_size, "conv_stem": kind == "vit_conv", **trunk})
+        build_trunk = partial(vit.build, freeze_patch_projection=frozen)
     with torch.device("meta"):
         moco = MoCo(build_trunk, trace.config["hidden_dim"], trace.config["output_dim"])
     mesh = make_mesh(world, shard, replicate)
     parallelize(moco, mesh, world.group, shard=shard, precision=precision, compile=compile)
-    materialize(moco, world.device, initial_values(moco, seed=0))
+    materialize(moco, world.device, moco.initial_values(seed=0))
     fill(moco, trace.initial())
     return TrainState(
         moco,

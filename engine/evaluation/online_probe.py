@@ -53,7 +53,7 @@ class OnlineProbe:
         group: dist.ProcessGroup,
     ):
         self.label_N = torch.from_numpy(labels_N).to(device)
-        self.norm = GlobalBatchNorm(width, affine=False).to(device, dtype)
+        self.norm = GlobalBatchNorm(width, affine=False, views=2).to(device, dtype)
         set_batch_norm_group(self.norm, group)
         self.classifier = LinearProbe(
             width,

@@ -15,19 +15,15 @@ from engine.errors import UserError, one_line
 from engine.recipe.keys import keys_of, read, show, wrong
 from engine.recipe.plain import parse, unparse
 from engine.recipe.sections import (
-    CONV_VITS,
-    PLAIN_VITS,
     RECIPES,
     SCHEMA,
-    SHAPE_KEYS,
-    TIMM_VIT,
     Data,
     Finetune,
     Model,
     Pretrain,
     Recipe,
 )
-from models.shapes import VIT_SHAPES
+from models.shapes import VIT_KEYS, may_freeze_patches, vit_shape
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
@@ -171,9 +167,9 @@ def _check_data(data: Data) -> None:
 
 def _check_model(model: Model) -> None:
     name, resolved = model.name, shape(model)
-    if model.freeze_patch_projection and name not in PLAIN_VITS and not TIMM_VIT.match(name):
+    if model.freeze_patch_projection and not may_freeze_patches(name):
         raise wrong("model.freeze_patch_projection", True, f"false for {name}, which is no plain ViT")
-    for field in SHAPE_KEYS:
+    for field in VIT_KEYS:
         value = getattr(model, field)
         if name in ("vit", "vit_conv") and value is None:
             raise wrong(f"model.{field}", value, f"an integer >= 1 for {name}, which has no shape of its own")
@@ -199,12 +195,9 @@ def _check_shape(image_size: int, patch_size: int, dim: int, depth: int, heads: 
 def shape(model: Model) -> dict[str, Any] | None:
     """{patch_size, dim, depth, heads, conv_stem} of a ViT: the recipe's own values over those of the named network.
 
-    None for networks that bring their shape (resnet50, timm/*).
+    None for networks that bring their shape (ResNets, timm's).
     """
-    if model.name not in PLAIN_VITS + CONV_VITS:
-        return None
-    named = VIT_SHAPES.get(model.name, {"conv_stem": model.name in CONV_VITS})
-    return named | {name: getattr(model, name) for name in SHAPE_KEYS if getattr(model, name) is not None}
+    return vit_shape(model.name, **{name: getattr(model, name) for name in VIT_KEYS})
 
 
 def check_world(recipe: Recipe, world_size: int) -> None:

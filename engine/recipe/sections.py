@@ -12,12 +12,7 @@ import re
 from typing import Literal
 
 from engine.recipe.keys import Rule, key
-
-PLAIN_VITS = ("vit", "vit_small", "vit_base", "vit_large", "vit_huge")
-CONV_VITS = ("vit_conv", "vit_conv_small", "vit_conv_base")
-SHAPE_KEYS = ("patch_size", "dim", "depth", "heads")
-# How timm's plain vision transformers begin; whoever builds a timm trunk looks at the network itself.
-TIMM_VIT = re.compile(r"timm/(aimv2|beit3|deit|eva|flexivit|test_vit|vit)")
+from models.shapes import CONV_VITS, PLAIN_VITS, RESNET_SHAPES, is_network
 
 POSITIVE = Rule(" > 0", lambda value: value > 0)
 NOT_NEGATIVE = Rule(" >= 0", lambda value: value >= 0)
@@ -29,10 +24,7 @@ CROP = Rule(" > 0 and <= 1", lambda value: 0 < value <= 1)
 BELOW_1 = Rule(" >= 0 and < 1", lambda value: 0 <= value < 1)
 REPEATS = Rule(" from 1 to 100", lambda value: 1 <= value <= 100)
 TEXT = Rule(", in quotes if it looks like a number", lambda value: bool(value) and value.isprintable())
-NETWORK = Rule(
-    f": {', '.join((*PLAIN_VITS, *CONV_VITS))}, resnet50 or timm/<name>",
-    lambda value: value in (*PLAIN_VITS, *CONV_VITS, "resnet50") or re.fullmatch(r"timm/[\w.-]+", value) is not None,
-)
+NETWORK = Rule(f": {', '.join((*PLAIN_VITS, *CONV_VITS, *RESNET_SHAPES))} or timm/<name>", is_network)
 RANDAUGMENT = Rule(
     " in timm's words, as rand-m9-mstd0.5-inc1",
     lambda value: re.fullmatch(r"rand(-(m|n|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-inc[01]|-tweights)*", value) is not None,

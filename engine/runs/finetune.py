@@ -38,7 +38,7 @@ from engine.training.parallelize import check_compiler, materialize, parallelize
 from engine.weights.classifying import write_classifier
 from engine.weights.opening import open_trunk
 from engine.weights.weights import EncoderName, Weights
-from models.classifier import Classifier, starting_values
+from models.classifier import Classifier
 
 
 def finetune(
@@ -132,7 +132,7 @@ def build_state(
     )
     for network in networks:
         if network is not None:
-            materialize(network, world.device, starting_values(network, trunk_values(weights), recipe.run.seed))
+            materialize(network, world.device, network.initial_values(trunk_values(weights), recipe.run.seed))
     return FinetuneState(
         classifier,
         ema,

@@ -27,7 +27,7 @@ def make_probe(
     if not (recipe.evaluate.online_probe and has_monitor(sources)):
         return None
     return OnlineProbe(
-        state.moco.base.trunk.num_features,
+        state.moco.width,
         sources.train.labels,
         len(sources.train.classes),
         state.schedule,

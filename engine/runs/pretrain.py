@@ -35,8 +35,8 @@ from engine.training.health import health
 from engine.training.parallelize import check_compiler, materialize, parallelize
 from engine.training.schedule import Schedule
 from engine.training.step import StepOutput, TrainState, train_step
-from models.moco import MoCo, initial_values
-from models.trunk import build_trunk
+from models.architecture import of_name
+from models.moco import MoCo
 
 PICTURED = 8  # images of which TensorBoard shows both views
 
@@ -136,13 +136,8 @@ def make_networks(recipe: Pretrain) -> MoCo:
         UserError: for what only the network itself knows.
     """
     model = recipe.model
-    make_trunk = partial(
-        build_trunk,
-        model.name,
-        image_size=model.image_size,
-        freeze_patch_projection=model.freeze_patch_projection,
-        shape=shape(model),
-    )
+    architecture = of_name(model.name, model.image_size, shape(model))
+    make_trunk = partial(architecture.build, freeze_patch_projection=model.freeze_patch_projection)
     with torch.device("meta"):
         try:
             return MoCo(make_trunk, model.projector_hidden_dim, model.output_dim)
@@ -155,7 +150,7 @@ def build_state(recipe: Pretrain, moco: MoCo, world: World, schedule: Schedule) 
     parallel = recipe.parallel
     mesh = make_mesh(world, parallel.shard, parallel.replicate)
     parallelize(moco, mesh, world.group, shard=parallel.shard, precision=parallel.precision, compile=parallel.compile)
-    materialize(moco, world.device, initial_values(moco, recipe.run.seed))
+    materialize(moco, world.device, moco.initial_values(recipe.run.seed))
     return TrainState(
         moco,
         schedule,

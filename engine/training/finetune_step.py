@@ -4,7 +4,7 @@ Shapes: B images of this rank, C classes, K paths of stochastic depth.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -84,10 +84,9 @@ def decaying_groups(classifier: Classifier, weight_decay: float, layer_decay: fl
     A group has `lr_scale`, its share of the rate: 1 for the classifier, layer_decay for the trunk's last layer, and so
     on down. Biases, norms, positions and CLS have no weight decay, as in DeiT.
     """
-    trunk = classifier.trunk
-    own = trunk.no_weight_decay() if hasattr(trunk, "no_weight_decay") else ()
+    kept = {*NO_DECAY, *classifier.no_weight_decay}
     return param_groups_layer_decay(
-        _Whole(classifier), weight_decay, no_weight_decay_list={*NO_DECAY, *own}, layer_decay=layer_decay
+        _Whole(classifier), weight_decay, no_weight_decay_list=kept, layer_decay=layer_decay
     )
 
 
@@ -95,7 +94,10 @@ class _Whole:
     """What timm asks of a network that it groups: a trunk's layers and names, with the classifier on top of them."""
 
     def __init__(self, classifier: Classifier):
-        self.classifier, self.group_matcher = classifier, classifier.trunk.group_matcher
+        self.classifier = classifier
+
+    def group_matcher(self, coarse: bool) -> Any:
+        return self.classifier.layers
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.classifier.trunk.named_parameters()

@@ -8,8 +8,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.weights.architecture import Architecture, by_shape, moco_shapes, trunk_shapes
 from engine.weights.weights import Weights, check_names
+from models.architecture import Architecture, by_shape, moco_shapes, trunk_shapes
 from models.vit import sincos_position
 
 POSITIONS = ("base.trunk.pos_embed", "momentum.trunk.pos_embed")

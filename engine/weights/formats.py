@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import UserError
-from engine.weights.architecture import Architecture, by_shape
 from engine.weights.weights import Weights
+from models.architecture import Architecture, by_shape
 
 PICKLES = (".pth.tar", ".pt", ".pth")
 SAFETENSORS = (".safetensors",)

@@ -19,12 +19,11 @@ from engine.checkpoint.manifest import NAME as MANIFEST
 from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.errors import UserError, one_line
 from engine.logger import say_once
-from engine.recipe.load import loads, task_of
-from engine.weights.architecture import Architecture, moco_shapes, of_recipe, trunk_shapes
+from engine.recipe.load import loads, shape, task_of
 from engine.weights.reading import own_words, read_weights
 from engine.weights.weights import About, EncoderName, Weights, check_names, fill_trunk
-from models.moco import MoCo, initial_values
-from models.trunk import TIMM
+from models.architecture import Architecture, moco_shapes, of_name, trunk_shapes
+from models.shapes import TIMM
 
 MODEL = "model."  # how the networks' tensors begin in a sharded checkpoint
 
@@ -74,12 +73,12 @@ def _untrained(about: About) -> Weights:
     """The trunk before training, as a run of its recipe begins."""
     seed = loads(about.recipe, "recipe of the checkpoint").run.seed if about.recipe else 0
     with torch.device("meta"):
-        moco = MoCo(about.architecture.build, 1, 1)  # its heads are not drawn
-    shapes = {n: t.shape for n, t in moco.state_dict().items() if n.startswith("base.trunk.")}
+        trunk = about.architecture.build()
+    shapes = {f"base.trunk.{name}": tensor.shape for name, tensor in trunk.module.state_dict().items()}
 
     def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        wanted = set(names)
-        return ((name, value) for name, value in initial_values(moco, seed) if name in wanted)
+        draw = trunk.initial_values(seed)
+        return ((name, draw(name.removeprefix("base.trunk."), shapes[name])) for name in names)
 
     return Weights(about, shapes, read, "the untrained network")
 
@@ -111,7 +110,7 @@ def _from_shards(folder: Path) -> Weights:
             "pass the CHECKPOINT that it was made on"
         )
     recipe = loads(text if isinstance(text, str) else "", f"recipe of {folder}")
-    architecture = of_recipe(recipe.model)
+    architecture = of_name(recipe.model.name, recipe.model.image_size, shape(recipe.model))
     expected = moco_shapes(architecture, recipe.model.projector_hidden_dim, recipe.model.output_dim)
     found = {
         name.removeprefix(MODEL): torch.Size(entry["shape"])

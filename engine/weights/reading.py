@@ -10,17 +10,11 @@ from torch import Tensor
 
 from engine.errors import UserError, one_line
 from engine.weights import tables
-from engine.weights.architecture import (
-    REFERENCE_HEADS,
-    Architecture,
-    bounded,
-    moco_shapes,
-    of_shapes,
-    trunk_shapes,
-)
 from engine.weights.safely import open_file
 from engine.weights.weights import IMAGENET, REFERENCE_LICENCE, About, Weights, check_names
+from models.architecture import Architecture, bounded, moco_shapes, of_shapes, trunk_shapes
 
+REFERENCE_HEADS = 12  # of every ViT in the reference's files, whatever its width
 MARK = "moco_v3_engine"  # metadata of every safetensors file that is written here
 FILES = ("model.safetensors", "checkpoint.pth.tar", "model.pt")  # where a folder keeps its weights
 RESNET_IMAGE_SIZE = 224  # a published ResNet takes any; it was trained on this
@@ -44,7 +38,7 @@ def read_weights(path: Path) -> Weights:
         content, get, shapes = opened.content, opened.tensors, opened.shapes
     try:
         return _interpret(str(path), content, get, shapes, heads)
-    except UserError as error:
+    except (UserError, ValueError) as error:  # models' refusals of a network are ValueErrors
         text = str(error)
         raise UserError(text if str(path) in text else f"weights ({path}): {text}; pass another file") from None
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.recipe.load import loads
-from engine.weights.architecture import Architecture
+from models.architecture import Architecture
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of published files
 REFERENCE_LICENCE = "CC-BY-NC-4.0"
@@ -136,7 +136,7 @@ def fill_trunk(weights: Weights) -> nn.Module:
     architecture = weights.known().architecture
     # timm's networks may have buffers that no file holds, so those are built with values.
     with torch.device("cpu" if architecture.kind == "timm" else "meta"):
-        trunk = architecture.build()
+        trunk = architecture.build().module
     # Reals in float32, counters as they are.
     tensors = {
         name.removeprefix("base.trunk."): tensor.float() if tensor.is_floating_point() else tensor

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.weights import tables
-from engine.weights.architecture import RESNETS, Architecture
 from engine.weights.reading import MARK
 from engine.weights.weights import Weights, fill_trunk
+from models.architecture import Architecture
+from models.shapes import RESNET_SHAPES
 
 OPSET = 18
 ONNX_LIMIT = (
@@ -93,9 +94,9 @@ def timm_arguments(architecture: Architecture) -> tuple[str, dict[str, Any]]:
         return TIMM_VITS.get(name, "vit_base_patch16_224"), {**architecture.model_args(), "num_classes": 0}
     if architecture.kind == "resnet":
         sizes = {"layers": arguments["layers"], "base_width": arguments["width_per_group"], "num_classes": 0}
-        return name if name in RESNETS else "resnet50", sizes
+        return name if name in RESNET_SHAPES else "resnet50", sizes
     with torch.device("meta"):
-        trunk = architecture.build()
+        trunk = architecture.build().module
     takes_size = any(n.endswith(("pos_embed", "position_bias_table")) for n, _ in trunk.named_parameters())
     return name, {"num_classes": 0} | ({"img_size": arguments["image_size"]} if takes_size else {})
 

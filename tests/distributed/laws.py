@@ -1,6 +1,7 @@
 """Laws of the step, on real ranks; each prints its name when it holds. Launched by test_laws.py."""
 
 import json
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,9 +18,9 @@ from engine.training.optim import LARS_TRUST, Lars, local
 from engine.training.parallelize import materialize, parallelize
 from engine.training.schedule import Schedule
 from engine.training.step import TrainState, train_step
-from models.moco import MoCo, initial_values, update_momentum
+from models.architecture import Architecture
+from models.moco import MoCo, update_momentum
 from models.norm import GlobalBatchNorm, set_batch_norm_group
-from models.vit import build_vit
 from tests.distributed.replays import GOLDEN, SHARDINGS
 from tests.replay import Trace, build
 
@@ -116,7 +117,7 @@ def batch_norm_is_global(world: World) -> None:
         generator = torch.Generator().manual_seed(7)
         whole_VB = torch.randn(2, world.size * rows, channels, *size, generator=generator, dtype=torch.float64) * 3 + 50
         weights_VB = torch.randn(whole_VB.shape, generator=generator, dtype=torch.float64)
-        ours = GlobalBatchNorm(channels).double()
+        ours = GlobalBatchNorm(channels, views=2).double()
         theirs = (nn.BatchNorm2d if size else nn.BatchNorm1d)(channels).double()
         with torch.no_grad():
             for norm in (ours, theirs):
@@ -145,18 +146,16 @@ def batch_norm_is_global(world: World) -> None:
 
 def weights_depend_on_the_seed_alone(world: World) -> None:
     def make() -> MoCo:
-        def trunk() -> nn.Module:
-            return build_vit(image_size=16, patch_size=8, dim=12, depth=2, heads=3, freeze_patch_projection=True)
-
+        shape = {"image_size": 16, "patch_size": 8, "dim": 12, "depth": 2, "heads": 3, "conv_stem": False}
         with torch.device("meta"):
-            return MoCo(trunk, 20, 8)
+            return MoCo(partial(Architecture("vit", shape).build, freeze_patch_projection=True), 20, 8)
 
     moco = make()
-    expected = dict(initial_values(make(), seed=3))
-    other_seed = dict(initial_values(make(), seed=4))
+    expected = dict(make().initial_values(seed=3))
+    other_seed = dict(make().initial_values(seed=4))
     mesh = make_mesh(world, "full", 1)
     parallelize(moco, mesh, world.group, shard="full", precision="float32", compile=False)
-    materialize(moco, world.device, initial_values(moco, seed=3))
+    materialize(moco, world.device, moco.initial_values(seed=3))
     for name, tensor in moco.state_dict().items():
         value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         assert torch.equal(value.cpu().double(), expected[name].double()), name

@@ -11,11 +11,13 @@ from safetensors.torch import load_file
 
 from engine.recipe.load import load
 from engine.runs.pretrain import make_networks
-from models.moco import MoCo, initial_values, update_momentum
+from models.architecture import of_name
+from models.moco import MoCo, update_momentum
 from models.norm import GlobalBatchNorm
 from models.resnet import build_resnet
 from models.shapes import VIT_SHAPES
-from models.trunk import blocks, build_trunk
+from models.timm_trunk import build_timm
+from models.trunk import blocks
 from models.vit import build_vit, sincos_position
 from tests.replay import our_name
 
@@ -46,7 +48,7 @@ def test_initial_weights_have_the_reference_statistics(name):
     trained = {n: p.requires_grad for n, p in moco.named_parameters() if not n.startswith("momentum.")}
     expected = {our_name(n): v for n, v in golden.items()}
     assert trained.keys() == expected.keys()
-    for parameter, value in initial_values(moco, seed=0):
+    for parameter, value in moco.initial_values(seed=0):
         if parameter not in expected:
             continue
         wanted = expected[parameter]
@@ -59,7 +61,7 @@ def test_initial_weights_have_the_reference_statistics(name):
 
 def test_momentum_encoder_starts_as_a_copy_and_takes_no_gradient():
     moco = make_networks(load(ROOT / "recipes/quickstart_conv.yaml"))
-    values = dict(initial_values(moco, seed=1))
+    values = dict(moco.initial_values(seed=1))
     copies = [n for n in values if n.startswith("momentum.")]
     assert len(copies) > 30
     assert all(torch.equal(values[n], values[n.replace("momentum.", "base.", 1)]) for n in copies)
@@ -75,7 +77,7 @@ def test_every_recipe_builds_on_the_meta_device(path):
     size = recipe.model.image_size
     with torch.device("meta"):
         features, queries = moco.queries(torch.empty(4, 3, size, size))
-    assert features.shape == (4, trunk.num_features) and queries.shape == (4, recipe.model.output_dim)
+    assert features.shape == (4, moco.width) and queries.shape == (4, recipe.model.output_dim)
     named = VIT_SHAPES.get(recipe.model.name)
     if named:
         assert (trunk.embed_dim, len(trunk.blocks)) == (named["dim"], named["depth"])
@@ -94,7 +96,7 @@ def test_every_recipe_builds_on_the_meta_device(path):
 
 @pytest.mark.parametrize(("patch_size", "convolutions"), [(16, 4), (8, 3), (4, 2)])
 def test_conv_stem_halves_as_often_as_the_patch_size_asks(patch_size, convolutions):
-    trunk = build_vit(image_size=32, patch_size=patch_size, dim=32, depth=1, heads=2, conv_stem=True)
+    trunk = build_vit(image_size=32, patch_size=patch_size, dim=32, depth=1, heads=2, conv_stem=True).module
     found = [m for m in trunk.patch_embed.proj if isinstance(m, torch.nn.Conv2d)]
     assert [c.out_channels for c in found] == [32 >> (convolutions - n) for n in range(1, convolutions + 1)] + [32]
     assert trunk.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 32)
@@ -106,7 +108,7 @@ def test_resnet_is_torchvisions():
     from torchvision.models import resnet50
 
     theirs = resnet50(weights=None).eval()
-    ours = build_resnet().eval()
+    ours = build_resnet().module.eval()
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert not missing and set(unexpected) == {"fc.weight", "fc.bias"}
     theirs.fc = torch.nn.Identity()
@@ -120,12 +122,12 @@ def test_any_timm_model_is_a_trunk(name):
     """Global BatchNorm takes the place of timm's, names and function in evaluation stay, initial values are timm's."""
     import timm
 
-    build = partial(build_trunk, f"timm/{name}", image_size=64, freeze_patch_projection=False)
+    build = partial(build_timm, name, image_size=64)
     with torch.device("meta"):
         moco = MoCo(build, 32, 16)
     moco.to_empty(device="cpu")
     tensors = {**dict(moco.named_parameters()), **dict(moco.named_buffers())}
-    values = dict(initial_values(moco, seed=2))
+    values = dict(moco.initial_values(seed=2))
     assert values.keys() == tensors.keys()
     for tensor_name, value in values.items():
         tensors[tensor_name].data.copy_(value)
@@ -145,17 +147,17 @@ def test_any_timm_model_is_a_trunk(name):
 def test_the_width_of_a_timm_trunk_is_that_of_its_output():
     """timm's `num_features` leaves out a last layer that some networks have."""
     with torch.device("meta"):
-        trunk = build_trunk("timm/mobilenetv3_small_050", image_size=64, freeze_patch_projection=False)
-        assert trunk.num_features == trunk(torch.empty(2, 3, 64, 64)).shape[1] == 1024
+        trunk = build_timm("mobilenetv3_small_050", image_size=64)
+        assert trunk.width == trunk.module(torch.empty(2, 3, 64, 64)).shape[1] == 1024
 
 
 def test_impossible_trunks_say_why():
     with pytest.raises(ValueError, match=r"model.name \(timm/resnet18.no_such_tag\) must be a timm model: Invalid"):
-        build_trunk("timm/resnet18.no_such_tag", image_size=64, freeze_patch_projection=False)
+        build_timm("resnet18.no_such_tag", image_size=64)
     with pytest.raises(ValueError, match=r"model.name \(timm/no_such_net\) must be a timm model"):
-        build_trunk("timm/no_such_net", image_size=64, freeze_patch_projection=False)
+        build_timm("no_such_net", image_size=64)
     with pytest.raises(ValueError, match=r"freeze_patch_projection \(true\) must be false"):
-        build_trunk("timm/test_convnext", image_size=64, freeze_patch_projection=True)
+        of_name("timm/test_convnext", 64, None).build(freeze_patch_projection=True)
 
 
 def test_update_moves_towards_the_base_encoder():

@@ -35,8 +35,8 @@ def attention_by_hand(trunk, image_B3SS: torch.Tensor) -> torch.Tensor:
 
 def trunks():
     shape = {"image_size": 32, "patch_size": 8, "dim": 24, "depth": 2, "heads": 3}
-    yield "ours", build_vit(**shape)
-    yield "conv stem", build_vit(**shape | {"depth": 1}, conv_stem=True)
+    yield "ours", build_vit(**shape).module
+    yield "conv stem", build_vit(**shape | {"depth": 1}, conv_stem=True).module
     options = {"img_size": 64, "num_classes": 0, "depth": 2}
     yield "timm", timm.create_model("vit_tiny_patch16_224", **options)
     yield "registers", timm.create_model("vit_tiny_patch16_224", reg_tokens=3, **options)
@@ -64,7 +64,7 @@ def test_attention_is_that_of_the_blocks_own_weights(trunk):
 def test_attention_wants_a_class_token():
     with torch.device("meta"):
         without = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg")
-        for trunk in (build_resnet(), timm.create_model("swin_tiny_patch4_window7_224"), without):
+        for trunk in (build_resnet().module, timm.create_model("swin_tiny_patch4_window7_224"), without):
             with pytest.raises(UserError, match=r"CHECKPOINT \(runs/x\) must be of a ViT with a class token"):
                 check_attention(trunk, "runs/x")
 

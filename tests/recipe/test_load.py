@@ -188,12 +188,12 @@ def test_the_words_name_type_and_range():
     assert "a list of 2, each a finite number > 0" in complaint("augment.blur_sigma=1")
     assert "parallel.compile (yes) must be true or false" in complaint("parallel.compile=yes")
     assert "augment.crop_min (0) must be a finite number > 0 and <= 1" in complaint("augment.crop_min=0")
-    assert "resnet50 or timm/<name>" in complaint("model.name=vit_tiny")
+    assert "wide_resnet101_2 or timm/<name>" in complaint("model.name=vit_tiny")
 
 
 # ---- combinations ----------------------------------------------------------------------------------------------------
 
-OWN_SHAPE = [f"model.{name}=null" for name in recipes.SHAPE_KEYS]
+OWN_SHAPE = [f"model.{name}=null" for name in recipes.VIT_KEYS]
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_shipped_recipe_says_what_the_paper_says(name):
         *(recipe.augment.crop_min, model.freeze_patch_projection),
     )
     assert train.max_steps is None and recipe.run.dir == f"runs/{name}"
-    names = (*recipes.SHAPE_KEYS, "conv_stem")
+    names = (*recipes.VIT_KEYS, "conv_stem")
     assert recipes.shape(model) == (dict(zip(names, SHAPES[name], strict=True)) if name in SHAPES else None)
     header = FILES[name].read_text().partition("\ntask:")[0]
     assert (f"Published: {TOP_1[name]} % top-1" if name in TOP_1 else "Published: none") in " ".join(header.split())

@@ -32,15 +32,15 @@ from engine.recipe.sections import Finetune, Linear
 from engine.runs import finetune as finetuning
 from engine.runs import linear as probes
 from engine.training.finetune_step import decaying_groups
-from engine.weights.architecture import Architecture
 from engine.weights.card import model_card
 from engine.weights.classifying import write_classifier
 from engine.weights.opening import open_encoder, open_trunk, open_weights
 from engine.weights.weights import About, Weights, fill_trunk
-from models.classifier import Classifier, starting_values
+from models.architecture import Architecture
+from models.classifier import Classifier
 from models.drop_path import ChosenDropPath
 from models.resnet import build_resnet
-from models.trunk import build_trunk
+from models.timm_trunk import build_timm
 from models.vit import build_vit
 from tests.evaluation.test_linear import CHECKPOINT, ROOT, VAL, rows
 from tests.test_house import recording
@@ -122,12 +122,12 @@ def test_batch_norm_takes_the_batch_as_one():
 
 
 def test_other_trunks_drop_paths_too_or_say_that_they_cannot():
-    trunk = build_trunk("timm/convnext_atto", image_size=32, freeze_patch_projection=False)
+    trunk = build_timm("convnext_atto", image_size=32)
     paths = Classifier(trunk, 3, 0.2).drop_paths
     assert len(paths) == 11 and paths[-1].probability == pytest.approx(0.2)
     with pytest.raises(ValueError, match=r"model.drop_path \(0.2\) must be 0 for this trunk, which has no stochastic"):
         Classifier(build_resnet(), 3, 0.2)
-    mixer = build_trunk("timm/mixer_s32_224", image_size=224, freeze_patch_projection=False)
+    mixer = build_timm("mixer_s32_224", image_size=224)
     with pytest.raises(ValueError, match="is not of one branch"):  # it has one for the two branches of a block
         Classifier(mixer, 3, 0.2)
 
@@ -139,7 +139,7 @@ def test_other_trunks_drop_paths_too_or_say_that_they_cannot():
 def test_rates_and_weight_decay_are_timms_of_the_whole_network(name):
     size = 160 if name.startswith("test") else 224
     with torch.device("meta"):
-        trunk = build_trunk(f"timm/{name}", image_size=size, freeze_patch_projection=False)
+        trunk = build_timm(name, image_size=size)
         classifier, whole = Classifier(trunk, 5, 0.2), timm.create_model(name, num_classes=5, drop_path_rate=0.2)
     own = whole.no_weight_decay() if hasattr(whole, "no_weight_decay") else ()
     named = {id(p): n.removeprefix("trunk.") for n, p in classifier.named_parameters()}
@@ -151,11 +151,11 @@ def test_rates_and_weight_decay_are_timms_of_the_whole_network(name):
             param_groups_layer_decay(whole, 0.1, own, layer_decay=0.5),
         )
     )
-    trunks = dict(trunk.named_parameters()).keys()
+    trunks = dict(trunk.module.named_parameters()).keys()
     assert {name: ours[name] for name in trunks} == {name: theirs[name] for name in trunks}
     assert (ours["head.weight"], ours["head.bias"]) == ((1, 0.1), (1, 0))
     paths = {path: module.drop_prob for path, module in whole.named_modules() if isinstance(module, DropPath)}
-    assert {p: m.probability for p, m in trunk.named_modules() if isinstance(m, ChosenDropPath)} == {
+    assert {p: m.probability for p, m in trunk.module.named_modules() if isinstance(m, ChosenDropPath)} == {
         path: probability for path, probability in paths.items() if probability > 0
     }
 
@@ -176,7 +176,7 @@ def test_the_run_against_plain_torch(tmp_path):
     network = VisionTransformer(64, 16, embed_dim=48, depth=2, num_heads=12, num_classes=10).double()
     weights = open_weights(CHECKPOINT).trunk("base")
     fresh = Classifier(weights.known().architecture.build(), 10)
-    start = dict(starting_values(fresh, finetuning.trunk_values(weights), seed=0))
+    start = dict(fresh.initial_values(finetuning.trunk_values(weights), seed=0))
     network.load_state_dict({name.removeprefix("trunk."): tensor for name, tensor in start.items()})
     for norm in (module for module in network.modules() if isinstance(module, nn.LayerNorm)):
         norm.eps = 1e-6
@@ -302,7 +302,7 @@ def test_timm_makes_the_finetuned_network_from_the_runs_folder(finished, folder,
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "test_mambaout"])
 def test_timms_own_networks_too(tmp_path, name):
     weights = open_trunk(f"timm/{name}", untrained=True)
-    width = weights.known().architecture.build().num_features
+    width = weights.known().architecture.build().width
     head = torch.randn(4, width), torch.randn(4)
     write_classifier(weights, head, "abcd", tmp_path / "out", interpolation="bicubic", crop_fraction=0.9)
     assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).num_classes == 4

@@ -21,7 +21,6 @@ from engine.runs.pretrain import make_networks
 from engine.weights.exporting import export
 from engine.weights.formats import FORMATS, is_file
 from engine.weights.opening import open_encoder, open_weights
-from models.moco import initial_values
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -177,7 +176,7 @@ def fresh_checkpoint(folder: Path, *overrides: str) -> Path:
     """A run at step 0, with random weights and BatchNorm statistics that are not those of a fresh network."""
     recipe = load(ROOT / "recipes" / "quickstart.yaml", [f"run.dir={folder}", *overrides])
     torch.manual_seed(0)
-    tensors = {f"model.{name}": value for name, value in initial_values(make_networks(recipe), 0)}
+    tensors = {f"model.{name}": value for name, value in make_networks(recipe).initial_values(0)}
     for name, tensor in tensors.items():
         if tensor.ndim == 1 and name.endswith("weight"):  # zero where a fresh network's blocks do nothing
             tensor += 0.5

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import UserError
 from engine.weights import tables
-from engine.weights.architecture import Architecture, by_shape, of_shapes, trunk_shapes, vit
 from engine.weights.formats import fitting_architecture
 from engine.weights.opening import open_encoder, open_weights
 from engine.weights.proving import prove
 from engine.weights.reading import MARK, read_weights
 from engine.weights.weights import About, Weights, fill_trunk
 from engine.weights.writing import WRITERS, timm_arguments
+from models.architecture import Architecture, by_shape, of_shapes, trunk_shapes, vit
 from models.moco import MoCo
 
 GOLDEN = Path(__file__).parents[1] / "golden"

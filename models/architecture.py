@@ -1,4 +1,4 @@
-"""What a trunk is, told by a recipe, by the names and shapes of its tensors, or by what a file says of itself."""
+"""Which network is this? The one answer: to a recipe's words, to names and shapes of tensors, to a file's own words."""
 
 import math
 import re
@@ -7,25 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from engine.errors import UserError, one_line
-from engine.recipe.load import Model, shape
 from models.moco import MoCo
 from models.resnet import build_resnet
-from models.shapes import VIT_SHAPES
-from models.trunk import TIMM, build_trunk
+from models.shapes import RESNET_SHAPES, TIMM, VIT_SHAPES
+from models.timm_trunk import build_timm
+from models.trunk import Trunk
 from models.vit import build_vit
 
-REFERENCE_HEADS = 12  # of every ViT in the reference's files, whatever its width
-RESNETS = {  # torchvision's bottleneck networks: blocks per stage, width
-    "resnet50": ([3, 4, 6, 3], 64),
-    "resnet101": ([3, 4, 23, 3], 64),
-    "resnet152": ([3, 8, 36, 3], 64),
-    "wide_resnet50_2": ([3, 4, 6, 3], 128),
-    "wide_resnet101_2": ([3, 4, 23, 3], 128),
-}
 MODEL_ARGS = {  # a ViT's shape in timm's words and in ours
     "img_size": "image_size",
     "patch_size": "patch_size",
@@ -41,19 +31,36 @@ Shapes = Mapping[str, torch.Size]
 class Architecture:
     """A trunk in the words of its constructor, as JSON holds them.
 
-    kind: vit (models.vit.build_vit), resnet (models.resnet.build_resnet) or timm (`name`, `image_size`).
+    kind: vit (models.vit.build_vit), resnet (models.resnet.build_resnet) or timm (models.timm_trunk.build_timm).
     """
 
     kind: str
     arguments: dict[str, Any]
 
-    def build(self) -> nn.Module:
-        """The trunk, its values undefined. Raises UserError for arguments that no trunk has."""
-        makers = {"vit": build_vit, "resnet": build_resnet, "timm": _build_timm}
+    def build(self, *, freeze_patch_projection: bool = False) -> Trunk:
+        """The trunk, on the device of torch's context; its values are undefined, but for timm's off the meta device.
+
+        Args:
+            freeze_patch_projection: the paper's stability trick (section 4.2): the patch projection of a ViT keeps its
+                random values, weight and bias.
+
+        Raises:
+            ValueError: no trunk has these arguments, or timm's network cannot be one here.
+        """
+        makers = {"vit": build_vit, "resnet": build_resnet, "timm": build_timm}
         try:
-            return makers[self.kind](**self.arguments)
-        except (KeyError, TypeError, ValueError, AssertionError) as error:
-            raise UserError(f"no trunk can be built of {self.kind} {self.arguments}: {one_line(error)}") from error
+            trunk = makers[self.kind](**self.arguments)
+        except (KeyError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"no trunk can be built of {self.kind} {self.arguments}: {' '.join(str(error).split())}"
+            ) from error
+        if freeze_patch_projection:
+            if not trunk.is_vit or self.has_conv_stem:
+                raise ValueError(
+                    f"model.freeze_patch_projection (true) must be false for {self.name}, which is no plain ViT"
+                )
+            trunk.module.get_submodule("patch_embed.proj").requires_grad_(False)
+        return trunk
 
     @property
     def has_conv_stem(self) -> bool:
@@ -65,11 +72,10 @@ class Architecture:
         if self.kind == "timm":
             return self.arguments["name"]
         if self.kind == "resnet":
-            named = {n for n, (layers, width) in RESNETS.items() if self == resnet(layers, width)}
-            return next(iter(named), "resnet")
+            return next((n for n, known in RESNET_SHAPES.items() if known == self.arguments), "resnet")
         own = {key: value for key, value in self.arguments.items() if key != "image_size"}
-        named = [n for n, known in VIT_SHAPES.items() if known == own]
-        return next(iter(named), "vit_conv" if self.has_conv_stem else "vit")
+        bare = "vit_conv" if self.has_conv_stem else "vit"
+        return next((n for n, known in VIT_SHAPES.items() if known == own), bare)
 
     def model_args(self) -> dict[str, Any]:
         """A ViT's shape in timm's words, a ResNet's in torchvision's."""
@@ -87,10 +93,6 @@ class Architecture:
         return None
 
 
-def _build_timm(name: str, image_size: int) -> nn.Module:
-    return build_trunk(TIMM + name, image_size=image_size, freeze_patch_projection=False)
-
-
 def vit(image_size: int, patch_size: int, dim: int, depth: int, heads: int, conv_stem: bool) -> Architecture:
     sizes = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads}
     return Architecture("vit", sizes | {"conv_stem": conv_stem})
@@ -100,13 +102,13 @@ def resnet(layers: list[int], width_per_group: int) -> Architecture:
     return Architecture("resnet", {"layers": list(layers), "width_per_group": width_per_group})
 
 
-def of_recipe(model: Model) -> Architecture:
-    """The trunk that a recipe's `model` section declares."""
-    if (own := shape(model)) is not None:
-        return vit(image_size=model.image_size, **own)
-    if model.name in RESNETS:
-        return resnet(*RESNETS[model.name])
-    return Architecture("timm", {"name": model.name.removeprefix(TIMM), "image_size": model.image_size})
+def of_name(name: str, image_size: int, shape: Mapping[str, Any] | None) -> Architecture:
+    """The trunk that a recipe declares: its name and, of a ViT, the shape (models.shapes.vit_shape)."""
+    if shape is not None:
+        return vit(image_size=image_size, **shape)
+    if name in RESNET_SHAPES:
+        return resnet(**RESNET_SHAPES[name])
+    return Architecture("timm", {"name": name.removeprefix(TIMM), "image_size": image_size})
 
 
 def of_shapes(shapes: Shapes, model_args: Mapping[str, Any] | None, heads: int | None) -> Architecture | None:
@@ -117,30 +119,30 @@ def of_shapes(shapes: Shapes, model_args: Mapping[str, Any] | None, heads: int |
         heads: of a ViT whose file says nothing.
 
     Raises:
-        UserError: names and shapes are those of no ViT and no bottleneck ResNet, or not those of `model_args`.
+        ValueError: names and shapes are those of no ViT and no bottleneck ResNet, or not those of `model_args`.
     """
     if "layer1.0.conv3.weight" in shapes:
         stages = [len({n.split(".")[1] for n in shapes if n.startswith(f"layer{s}.")}) for s in (1, 2, 3, 4)]
         return bounded(resnet(stages, _extent(shapes, "layer1.0.conv1.weight", 0)))
     if "cls_token" not in shapes or "pos_embed" not in shapes:
-        raise UserError("its tensors must be those of a ViT (cls_token, pos_embed, ...) or a ResNet; neither is there")
+        raise ValueError("its tensors must be those of a ViT (cls_token, pos_embed, ...) or a ResNet; neither is there")
     facts = _vit_facts(shapes)
     if model_args is None and heads is None:
         return None
     stated = _checked_arguments(model_args, facts) if model_args is not None else facts | {"heads": heads}
     if not stated["heads"] or stated["dim"] % stated["heads"]:
-        raise UserError(f"its number of heads ({stated['heads']}) must divide its width ({stated['dim']})")
+        raise ValueError(f"its number of heads ({stated['heads']}) must divide its width ({stated['dim']})")
     return bounded(vit(**stated))
 
 
 def bounded(architecture: Architecture) -> Architecture:
-    """The same; raises UserError where a file asks for a network of a size that nobody builds."""
+    """The same; raises ValueError where a file asks for a network of a size that nobody builds."""
     plain = architecture.arguments
     sizes = [v for value in plain.values() for v in (value if isinstance(value, list) else [value])]
     if any(not isinstance(v, str | bool) and not (type(v) is int and 0 < v < 65536) for v in sizes):
-        raise UserError("the trunk's sizes must be integers from 1 to 65535")
+        raise ValueError("the trunk's sizes must be integers from 1 to 65535")
     if plain.get("depth", 1) > 1000 or sum(plain.get("layers", [])) > 1000:
-        raise UserError("the trunk must have no more than 1,000 blocks")
+        raise ValueError("the trunk must have no more than 1,000 blocks")
     return architecture
 
 
@@ -152,15 +154,15 @@ def _extent(shapes: Shapes, name: str, dimension: int) -> int:
 def _vit_facts(shapes: Shapes) -> dict[str, Any]:
     """All of a ViT's shape but its heads, which no tensor shows."""
     if len(shapes["cls_token"]) != 3 or len(shapes["pos_embed"]) != 3:
-        raise UserError("cls_token and pos_embed must have three dimensions each")
+        raise ValueError("cls_token and pos_embed must have three dimensions each")
     dim, grid = shapes["cls_token"][-1], math.isqrt(max(shapes["pos_embed"][1] - 1, 0))
     if grid * grid != shapes["pos_embed"][1] - 1:
-        raise UserError(f"pos_embed ({list(shapes['pos_embed'])}) must be of CLS and a square grid of patches")
+        raise ValueError(f"pos_embed ({list(shapes['pos_embed'])}) must be of CLS and a square grid of patches")
     stem = [n for n in shapes if re.fullmatch(r"patch_embed\.proj\.\d+\.weight", n) and len(shapes[n]) == 4]
     patch_size = 2 ** (len(stem) - 1) if stem else _extent(shapes, "patch_embed.proj.weight", -1)
     depth = len({n.split(".")[1] for n in shapes if n.startswith("blocks.")})
     if not (dim and depth and patch_size):
-        raise UserError("its tensors must be those of a ViT with blocks and a patch projection")
+        raise ValueError("its tensors must be those of a ViT with blocks and a patch projection")
     sizes = {"image_size": grid * patch_size, "patch_size": patch_size, "dim": dim, "depth": depth}
     return sizes | {"conv_stem": bool(stem)}
 
@@ -168,15 +170,15 @@ def _vit_facts(shapes: Shapes) -> dict[str, Any]:
 def _checked_arguments(model_args: Any, facts: dict[str, Any]) -> dict[str, Any]:
     """`model_args` under our names, where it says nothing that the shapes deny."""
     if not isinstance(model_args, Mapping) or set(model_args) != set(MODEL_ARGS):
-        raise UserError(f"its model_args must have exactly {', '.join(MODEL_ARGS)}")
+        raise ValueError(f"its model_args must have exactly {', '.join(MODEL_ARGS)}")
     if any(type(value) is not int or value < 1 for value in model_args.values()):
-        raise UserError("its model_args must be integers >= 1")
+        raise ValueError("its model_args must be integers >= 1")
     stated = facts | {ours: model_args[theirs] for theirs, ours in MODEL_ARGS.items()}
     for key in ("patch_size", "dim", "depth"):
         if stated[key] != facts[key]:
-            raise UserError(f"its model_args must fit its tensors: {key} is {stated[key]} there, {facts[key]} here")
+            raise ValueError(f"its model_args must fit its tensors: {key} is {stated[key]} there, {facts[key]} here")
     if -(-stated["image_size"] // stated["patch_size"]) * facts["patch_size"] != facts["image_size"]:
-        raise UserError(f"its model_args must fit its tensors: img_size {stated['image_size']} has another grid")
+        raise ValueError(f"its model_args must fit its tensors: img_size {stated['image_size']} has another grid")
     return stated
 
 
@@ -187,24 +189,28 @@ def by_shape(architecture: Architecture) -> Architecture:
     """
     if architecture.kind != "timm":
         return architecture
-    theirs = trunk_shapes(architecture)
     with torch.device("meta"):
         trunk = architecture.build()
-    heads = trunk.blocks[0].attn.num_heads if isinstance(trunk, VisionTransformer) else None
+    theirs = _shapes(trunk.module)
+    heads = trunk.module.blocks[0].attn.num_heads if trunk.is_vit else None
     try:
         plain = of_shapes(theirs, None, heads)
-    except UserError:  # neither of the two
+    except ValueError:  # neither of the two
         return architecture
     return plain if plain is not None and trunk_shapes(plain) == theirs else architecture
 
 
 def trunk_shapes(architecture: Architecture) -> dict[str, torch.Size]:
+    """Every tensor of the trunk that files hold, in order. Allocates nothing."""
     with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in architecture.build().state_dict().items()}
+        return _shapes(architecture.build().module)
 
 
 def moco_shapes(architecture: Architecture, hidden_dim: int, output_dim: int) -> dict[str, torch.Size]:
     """Every tensor of base, momentum and predictor on this trunk, in order. Allocates nothing."""
     with torch.device("meta"):
-        moco = MoCo(architecture.build, hidden_dim, output_dim)
-    return {name: tensor.shape for name, tensor in moco.state_dict().items()}
+        return _shapes(MoCo(architecture.build, hidden_dim, output_dim))
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
