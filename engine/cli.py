@@ -13,11 +13,11 @@ from typing import Any, NoReturn, get_args
 
 from engine.distributed.launcher import end_with_launcher
 from engine.errors import Interrupted, RunFailed, UserError
-from engine.recipe.sections import Data
+from engine.recipe.sections import Source
 
 FIRST_WORD_SECONDS = 10.0
 WORKERS_AT_MOST = 12  # processes per rank that decode, where --workers does not say
-SOURCES = get_args(Data.__annotations__["source"])
+SOURCES = get_args(Source)
 
 
 # ---- a door's life ---------------------------------------------------------------------------------------------------

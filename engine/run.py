@@ -4,11 +4,10 @@ The same command again resumes the run from its newest checkpoint, or says that 
 """
 
 import os
-import sys
 from pathlib import Path
 
 from engine.cli import Parser, enter
-from engine.logger import say_once
+from engine.logger import say
 from engine.recipe.load import check_world, load
 
 
@@ -20,7 +19,7 @@ def main(arguments: list[str]) -> None:
 
     recipe = load(options.recipe, options.overrides)
     check_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-    say_once(f"{options.recipe} -> {recipe.run.dir}: loading PyTorch", sys.stdout)
+    say(f"{options.recipe} -> {recipe.run.dir}: loading PyTorch")
     # These imports take seconds, and a mistake in the recipe should show before.
     from engine.distributed.world import process_group
     from engine.runs.pretrain import pretrain

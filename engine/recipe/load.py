@@ -82,22 +82,30 @@ def _apply(raw: dict, override: str) -> None:
 
 
 def _build(raw: dict, kind: type[AnyRecipe]) -> AnyRecipe:
-    schema, task = raw.get("schema", 1), raw.get("task")
+    schema = raw.get("schema", 1)
     if type(schema) is not int or not 1 <= schema <= SCHEMA:
         known = f"an integer from 1 to {SCHEMA}, the newest that this engine knows"
         raise wrong("schema", schema, known, "for a newer one, update the engine")
+    _check_task(raw, kind)
+    _check_names(raw, list(keys_of(kind)))
+    return read(kind, raw, schema)
+
+
+def _check_task(raw: dict, kind: type[Recipe]) -> None:
+    task = raw.get("task")
     if not isinstance(task, str) or task not in RECIPES:
         found = show(task) if "task" in raw else "missing"
         raise UserError(f"task ({found}) must be one of {', '.join(RECIPES)}; set it at the top of the recipe")
     if RECIPES[task] is not kind:
         wanted = next(name for name, other in RECIPES.items() if other is kind)
         raise UserError(f"task ({task}) must be {wanted} for this command; pass a recipe of that task")
-    known = list(keys_of(kind))
+
+
+def _check_names(raw: dict, known: list[str]) -> None:
     sections = {name.partition(".")[0] for name in known}
     for name in _keys(raw):
         if name not in known and name not in sections:
             raise UserError(f"{one_line(name)} is no key of the recipe; {_advice(name, known)}")
-    return read(kind, raw, schema)
 
 
 def _keys(raw: dict) -> Iterable[str]:

@@ -31,6 +31,9 @@ RANDAUGMENT = Rule(
 )
 ARGUMENTS = Rule(", each a keyword argument", lambda value: all(name.isidentifier() for name in value))
 
+MAX_STEPS = "ends the run early, while the schedules still span all epochs; null: no limit"
+BATCH = "images of a step over all processes, whose number must divide it"
+NAMED = "null: as the named network has it"
 CROP_FRACTION = "side of the centre crop over the shorter side of the resized image; 1 sees the whole width"
 
 SCHEMA = 2  # raise it with a key whose default is not what ran before it
@@ -40,25 +43,23 @@ section = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
 def schema_key() -> int:
-    return key("the list of keys and defaults that the recipe was written for", SCHEMAS, default=1)
+    return key("version of the keys and defaults that the recipe was written for; left out: 1", SCHEMAS, default=1)
 
 
 @section
 class Run:
     dir: str = key("folder of checkpoints and metrics; a run that is found there is resumed", TEXT)
-    seed: int = key("of initial weights, order of the images and augmentation", NOT_NEGATIVE, default=0)
+    seed: int = key("what initial weights, order of images and augmentation follow from", NOT_NEGATIVE, default=0)
 
 
 @section
 class Model:
-    """`shape` resolves patch_size, dim, depth and heads."""
-
     name: str = key("the network whose features are wanted, without heads", NETWORK)
     image_size: int = key("side of a view in pixels", AT_LEAST_1, default=224)
-    patch_size: int | None = key("of a ViT, in pixels; null: the named network's", AT_LEAST_1, default=None)
-    dim: int | None = key("width of a ViT; null: the named network's", AT_LEAST_1, default=None)
-    depth: int | None = key("blocks of a ViT; null: the named network's", AT_LEAST_1, default=None)
-    heads: int | None = key("of attention in a ViT; null: the named network's", AT_LEAST_1, default=None)
+    patch_size: int | None = key(f"side of a patch in pixels; {NAMED}", AT_LEAST_1, default=None)
+    dim: int | None = key(f"width of a ViT's tokens; {NAMED}", AT_LEAST_1, default=None)
+    depth: int | None = key(f"number of a ViT's blocks; {NAMED}", AT_LEAST_1, default=None)
+    heads: int | None = key(f"attention heads of a ViT's block; {NAMED}", AT_LEAST_1, default=None)
     freeze_patch_projection: bool = key("leave a plain ViT's patch projection as it was drawn, for stable training")
     projector_hidden_dim: int = key("hidden width of projector and predictor", AT_LEAST_1, default=4096)
     output_dim: int = key("width of the vectors that the loss compares", AT_LEAST_1, default=256)
@@ -66,36 +67,39 @@ class Model:
 
 @section
 class Moco:
-    temperature: float = key("T of the contrastive loss", POSITIVE)
+    temperature: float = key("T of the contrastive loss, which divides the similarities", POSITIVE)
     momentum: float = key("where the momentum encoder's coefficient starts on its half cosine to 1", FRACTION)
 
 
 @section
 class Optimizer:
-    name: Literal["adamw", "lars"] = key("AdamW for ViTs, LARS for ResNets")
+    name: Literal["adamw", "lars"] = key("which optimizer trains: AdamW, as for ViTs, or LARS, as for ResNets")
     base_lr: float = key("learning rate per 256 images; the peak is base_lr * global_batch_size / 256", POSITIVE)
-    weight_decay: float = key("under adamw on all that is trained, under lars not on biases and norms", NOT_NEGATIVE)
+    weight_decay: float = key("decay of all that is trained; LARS spares biases and norms", NOT_NEGATIVE)
 
 
 @section
 class Train:
     """A batch has two images or more: BatchNorm in training and a loss with negatives need them."""
 
-    global_batch_size: int = key("images of a step over all processes, whose number must divide it", AT_LEAST_2)
+    global_batch_size: int = key(BATCH, AT_LEAST_2)
     epochs: int = key("passes over the training images, which the schedules span", AT_LEAST_1)
     warmup_epochs: float = key("epochs of linear rise of the learning rate, before its half cosine to 0", NOT_NEGATIVE)
-    max_steps: int | None = key("an earlier end of the same schedules; null: none", AT_LEAST_1, default=None)
+    max_steps: int | None = key(MAX_STEPS, AT_LEAST_1, default=None)
+
+
+Source = Literal["folder", "shards", "torchvision"]
 
 
 @section
 class Data:
-    source: Literal["folder", "shards", "torchvision"] = key("image files, tar files or a dataset of torchvision")
+    source: Source = key("image files, tar files or a dataset of torchvision")
     root: str = key("where the images are; may hold `train` and `val`", TEXT)
     val_root: str | None = key("where the validation images are; null: `val` inside root", TEXT, default=None)
     dataset: str | None = key("class in torchvision.datasets, under source torchvision", TEXT, default=None)
     dataset_options: dict = key("what that class is called with", ARGUMENTS, default_factory=dict)
     workers: int = key("loading processes beside each training process; 0: none", NOT_NEGATIVE)
-    max_bad_fraction: float = key("share of unreadable images that a run bears", FRACTION, default=0.001)
+    max_bad_fraction: float = key("share of images that may be unreadable before the run ends", FRACTION, default=0.001)
 
 
 @section
@@ -107,14 +111,16 @@ class Augment:
     contrast: float = key("largest change of contrast, as a share", NOT_NEGATIVE, default=0.4)
     saturation: float = key("largest change of saturation, as a share", NOT_NEGATIVE, default=0.2)
     hue: float = key("largest turn of the hue, as a share of the circle", HUE, default=0.1)
-    jitter_probability: float = key("of brightness, contrast, saturation and hue together", FRACTION, default=0.8)
-    grayscale_probability: float = key("of a grey view", FRACTION, default=0.2)
-    blur_sigma: tuple[float, float] = key("smallest and largest, in pixels", POSITIVE, default=(0.1, 2.0))
-    blur_probability: tuple[float, float] = key("of a Gaussian blur", FRACTION, default=(1.0, 0.1))
-    solarize_probability: tuple[float, float] = key("of solarisation", FRACTION, default=(0.0, 0.2))
-    flip_probability: float = key("of a flip from left to right", FRACTION, default=0.5)
-    mean: tuple[float, float, float] = key("taken off each channel of images in 0..1", default=(0.485, 0.456, 0.406))
-    std: tuple[float, float, float] = key("divides each channel after that", POSITIVE, default=(0.229, 0.224, 0.225))
+    jitter_probability: float = key("probability of the four changes above, together", FRACTION, default=0.8)
+    grayscale_probability: float = key("probability of a grey view", FRACTION, default=0.2)
+    blur_sigma: tuple[float, float] = key(
+        "least and largest sigma of the blur, in pixels", POSITIVE, default=(0.1, 2.0)
+    )
+    blur_probability: tuple[float, float] = key("probability of the blur", FRACTION, default=(1.0, 0.1))
+    solarize_probability: tuple[float, float] = key("probability of solarisation", FRACTION, default=(0.0, 0.2))
+    flip_probability: float = key("probability of a flip from left to right", FRACTION, default=0.5)
+    mean: tuple[float, float, float] = key("subtracted from channels of images in 0..1", default=(0.485, 0.456, 0.406))
+    std: tuple[float, float, float] = key("by which channels are divided then", POSITIVE, default=(0.229, 0.224, 0.225))
 
 
 @section
@@ -125,7 +131,7 @@ class Checkpoint:
 
 @section
 class Log:
-    every_steps: int = key("steps between logged ones; the first and the last always are", AT_LEAST_1, default=10)
+    every_steps: int = key("steps between logged ones; the first and the last are logged too", AT_LEAST_1, default=10)
 
 
 @section
@@ -138,15 +144,15 @@ class Evaluate:
 Interpolation = Literal["bilinear", "bicubic"]
 Precision = Literal["bf16", "float32", "float64"]
 Shard = Literal["full", "grad_op", "hybrid", "replicate"]
-SHARDED = "what is split over processes: all, gradients and optimizer state, all within a replica, or nothing"
+SHARDED = "what is split over processes: all state; gradients and optimizer state; all within each replica; nothing"
 
 
 @section
 class Parallel:
     compile: bool = key("run the network through torch.compile")
-    precision: Precision = key("of the trunk's arithmetic; under bf16 heads, BatchNorm and loss stay in float32")
+    precision: Precision = key("arithmetic of the trunk; under bf16 heads, BatchNorm and loss stay in float32")
     shard: Shard = key(SHARDED, default="full")
-    replicate: int = key("replicas under shard hybrid; 1 in the other modes", AT_LEAST_1, default=1)
+    replicate: int = key("number of replicas under shard hybrid; 1 in the other modes", AT_LEAST_1, default=1)
 
 
 @section
@@ -179,9 +185,9 @@ class LinearOptimizer:
 class LinearTrain:
     """The last, partial batch of an epoch is used, and may have one image."""
 
-    global_batch_size: int = key("images of a step over all processes, whose number must divide it", AT_LEAST_1)
+    global_batch_size: int = key(BATCH, AT_LEAST_1)
     epochs: int = key("passes over the training images, which the schedule spans", AT_LEAST_1)
-    max_steps: int | None = key("an earlier end of the same schedule; null: none", AT_LEAST_1, default=None)
+    max_steps: int | None = key(MAX_STEPS, AT_LEAST_1, default=None)
 
 
 @section
@@ -192,7 +198,7 @@ class LabelledData(Data):
 @section
 class LinearAugment:
     crop_min: float = key("smallest share of the image's area that a crop keeps", CROP)
-    flip_probability: float = key("of a flip from left to right", FRACTION, default=0.5)
+    flip_probability: float = key("probability of a flip from left to right", FRACTION, default=0.5)
 
 
 @section
@@ -227,7 +233,7 @@ class FinetuneOptimizer:
 
     base_lr: float = key("learning rate per 512 images; the peak is base_lr * global_batch_size / 512", POSITIVE)
     min_lr: float = key("learning rate where the cosine ends", NOT_NEGATIVE, default=1e-5)
-    weight_decay: float = key("not on biases, norms, positions and CLS", NOT_NEGATIVE)
+    weight_decay: float = key("decay of all but biases, norms, positions and CLS", NOT_NEGATIVE)
     layer_decay: float = key("a layer's learning rate over that of the next deeper one", CROP, default=1.0)
 
 
@@ -235,14 +241,14 @@ class FinetuneOptimizer:
 class FinetuneTrain(LinearTrain):
     warmup_epochs: float = key("epochs of linear rise of the learning rate, before its half cosine", NOT_NEGATIVE)
     label_smoothing: float = key("share of the target that is spread over all classes", BELOW_1, default=0.0)
-    ema_decay: float | None = key("what the moving average of the weights keeps; null: none", BELOW_1, default=None)
+    ema_decay: float | None = key("share that the weights' moving average keeps; null: none", BELOW_1, default=None)
 
 
 @section
 class FinetuneAugment(LinearAugment):
-    interpolation: Interpolation = key("of crops, in training and evaluation", default="bicubic")
-    randaugment: str | None = key("RandAugment; null: none", RANDAUGMENT, default=None)
-    erase_probability: float = key("of a random rectangle", FRACTION, default=0.0)
+    interpolation: Interpolation = key("how crops are resized, in training and evaluation", default="bicubic")
+    randaugment: str | None = key("policy of RandAugment; null: none", RANDAUGMENT, default=None)
+    erase_probability: float = key("probability that a random rectangle is erased", FRACTION, default=0.0)
     mixup: float = key("alpha of the Beta distribution of MixUp; 0: none", NOT_NEGATIVE, default=0.0)
     cutmix: float = key("alpha of the Beta distribution of CutMix; 0: none", NOT_NEGATIVE, default=0.0)
     repeats: int = key("how often an image comes in its batch; the epoch stays as long", REPEATS, default=1)
