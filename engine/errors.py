@@ -20,4 +20,5 @@ class Interrupted(Exception):
 
 
 def one_line(value: Any) -> str:
+    """The value's text without line breaks or repeated blanks."""
     return " ".join(str(value).split())

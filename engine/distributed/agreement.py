@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from engine.errors import UserError
+from engine.errors import UserError, one_line
 
 
 def rank(group: dist.ProcessGroup | None) -> int:
@@ -58,7 +58,7 @@ def agreement(group: dist.ProcessGroup | None) -> Iterator[None]:
 
 def describe(error: BaseException) -> str:
     """One line; the kind of error where its text alone might not tell."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return text if isinstance(error, UserError | OSError) and text else f"{type(error).__name__}: {text}"
 
 

@@ -1,4 +1,4 @@
-"""The launcher of this process: torchrun, where there is one."""
+"""The launcher of this process: torchrun, where there is one. Known before PyTorch is loaded, which takes seconds."""
 
 import os
 import threading
@@ -8,11 +8,31 @@ from functools import cache
 ORPHAN_CHECK_SECONDS = 1.0
 
 
+def is_launched() -> bool:
+    """Whether a launcher gave this process its place among others."""
+    return "RANK" in os.environ
+
+
+def ranks() -> int:
+    """Processes of the launch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_ranks() -> int:
+    """Processes of the launch on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number among those of its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 @cache
 def end_with_launcher() -> None:
     """From now on this process, if torchrun started it, exits within seconds of torchrun's death.
 
-    To be called early: PyTorch takes seconds to load, and a launcher that dies meanwhile would not be missed.
+    To be called early: a launcher that dies while PyTorch is loaded would not be missed.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()

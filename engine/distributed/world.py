@@ -1,7 +1,7 @@
-"""The process group's life: start, devices, mesh, a stop signal that all ranks agree on, end."""
+"""The processes of a launch, from their start to their end: groups, devices, turns, the mesh."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from engine.distributed.agreement import agreement
-from engine.distributed.launcher import end_with_launcher
+from engine.distributed.launcher import end_with_launcher, is_launched, local_rank
 from engine.errors import UserError
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class World:
 
 
 @contextmanager
-def process_group():
+def process_group() -> Iterator[World]:
     """Join the other processes of the launch (or be the only one); yields the World.
 
     GPUs are used where there are any. Under torchrun a rank whose agent died exits within seconds.
@@ -44,9 +44,9 @@ def process_group():
     end_with_launcher()
     cuda = torch.cuda.is_available()
     device = _own_gpu() if cuda else torch.device("cpu")
-    launched = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    alone = {} if is_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if cuda else None, **launched)
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if cuda else None, **alone)
     try:
         host_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         yield World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, host_group)
@@ -61,15 +61,15 @@ def process_group():
 
 def _own_gpu() -> torch.device:
     """This rank's GPU, set to compute the same bits every time, in the precision that it is asked for."""
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= gpus:
+    gpus = torch.cuda.device_count()
+    if local_rank() >= gpus:
         raise UserError(f"--nproc-per-node must be at most {gpus}, the number of GPUs of this node; start fewer ranks")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # only wanted for finding bugs, and slow
     torch.backends.cudnn.allow_tf32 = False
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(local_rank())
+    return torch.device("cuda", local_rank())
 
 
 def in_turn(world: World, make: Callable[[], T]) -> T:
@@ -78,12 +78,12 @@ def in_turn(world: World, make: Callable[[], T]) -> T:
     Raises:
         UserError: on every rank, where it was raised on any.
     """
-    made = None
+    made = []
     for turn in (world.is_first, not world.is_first):
         with agreement(world.host_group):
             if turn:
-                made = make()
-    return made
+                made.append(make())
+    return made[0]
 
 
 def make_mesh(world: World, shard: str, replicate: int) -> DeviceMesh:
