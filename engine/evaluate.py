@@ -34,7 +34,8 @@ from engine.recipe.load import AnyRecipe, check_world, load, locate
 from engine.recipe.sections import Finetune, Linear
 
 if TYPE_CHECKING:
-    from engine.data.splits import Sources
+    from engine.data.source import Root
+    from engine.data.splits import Splits
     from engine.distributed.world import World
     from engine.evaluation.subject import Subject
 
@@ -73,13 +74,13 @@ def rankme(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
 
     _say_loading(options)
+    from engine.data.splits import open_unlabelled
     from engine.distributed.world import process_group
-    from engine.evaluation.images import open_unlabelled
     from engine.evaluation.measure import measure_rankme
     from engine.evaluation.subject import open_subject_together
 
     with process_group() as world:
-        source = open_unlabelled(options.data, world, kind=source_kind(options, options.data), dataset=options.dataset)
+        source = open_unlabelled(_roots(options, "--data")[0], world)
         subject = open_subject_together(options.checkpoint, world, **_network(options))
         found = measure_rankme(subject, source, world, decoding_workers(options))
     result({"rankme": found})
@@ -155,13 +156,12 @@ def _paper_linear(options: argparse.Namespace) -> None:
     result(found)
 
 
-def _open_both(options: argparse.Namespace, world: "World") -> tuple["Subject", "Sources"]:
+def _open_both(options: argparse.Namespace, world: "World") -> tuple["Subject", "Splits"]:
     """The network and the labelled images to measure it on; the images first, for their mistakes cost the least."""
-    from engine.evaluation.images import open_labelled
+    from engine.data.splits import open_labelled
     from engine.evaluation.subject import open_subject_together
 
-    kind = source_kind(options, options.train)
-    sources = open_labelled(options.train, options.val, world, kind=kind, dataset=options.dataset)
+    sources = open_labelled(*_roots(options, "--train", "--val"), world)
     return open_subject_together(options.checkpoint, world, **_network(options)), sources
 
 
@@ -220,6 +220,15 @@ def _load(options: argparse.Namespace, given: dict[str, Any], kind: type[AnyReci
     # JSON is YAML: no path is taken for another kind of value.
     overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     return load(options.recipe, [*overrides, *options.overrides], kind)
+
+
+def _roots(options: argparse.Namespace, *names: str) -> "list[Root]":
+    """Where the options of these names say that images are, all of the first one's kind."""
+    from engine.data.source import Root
+
+    paths = [getattr(options, name[2:]) for name in names]
+    kind = source_kind(options, paths[0])
+    return [Root(kind, Path(path), name, options.dataset) for name, path in zip(names, paths, strict=True)]
 
 
 def _network(options: argparse.Namespace) -> dict[str, Any]:

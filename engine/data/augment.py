@@ -8,6 +8,7 @@ Shapes: V views, B local batch, S side of the crop; K = 2 * radius + 1 taps of t
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.data.philox import AUGMENT, uniform
+from engine.recipe import sections
 
 BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2  # the blends of the colour jitter, as indices
 _LUMA = (0.2989, 0.587, 0.114)
@@ -37,23 +39,12 @@ class Draw(NamedTuple):
 class Augment:
     """Crops in, normalised images out: a pure function, without state or tensors of its own.
 
-    `brightness`, `contrast`, `saturation` are spreads of a factor around 1 and `hue` of a shift around 0, as in
-    torchvision's ColorJitter; `blur_sigma` is (lowest, highest) in pixels of the crop. Blur and solarize have a
-    probability per view. Arithmetic and result are in `dtype`. What the values rule out costs nothing.
+    The section says what happens: spreads of a factor around 1 (brightness, contrast, saturation) and of a shift around
+    0 (hue), as in torchvision's ColorJitter; blur and solarize have a probability per view. Arithmetic and result are
+    in `dtype`. What the values rule out costs nothing.
     """
 
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    jitter_probability: float
-    grayscale_probability: float
-    blur_sigma: tuple[float, float]
-    blur_probability: tuple[float, float]
-    solarize_probability: tuple[float, float]
-    flip_probability: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    section: sections.Augment
     seed: int
     dtype: torch.dtype = torch.float32
 
@@ -69,39 +60,40 @@ class Augment:
     def draw(self, sample_B: Tensor, epoch: int | Tensor, view: int) -> Draw:
         """The parameters of each sample in one view (0 or 1). What a sample draws for one operation does not depend
         on the settings of the others."""
-        u_B14 = uniform(self.seed, epoch, sample_B, view, AUGMENT, 14)
-        turn_B4, strength_B4, sigma, jitter, grayscale, blur, solarize, flip = u_B14.split((4, 4, 1, 1, 1, 1, 1, 1), 1)
-        spreads = (self.brightness, self.contrast, self.saturation)
+        turn_B4, strength_B4, sigma, jitter, grayscale, blur, solarize, flip = _numbers(
+            self.seed, epoch, sample_B, view
+        )
+        values = self.section
+        spreads = (values.brightness, values.contrast, values.saturation)
         factors = [_between(max(0, 1 - s), 1 + s, strength_B4[:, i]) for i, s in enumerate(spreads)]
-        hue = _between(-self.hue, self.hue, strength_B4[:, 3:])
-        on_jitter = jitter < self.jitter_probability
+        hue = _between(-values.hue, values.hue, strength_B4[:, 3:])
+        on_jitter = jitter < values.jitter_probability
         return Draw(
             turn_B4=turn_B4,
             factor_B3=torch.where(on_jitter, torch.stack(factors, 1), 1).to(self.dtype),
             hue=torch.where(on_jitter, hue, 0).to(self.dtype),
-            sigma=_between(*self.blur_sigma, sigma).to(self.dtype),
-            on_grayscale=grayscale < self.grayscale_probability,
-            on_blur=blur < self.blur_probability[view],
-            on_solarize=solarize < self.solarize_probability[view],
-            on_flip=flip < self.flip_probability,
+            sigma=_between(*values.blur_sigma, sigma).to(self.dtype),
+            on_grayscale=grayscale < values.grayscale_probability,
+            on_blur=blur < values.blur_probability[view],
+            on_solarize=solarize < values.solarize_probability[view],
+            on_flip=flip < values.flip_probability,
         )
 
     def _apply(self, crops_BCSS: Tensor, draw: Draw) -> Tensor:
-        x = crops_BCSS.to(self.dtype) / 255
-        if self.jitter_probability > 0:
+        x, values = crops_BCSS.to(self.dtype) / 255, self.section
+        if values.jitter_probability > 0:
             x = self._jitter(x, draw)
-        if self.grayscale_probability > 0:
+        if values.grayscale_probability > 0:
             x = torch.where(_image(draw.on_grayscale), grayscale(x), x)
-        if any(self.blur_probability):
+        if any(values.blur_probability):
             # Four standard deviations hold all but 6e-5 of a Gaussian.
-            blurred = gaussian_blur(x, draw.sigma, radius=math.ceil(4 * self.blur_sigma[1]))
+            blurred = gaussian_blur(x, draw.sigma, radius=math.ceil(4 * values.blur_sigma[1]))
             x = torch.where(_image(draw.on_blur), blurred, x)
-        if any(self.solarize_probability):
+        if any(values.solarize_probability):
             x = torch.where(_image(draw.on_solarize), solarize(x), x)
-        if self.flip_probability > 0:
+        if values.flip_probability > 0:
             x = torch.where(_image(draw.on_flip), x.flip(-1), x)
-        planes = [(x[:, c] - mean) / std for c, (mean, std) in enumerate(zip(self.mean, self.std, strict=True))]
-        return torch.stack(planes, 1)
+        return normalise(x, values.mean, values.std)
 
     def _jitter(self, x_BCSS: Tensor, draw: Draw) -> Tensor:
         """Brightness, contrast, saturation and hue, in each sample's own order.
@@ -112,7 +104,7 @@ class Augment:
         """
         turn_B3, op_B3 = draw.turn_B4[:, :3].sort(1)
         factor_B3 = draw.factor_B3.gather(1, op_B3)
-        if self.hue > 0:
+        if self.section.hue > 0:
             before_B3 = turn_B3 < draw.turn_B4[:, 3:]
             x_BCSS = self._blends(x_BCSS, op_B3, torch.where(before_B3, factor_B3, 1))
             x_BCSS = adjust_hue(x_BCSS, draw.hue)
@@ -120,33 +112,36 @@ class Augment:
         return self._blends(x_BCSS, op_B3, factor_B3)
 
     def _blends(self, x_BCSS: Tensor, op_B3: Tensor, factor_B3: Tensor) -> Tensor:
-        if self.brightness == self.contrast == self.saturation == 0:
+        if self.section.brightness == self.section.contrast == self.section.saturation == 0:
             return x_BCSS
         for op_B1, factor_B1 in zip(op_B3.split(1, 1), factor_B3.split(1, 1), strict=True):
             x_BCSS = blend(x_BCSS, op_B1, factor_B1)
         return x_BCSS
 
 
-def flip_and_normalise(
-    flip_probability: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    seed: int,
-    dtype: torch.dtype = torch.float32,
-) -> Augment:
-    """An augmentation that only flips: what supervised training does to crops."""
-    off = dict.fromkeys(("brightness", "contrast", "saturation", "hue", "jitter_probability"), 0)
-    pairs = dict.fromkeys(("blur_sigma", "blur_probability", "solarize_probability"), (0, 0))
-    return Augment(
-        **off,
-        **pairs,
-        grayscale_probability=0,
-        flip_probability=flip_probability,
-        mean=mean,
-        std=std,
-        seed=seed,
-        dtype=dtype,
-    )
+@dataclass(frozen=True)
+class Flip:
+    """Crops in, normalised images out, mirrored with a `probability`: what supervised training does to a crop.
+
+    Arithmetic and result are in `dtype`. Whether a sample is flipped, Augment would draw alike.
+    """
+
+    probability: float
+    mean: Sequence[float]
+    std: Sequence[float]
+    seed: int
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, crops_1BCSS: Tensor, sample_B: Tensor, epoch: int | Tensor) -> Tensor:
+        """uint8 crops [1, B, 3, S, S], one view, to images [B, 3, S, S] in `dtype`."""
+        x = crops_1BCSS[0].to(self.dtype) / 255
+        *_, flip = _numbers(self.seed, epoch, sample_B, 0)
+        return normalise(torch.where(_image(flip < self.probability), x.flip(-1), x), self.mean, self.std)
+
+
+def normalise(x_BCSS: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x - mean) / std per channel."""
+    return torch.stack([(x_BCSS[:, c] - m) / s for c, (m, s) in enumerate(zip(mean, std, strict=True))], 1)
 
 
 def blend(x_BCSS: Tensor, op_B1: Tensor, factor_B1: Tensor) -> Tensor:
@@ -207,6 +202,12 @@ def solarize(x_BCSS: Tensor) -> Tensor:
     """Invert what is at or above level 128 of 255. Between 127 and 128 the limit is their middle, where an inversion
     changes nothing: so rounding noise never turns into a jump."""
     return torch.minimum(x_BCSS, 1 - x_BCSS)
+
+
+def _numbers(seed: int, epoch: int | Tensor, sample_B: Tensor, view: int) -> tuple[Tensor, ...]:
+    """What a sample draws in a view, in [0, 1): the jitter's turns [B, 4] and strengths [B, 4], the blur's sigma, and
+    for jitter, grayscale, blur, solarize and flip whether they happen, each [B, 1]."""
+    return uniform(seed, epoch, sample_B, view, AUGMENT, 14).split((4, 4, 1, 1, 1, 1, 1, 1), 1)
 
 
 def _between(low: float, high: float, u: Tensor) -> Tensor:

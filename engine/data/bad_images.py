@@ -1,8 +1,9 @@
 """Images that could not be read, and how they are reported."""
 
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from engine.logger import warn
 
 
 class Bad(NamedTuple):
@@ -15,4 +16,4 @@ class Bad(NamedTuple):
 def report(bad: Sequence[Bad], consequence: str) -> None:
     """Each unreadable image, from the rank that met it."""
     for image in bad:
-        print(f"warning: {image.name} could not be read ({image.reason}); {consequence}", file=sys.stderr)
+        warn(f"{image.name} could not be read ({image.reason}); {consequence}")

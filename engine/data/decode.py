@@ -1,4 +1,4 @@
-"""What the CPU does to an image: decode it and cut random crops out of it. All else happens on the device.
+"""What the CPU does to an image: decode it and cut crops out of it. All else happens on the device.
 
 Shapes: V views, B samples, D random numbers per sample and view, S side of a crop in pixels.
 """
@@ -6,6 +6,7 @@ Shapes: V views, B samples, D random numbers per sample and view, S side of a cr
 import io
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -85,27 +86,50 @@ def crop_box(draw_D: Sequence[float], height: int, width: int, crop_min: float) 
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def random_crops(
-    image: Image.Image,
-    draw_VD: Sequence[Sequence[float]],
-    crop_min: float,
-    size: int,
-    out_V3SS: np.ndarray,
-    *,
-    interpolation: Interpolation = "bilinear",
-    after_crop: Callable[[Image.Image], Image.Image] | None = None,
-) -> None:
-    """Write each view's crop of an RGB image into uint8 [V, 3, S, S]: antialiased; `after_crop` changes each first."""
-    for draw_D, out_3SS in zip(draw_VD, out_V3SS, strict=True):
-        top, left, height, width = crop_box(draw_D, image.height, image.width, crop_min)
-        # Cut, then resize: resize(box=...) would let pixels around the box bleed into its border.
-        crop = image.crop((left, top, left + width, top + height)).resize((size, size), RESAMPLING[interpolation])
-        out_3SS[...] = np.asarray(crop if after_crop is None else after_crop(crop)).transpose(2, 0, 1)
+@dataclass(frozen=True)
+class Crops:
+    """The random crops of a training image.
+
+    Args:
+        size: S.
+        crop_min: the least area of a crop, as a share of the image's.
+        views: V, how many crops of an image.
+        after_crop: what else is done to a crop, given (crop, epoch, sample).
+    """
+
+    size: int
+    crop_min: float
+    views: int = 2
+    interpolation: Interpolation = "bilinear"
+    after_crop: Callable[[Image.Image, int, int], Image.Image] | None = None
+
+    def draw(self, seed: int, epoch: int, sample_B: Tensor) -> list[Sequence[Sequence[float]]]:
+        """The random numbers behind the crops of a whole batch: for each sample V rows of D."""
+        draw_VBD = [crop_draws(seed, epoch, sample_B, view).tolist() for view in range(self.views)]
+        return list(zip(*draw_VBD, strict=True))
+
+    def cut(
+        self, image: Image.Image, draw_VD: Sequence[Sequence[float]], epoch: int, sample: int, out_V3SS: np.ndarray
+    ) -> None:
+        """Write the crops of an RGB image, antialiased, into uint8 [V, 3, S, S]."""
+        for draw_D, out_3SS in zip(draw_VD, out_V3SS, strict=True):
+            top, left, height, width = crop_box(draw_D, image.height, image.width, self.crop_min)
+            # Cut, then resize: resize(box=...) would let pixels around the box bleed into its border.
+            crop = image.crop((left, top, left + width, top + height))
+            crop = crop.resize((self.size, self.size), RESAMPLING[self.interpolation])
+            crop = crop if self.after_crop is None else self.after_crop(crop, epoch, sample)
+            out_3SS[...] = np.asarray(crop).transpose(2, 0, 1)
 
 
-def center_crop(
-    image: Image.Image, size: int, fraction: float = 224 / 256, interpolation: Interpolation = "bilinear"
-) -> Tensor:
-    """The view for evaluation: shorter side resized to size / fraction, the centre kept. uint8 [3, S, S]."""
-    resized = F.resize(image, [round(size / fraction)], F.InterpolationMode(interpolation))
-    return torch.from_numpy(np.array(F.center_crop(resized, [size, size])).transpose(2, 0, 1))
+@dataclass(frozen=True)
+class CenterCrop:
+    """The view for evaluation: shorter side resized to size / fraction, the centre of `size` x `size` pixels kept."""
+
+    size: int
+    fraction: float = 224 / 256
+    interpolation: Interpolation = "bilinear"
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """An RGB image to uint8 [3, S, S]."""
+        resized = F.resize(image, [round(self.size / self.fraction)], F.InterpolationMode(self.interpolation))
+        return torch.from_numpy(np.array(F.center_crop(resized, [self.size, self.size])).transpose(2, 0, 1))

@@ -3,59 +3,28 @@
 The index is kept next to the tar as `<tar>.index`, or in the user's cache folder if that place cannot be written.
 It holds arrays only (npz, no pickle) and is built again whenever the tar's size or time has changed.
 
-Shapes: N images in the tar, U bytes of text.
+Shapes: N images in the tar.
 """
 
-import contextlib
 import hashlib
 import os
-import secrets
 import tarfile
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from engine.data.decode import is_image_name
+from engine.data.paths import Names
 from engine.errors import UserError, one_line
+from engine.files import draft, publish
+from engine.logger import warn
 
 _FORMAT = 1
 _BLOCK = 512
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _MAX_OPEN = 64  # file descriptors that one process holds open
-
-
-class Names:
-    """Many names in two arrays. A list of a million strings would be copied, page by page, into every forked worker:
-    merely looking at a string writes its reference count."""
-
-    def __init__(self, text_U: np.ndarray, ends_N: np.ndarray):
-        self.text_U, self.ends_N = text_U, ends_N
-
-    @classmethod
-    def of(cls, names: Iterable[bytes]) -> "Names":
-        names = list(names)
-        lengths_N = np.fromiter((len(name) for name in names), np.int64, len(names))
-        return cls(np.frombuffer(b"".join(names), np.uint8), np.cumsum(lengths_N))
-
-    @classmethod
-    def joined(cls, parts: Iterable["Names"]) -> "Names":
-        return cls.of(name for part in parts for name in part)
-
-    def __len__(self) -> int:
-        return len(self.ends_N)
-
-    def __getitem__(self, i: int) -> bytes:
-        start = self.ends_N[i - 1] if i else 0
-        return self.text_U[start : self.ends_N[i]].tobytes()
-
-    def __iter__(self) -> Iterator[bytes]:
-        text, start = self.text_U.tobytes(), 0
-        for end in self.ends_N.tolist():
-            yield text[start:end]
-            start = end
 
 
 class TarIndex(NamedTuple):
@@ -129,25 +98,19 @@ def _load(path: Path, stamp: np.ndarray) -> TarIndex | None:
 
 
 def _save(index: TarIndex, tar: Path, stamp: np.ndarray) -> None:
+    text_U, ends_N = index.names.text_U, index.names.ends_N
+    arrays = {"stamp": stamp, "text": text_U, "ends": ends_N, "offsets": index.offsets_N, "sizes": index.sizes_N}
     for path in _places(tar):
-        partial = path.with_name(f".{secrets.token_hex(8)}.index")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "xb") as file:
-                np.savez(
-                    file,
-                    stamp=stamp,
-                    text=index.names.text_U,
-                    ends=index.names.ends_N,
-                    offsets=index.offsets_N,
-                    sizes=index.sizes_N,
-                )
-            os.replace(partial, path)
+            with draft(path) as place:
+                with place.open("xb") as file:
+                    np.savez(file, **arrays)
+                publish(place, path)
             return
-        except OSError:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-    warnings.warn(f"the index of {tar} could not be saved: it is built again at each start", stacklevel=2)
+        except OSError:  # the second place may do
+            continue
+    warn(f"the index of {tar} could not be saved: it is built again at each start")
 
 
 def _scan(tar: Path) -> TarIndex:

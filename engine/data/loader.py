@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -24,11 +24,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from engine.data.bad_images import Bad
-from engine.data.decode import center_crop, crop_draws, random_crops
-from engine.data.order import REPEAT, samples_of_steps, steps_per_epoch
-from engine.data.sources import Source
+from engine.data.decode import CenterCrop, Crops
+from engine.data.order import REPEAT, Order
+from engine.data.source import Source
 from engine.errors import UserError
-from engine.recipe.sections import Interpolation
 
 _PREFETCH = 2  # batches that each worker has under way or waiting
 _NEIGHBOURS = 100  # how far to look for an image in place of an unreadable one
@@ -68,86 +67,64 @@ class EvalBatch(NamedTuple):
 
 def train_batches(
     source: Source,
+    order: Order,
+    crops: Crops,
+    steps: range,
     *,
-    seed: int,
-    global_batch_size: int,
     rank: int,
     world_size: int,
-    first_step: int,
-    last_step: int,
     workers: int,
-    image_size: int,
-    crop_min: float,
-    pin_memory: bool,
-    views: int = 2,
-    keep_partial: bool = False,
-    repeats: int = 1,
-    interpolation: Interpolation = "bilinear",
-    after_crop: Callable[[Image.Image, int, int], Image.Image] | None = None,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's batches of the steps from first_step up to, not including, last_step.
+    """This rank's batches of the steps, which count from 0.
 
-    keep_partial: an epoch ends with the batch of what is left, of which ranks may have different numbers, or none.
-    repeats: how often an image comes in a row. after_crop: what else is done to a crop, given (crop, epoch, sample).
     The workers start at once and die with the thread that called this. At most 2 * workers batches are under way.
     Raises UserError where the batch does not suit the source or memory, or where the source is unreadable.
     """
-    if steps_per_epoch(len(source), global_batch_size, keep_partial) == 0 or global_batch_size % world_size:
+    if order.steps_per_epoch == 0 or order.batch % world_size:
         raise UserError(
-            f"train.global_batch_size ({global_batch_size}) must be at most the number of images ({len(source)}) "
+            f"train.global_batch_size ({order.batch}) must be at most the number of images ({order.images}) "
             f"and a multiple of the number of ranks ({world_size}); change it"
         )
-    _check_shared_memory(workers, views * global_batch_size // world_size * 3 * image_size**2)
-    samples = samples_of_steps(
-        seed, len(source), global_batch_size, rank, world_size, first_step, last_step, keep_partial, repeats
-    )
-    dataset = _TrainBatches(source, seed, image_size, crop_min, views, interpolation, after_crop)
-    return _run(dataset, samples, workers, pin_memory)
+    _check_shared_memory(workers, crops.views * order.batch // world_size * 3 * crops.size**2)
+    dataset = _TrainBatches(source, order.seed, crops)
+    return _run(dataset, order.share(steps, rank, world_size), workers, pin_memory)
 
 
 def eval_batches(
     source: Source,
-    ids: np.ndarray,
+    ids: Sequence[int] | np.ndarray | Tensor,
+    crop: CenterCrop,
     *,
     batch_size: int,
-    image_size: int,
     workers: int,
-    crop_fraction: float = 224 / 256,
-    interpolation: Interpolation = "bilinear",
     batches: int | None = None,
 ) -> Iterator[EvalBatch]:
     """The images `ids` of the source in order, in batches of one shape.
 
-    `crop_fraction`: the side of the centre crop over the shorter side of the resized image. `batches`: yield that many,
-    empty ones at the end, so that every rank runs as many forwards as the others.
+    batches: yield that many, empty ones at the end, so that every rank runs as many forwards as the others.
     """
     ids = np.asarray(ids, np.int64)
     needed = -(-len(ids) // batch_size)
     if batches is not None and batches < needed:
         raise ValueError(f"{len(ids)} images do not fit into {batches} batches of {batch_size}")
-    _check_shared_memory(workers, batch_size * 3 * image_size**2)
+    _check_shared_memory(workers, batch_size * 3 * crop.size**2)
     chunks = [ids[k * batch_size : (k + 1) * batch_size] for k in range(needed if batches is None else batches)]
-    return _run(
-        _EvalBatches(source, batch_size, image_size, crop_fraction, interpolation), chunks, workers, pin_memory=False
-    )
+    return _run(_EvalBatches(source, crop, batch_size), chunks, workers, pin_memory=False)
 
 
 @dataclass(frozen=True)
 class _TrainBatches(Dataset):
     source: Source
     seed: int
-    image_size: int
-    crop_min: float
-    views: int
-    interpolation: Interpolation
-    after_crop: Callable[[Image.Image, int, int], Image.Image] | None
+    crops: Crops
 
     def __getitem__(self, at: tuple[int, int, np.ndarray]) -> Batch | UserError:
         step, epoch, samples = at
-        sample_B = torch.from_numpy(samples)
+        sample_B, (views, size) = torch.from_numpy(samples), (self.crops.views, self.crops.size)
         # The draws belong to the sample, so an image that stands in for another one shifts nothing.
-        draw_VBD = [crop_draws(self.seed, epoch, sample_B, view).tolist() for view in range(self.views)]
-        crops = np.empty((self.views, len(samples), 3, self.image_size, self.image_size), np.uint8)
+        draw_BVD = self.crops.draw(self.seed, epoch, sample_B)
+        crops = np.empty((views, len(samples), 3, size, size), np.uint8)
         shown_B, bad = sample_B % REPEAT, []
         for b, number in enumerate(shown_B.tolist()):
             image = _read(self.source, number)
@@ -156,26 +133,18 @@ class _TrainBatches(Dataset):
                 shown_B[b], image = _next_readable(self.source, number)
                 if image is None:
                     return _hopeless(self.source, bad[-1])
-            self._crop(image, [draw_BD[b] for draw_BD in draw_VBD], epoch, int(samples[b]), crops[:, b])
+            self.crops.cut(image, draw_BVD[b], epoch, int(samples[b]), crops[:, b])
         return Batch(step, epoch, torch.from_numpy(crops), sample_B, shown_B, bad)
-
-    def _crop(self, image: Image.Image, draw_VD: list[list[float]], epoch: int, sample: int, out: np.ndarray) -> None:
-        after_crop = self.after_crop and partial(self.after_crop, epoch=epoch, sample=sample)
-        random_crops(
-            image, draw_VD, self.crop_min, self.image_size, out, interpolation=self.interpolation, after_crop=after_crop
-        )
 
 
 @dataclass(frozen=True)
 class _EvalBatches(Dataset):
     source: Source
+    crop: CenterCrop
     batch_size: int
-    image_size: int
-    crop_fraction: float
-    interpolation: Interpolation
 
     def __getitem__(self, ids: np.ndarray) -> EvalBatch:
-        images = torch.zeros(self.batch_size, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        images = torch.zeros(self.batch_size, 3, self.crop.size, self.crop.size, dtype=torch.uint8)
         ids_B, labels_B = torch.full((2, self.batch_size), -1)
         valid, bad = 0, []
         for i in ids.tolist():
@@ -183,8 +152,7 @@ class _EvalBatches(Dataset):
             if isinstance(image, Bad):
                 bad.append(image)
                 continue
-            view = center_crop(image, self.image_size, self.crop_fraction, self.interpolation)
-            images[valid], ids_B[valid] = view, i
+            images[valid], ids_B[valid] = self.crop(image), i
             if self.source.labels is not None:
                 labels_B[valid] = int(self.source.labels[i])
             valid += 1

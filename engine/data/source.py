@@ -4,12 +4,35 @@ Shapes: N images.
 """
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 Split = Literal["train", "val", "all"]
+
+
+@dataclass(frozen=True)
+class Root:
+    """Where images are to be found, before anything is looked at.
+
+    Args:
+        kind: which of the sources (engine.data.sources).
+        key: what messages call the path.
+        dataset: the class of torchvision.datasets, for that source alone; dataset_options: its arguments.
+    """
+
+    kind: str
+    path: Path
+    key: str = "data.root"
+    dataset: str | None = None
+    dataset_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.key} ({self.path})"
 
 
 class Source(ABC):

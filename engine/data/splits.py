@@ -1,66 +1,120 @@
-"""The recipe's images, opened on every rank and found to be the same there."""
+"""The images of a run or an evaluation, opened on every rank, found fit and found to be the same there."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from engine.data.sources import Source, align_labels, open_source
+from engine.data.source import Root, Source
+from engine.data.sources import align_labels, open_source
+from engine.data.subset import take_labels
 from engine.distributed.agreement import gather
 from engine.distributed.world import World, in_turn
 from engine.errors import UserError
-from engine.recipe.load import Pretrain, locate
-from engine.recipe.sections import Finetune
+from engine.logger import warn
+from engine.recipe.load import locate
+from engine.recipe.sections import Data, LabelledData
 
 
-class Sources(NamedTuple):
+class Splits(NamedTuple):
     """`train` and, where there is one, `val` with labels in train's numbering."""
 
     train: Source
     val: Source | None
 
 
-def open_sources(recipe: Pretrain, recipe_file: Path, world: World) -> Sources:
-    """Open training and validation images; rank 0 first, so that it alone builds an index that is missing.
+def open_splits(data: Data, recipe_file: Path, world: World, *, batch: int = 1) -> Splits:
+    """The images of pre-training, labelled or not.
+
+    batch: train.global_batch_size where each batch must be full. Of data.val_root all is validation data, unless the
+    source itself has splits. Opens on rank 0 first, so that it alone builds an index that is missing.
 
     Raises:
-        UserError: on every rank, where data is missing, differs between ranks, or is less than one batch.
+        UserError: on every rank, where data is missing, differs between ranks, or is less than a batch.
     """
 
-    def find() -> Sources:
-        sources = _open(recipe, recipe_file)
-        check_batch(recipe, len(sources.train))
-        return sources
+    def find() -> Splits:
+        root = _root(data, locate(data.root, recipe_file), "data.root")
+        train = open_source(root, "train")
+        if data.val_root is None:
+            val = open_source(root, "val")
+        else:
+            root = _root(data, locate(data.val_root, recipe_file), "data.val_root")
+            val = open_source(root, "val" if data.source == "torchvision" else "all")
+        _check_batch(batch, train, data.root)
+        return Splits(train, None if val is None else align_labels(train, val))
 
-    return open_together(find, world, f"data.root ({recipe.data.root})")
+    return _open_together(find, world, f"data.root ({data.root})")
 
 
-def open_together(find: Callable[[], Sources], world: World, name: str) -> Sources:
-    """What `find` opens, on rank 0 first; `name` begins the UserError's line where ranks found different images."""
-    sources = in_turn(world, find)
-    fingerprints = gather(tuple(s.fingerprint for s in sources if s is not None), world.host_group)
+def open_labelled_splits(data: LabelledData, world: World, *, seed: int, batch: int = 1) -> Splits:
+    """The labelled images that a recipe names: `open_labelled` of its roots, of which train must fill a batch."""
+    train, val = Path(data.root), Path(data.val_root or data.root)
+    return open_labelled(
+        _root(data, train, "--train"), _root(data, val, "--val"), world, share=data.labels, seed=seed, batch=batch
+    )
+
+
+def open_labelled(train: Root, val: Root, world: World, *, share: float = 1.0, seed: int = 0, batch: int = 1) -> Splits:
+    """Training and validation images with labels in one numbering.
+
+    A root may hold `train` and `val`, of which each side takes its own; else all of it. share: of the training images,
+    as many of every class; seed chooses them (engine.data.subset).
+
+    Raises:
+        UserError: on every rank, where images are missing, unlabelled, of a class that is unknown in train, of a single
+            class, less than a batch, or not the same on every node.
+    """
+
+    def find() -> Splits:
+        found = Splits(_open(train, "train"), _open(val, "val"))
+        for source, root in zip(found, (train, val), strict=True):
+            if source.labels is None:
+                raise UserError(
+                    f"{root} must hold labelled images, a folder for each class; "
+                    "for images without labels there is `engine.evaluate rankme`"
+                )
+        if len(found.train.classes) < 2:
+            raise UserError(f"{train} must hold two classes or more; it has one, {found.train.classes[0]}")
+        if world.is_first and found.train.fingerprint == found.val.fingerprint:
+            warn(f"{train.key} and {val.key} are the same images: the result says nothing of new ones")
+        splits = Splits(take_labels(found.train, share, seed), align_labels(*found))
+        _check_batch(batch, splits.train, train.path)
+        return splits
+
+    return _open_together(find, world, f"{train} and {val}")
+
+
+def open_unlabelled(root: Root, world: World) -> Source:
+    """The training images of a root, labelled or not. Raises UserError on every rank."""
+    return _open_together(lambda: Splits(_open(root, "train"), None), world, str(root)).train
+
+
+def _open(root: Root, split: Literal["train", "val"]) -> Source:
+    """The root's split; all of a root that has no splits."""
+    source = open_source(root, split)
+    if source is None and root.kind == "torchvision":
+        raise UserError(f"{root} must have a validation split; torchvision's {root.dataset} has none")
+    if source is None and any(root.path.glob("train*.tar" if root.kind == "shards" else "train/")):
+        raise UserError(f"{root} must hold val beside train, or be the validation images' own root; add it")
+    return open_source(root, "all") if source is None else source
+
+
+def _root(data: Data, path: Path, key: str) -> Root:
+    return Root(data.source, path, key, data.dataset, data.dataset_options)
+
+
+def _check_batch(batch: int, train: Source, root: str | Path) -> None:
+    if len(train) < batch:
+        raise UserError(
+            f"train.global_batch_size ({batch}) must be at most the number of images ({len(train)} in {root}); "
+            f"pass train.global_batch_size={len(train)} or less, or give more images"
+        )
+
+
+def _open_together(find: Callable[[], Splits], world: World, name: str) -> Splits:
+    """What `find` opens, on rank 0 first; `name` begins the error's line where ranks found different images."""
+    splits = in_turn(world, find)
+    fingerprints = gather(tuple(s.fingerprint for s in splits if s is not None), world.host_group)
     if len(set(fingerprints)) > 1:
         raise UserError(f"{name} must hold the same images on every node; copy them anew")
-    return sources
-
-
-def _open(recipe: Pretrain, recipe_file: Path) -> Sources:
-    data = recipe.data
-    options = {"dataset": data.dataset, "dataset_options": data.dataset_options}
-    root = locate(data.root, recipe_file)
-    train = open_source(data.source, root, "train", **options)
-    if data.val_root is None:
-        val = open_source(data.source, root, "val", **options)
-    else:
-        split = "val" if data.source == "torchvision" else "all"
-        val = open_source(data.source, locate(data.val_root, recipe_file), split, key="data.val_root", **options)
-    return Sources(train, None if val is None else align_labels(train, val))
-
-
-def check_batch(recipe: Pretrain | Finetune, images: int) -> None:
-    """Raises UserError where the training images do not fill one batch."""
-    batch = recipe.train.global_batch_size
-    if images < batch:
-        raise UserError(
-            f"train.global_batch_size ({batch}) must be at most the number of images ({images} in "
-            f"{recipe.data.root}); pass train.global_batch_size={images} or less, or give more images"
-        )
+    return splits

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from engine.data.sources import Source
-from engine.data.splits import Sources
+from engine.data.source import Source
+from engine.data.splits import Splits
 from engine.distributed.agreement import gather
 from engine.distributed.world import World
 from engine.evaluation import fast_linear
@@ -15,7 +15,7 @@ from engine.evaluation.subject import Subject
 
 
 def measure_knn(
-    subject: Subject, sources: Sources, ks: Sequence[int], world: World, workers: int
+    subject: Subject, sources: Splits, ks: Sequence[int], world: World, workers: int
 ) -> list[dict[str, float | int]]:
     """{"top1", "top5", "k"} for each k: the share of val that the k nearest images of train classify rightly.
 
@@ -36,7 +36,7 @@ def measure_rankme(subject: Subject, source: Source, world: World, workers: int)
     return round(rankme_from_gram(feature_gram(found.feature_ND, world.group)), 3)
 
 
-def measure_fast_linear(subject: Subject, sources: Sources, world: World, workers: int) -> list[Score]:
+def measure_fast_linear(subject: Subject, sources: Splits, world: World, workers: int) -> list[Score]:
     """Every candidate's score, in the order of `fast_linear.candidates`, equal on all ranks."""
     train = gather_rows(features(subject, sources.train, "train", world, workers), world.group)
     val = gather_rows(features(subject, sources.val, "val", world, workers), world.group)

@@ -14,7 +14,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from engine.data.decode import center_crop, decode
+from engine.data.decode import CenterCrop, decode
 from engine.errors import UserError
 from engine.pictures.canvas import FAINT, HEADER, MARGIN, WIDTH, Sheet, style
 from engine.pictures.features import open_subject
@@ -29,7 +29,7 @@ def show_attention(checkpoint: str, image_file: Path, out: Path) -> None:
     image = _read(image_file)
     subject = open_subject(checkpoint, torch.device("cpu"))
     check_attention(subject.network, checkpoint)
-    image_3SS = center_crop(image, subject.image_size, subject.crop_fraction, subject.interpolation)
+    image_3SS = CenterCrop(subject.image_size, subject.crop_fraction, subject.interpolation)(image)
     mean, std = (torch.tensor(values)[:, None, None] for values in (subject.mean, subject.std))
     attention_HRC = class_attention(subject.network, ((image_3SS / 255 - mean) / std)[None])[0]
     title = f"What the class token looks at: {image_file.name}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.data.source import Source
+from engine.data.source import Root, Source
 from engine.data.sources import open_source
 from engine.errors import UserError
 from engine.evaluation.features import batches_for, extract
@@ -57,8 +57,8 @@ def see(checkpoint: str, kind: str, root: Path, dataset: str | None, *, at_most:
     They are root's validation images; all of its images where it tells none apart. at_most: as many, evenly spread.
     workers: processes that read. Raises UserError, which calls the root --data.
     """
-    where = {"dataset": dataset, "key": "--data"}
-    source = open_source(kind, root, "val", **where) or open_source(kind, root, "train", **where)
+    images = Root(kind, root, "--data", dataset)
+    source = open_source(images, "val") or open_source(images, "train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = open_subject(checkpoint, device)
     ids = np.linspace(0, len(source) - 1, min(at_most, len(source))).round().astype(np.int64)

@@ -3,7 +3,6 @@
 Shapes: B images, S side of a view.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +12,11 @@ import torch
 
 from engine.data import bad_images
 from engine.data.augment import Augment
-from engine.data.decode import crop_box, crop_draws
+from engine.data.decode import Crops, crop_box
 from engine.data.loader import Batch, train_batches
+from engine.data.order import Order
 from engine.data.source import Source
-from engine.data.splits import open_sources
+from engine.data.splits import open_splits
 from engine.distributed.world import process_group
 from engine.pictures.canvas import COLOURS, HEADER, INK, MARGIN, WIDTH, Sheet, style
 from engine.recipe.load import Pretrain
@@ -41,7 +41,7 @@ class Sample(NamedTuple):
 def show_views(recipe: Pretrain, recipe_file: Path, out: Path) -> None:
     """Draws the first images of the run's first batch. Raises UserError where its images are missing."""
     with process_group() as world:
-        source = open_sources(recipe, recipe_file, world).train
+        source = open_splits(recipe.data, recipe_file, world, batch=recipe.train.global_batch_size).train
     title = f"What the model sees: {recipe_file.stem}"
     subtitle = (
         f"The first images of epoch 0, seed {recipe.run.seed}: "
@@ -54,28 +54,25 @@ def first_samples(recipe: Pretrain, source: Source) -> list[Sample]:
     """The first images of epoch 0 that can be read; of the others is said which they are."""
     size, seed = recipe.model.image_size, recipe.run.seed
     # An epoch's order does not depend on the batch, so these are the first of the run's first batch.
-    shares = {"global_batch_size": min(SHOWN, len(source)), "rank": 0, "world_size": 1, "first_step": 0, "last_step": 1}
-    form = {"image_size": size, "crop_min": recipe.augment.crop_min, "workers": 0, "pin_memory": False}
-    batch = next(iter(train_batches(source, seed=seed, **shares, **form)))
+    order, crops = Order(seed, len(source), min(SHOWN, len(source))), Crops(size, recipe.augment.crop_min)
+    batch = next(train_batches(source, order, crops, range(1), rank=0, world_size=1, workers=0))
     bad_images.report(batch.bad, "it is left out of the picture")
-    view_B2SS3 = _views(recipe, batch)
     unreadable = {bad.name for bad in batch.bad}
+    draw_B2D = crops.draw(seed, batch.epoch, batch.sample_B)
     samples = []
-    for i, view_2SS3 in zip(batch.sample_B.tolist(), view_B2SS3, strict=True):
+    for i, draw_2D, view_2SS3 in zip(batch.sample_B.tolist(), draw_B2D, _views(recipe, batch), strict=True):
         if source.name(i) not in unreadable:
             image = source.read(i)
-            draws = [crop_draws(seed, 0, torch.tensor([i]), view)[0] for view in (0, 1)]
-            boxes = [crop_box(draw_D, image.height, image.width, recipe.augment.crop_min) for draw_D in draws]
+            boxes = [crop_box(draw_D, image.height, image.width, crops.crop_min) for draw_D in draw_2D]
             samples.append(Sample(np.asarray(image), boxes, view_2SS3))
     return samples
 
 
 def _views(recipe: Pretrain, batch: Batch) -> np.ndarray:
     """[B, 2, S, S, 3] in 0..1: what the augmentation makes of the crops."""
-    values = dataclasses.asdict(recipe.augment)
-    del values["crop_min"]
-    mean, std = (torch.tensor(values[name])[:, None, None] for name in ("mean", "std"))
-    normalised = Augment(**values, seed=recipe.run.seed)(batch.crops, batch.sample_B, 0).unflatten(0, (2, -1))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.augment.mean, recipe.augment.std))
+    augment = Augment(recipe.augment, recipe.run.seed)
+    normalised = augment(batch.crops, batch.sample_B, batch.epoch).unflatten(0, (2, -1))
     return (normalised * std + mean).clamp(0, 1).permute(1, 0, 3, 4, 2).numpy()
 
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from engine.checkpoint.layout import read_pointer
 from engine.checkpoint.load import read_tensors
+from engine.data.decode import Crops
 from engine.data.loader import Batch
-from engine.data.order import steps_per_epoch
+from engine.data.order import Order
 from engine.data.philox import DROP_PATH, uniform
 from engine.data.regularize import Mix, RandAugment, erase
-from engine.data.splits import Sources, check_batch
+from engine.data.splits import Splits, open_labelled_splits
 from engine.distributed.agreement import agreement
 from engine.distributed.world import World, in_turn, make_mesh
 from engine.errors import UserError, one_line
@@ -30,7 +31,7 @@ from engine.evaluation.subject import Subject
 from engine.recipe.keys import wrong
 from engine.recipe.load import dump
 from engine.recipe.sections import Finetune
-from engine.runs.supervised import TOP, Supervised, closing, digest, open_images, run, say
+from engine.runs.supervised import TOP, Supervised, closing, digest, run, say
 from engine.runs.trainer import Plan
 from engine.training.finetune_step import FinetuneOutput, FinetuneSchedule, FinetuneState, finetune_step
 from engine.training.guard import check_skips
@@ -59,8 +60,8 @@ def finetune(
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
     """
     started = time.perf_counter()
-    sources = open_images(recipe, world)
-    check_batch(recipe, len(sources.train))
+    batch = recipe.train.global_batch_size
+    sources = open_labelled_splits(recipe.data, world, seed=recipe.run.seed, batch=batch)
     weights = in_turn(world, lambda: open_fetched(checkpoint, encoder, untrained=baseline == "initial"))
     with agreement(world.host_group):
         check_randaugment(recipe)
@@ -152,7 +153,7 @@ def make_schedule(recipe: Finetune, images: int) -> FinetuneSchedule:
         min_lr=recipe.optimizer.min_lr,
         epochs=train.epochs,
         warmup_epochs=train.warmup_epochs,
-        steps_per_epoch=steps_per_epoch(images, train.global_batch_size),
+        steps_per_epoch=Order(recipe.run.seed, images, train.global_batch_size).steps_per_epoch,
     )
 
 
@@ -173,7 +174,7 @@ class Finetuning(Supervised):
         self,
         recipe: Finetune,
         world: World,
-        sources: Sources,
+        sources: Splits,
         weights: Weights,
         state: FinetuneState,
     ):
@@ -202,14 +203,16 @@ class Finetuning(Supervised):
         every = self.recipe.evaluate.every_epochs * self.steps_per_epoch
         return dataclasses.replace(super().plan(), evaluate_every=every)
 
-    def crop_options(self) -> dict[str, Any]:
-        augment, subject = self.recipe.augment, self.subject
-        options = {"repeats": augment.repeats, "interpolation": augment.interpolation}
+    def make_order(self) -> Order:
+        return dataclasses.replace(super().make_order(), repeats=self.recipe.augment.repeats)
+
+    def make_crops(self) -> Crops:
+        augment, subject, after_crop = self.recipe.augment, self.subject, None
         if augment.randaugment is not None:
-            options["after_crop"] = RandAugment(
+            after_crop = RandAugment(
                 augment.randaugment, self.recipe.run.seed, subject.image_size, subject.mean, augment.interpolation
             )
-        return options
+        return dataclasses.replace(super().make_crops(), interpolation=augment.interpolation, after_crop=after_crop)
 
     def images(self, batch: Batch) -> Tensor:
         images = super().images(batch)

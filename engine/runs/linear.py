@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.data.loader import Batch
-from engine.data.splits import Sources
+from engine.data.splits import Splits, open_labelled_splits
 from engine.distributed.agreement import gather
 from engine.distributed.world import World
 from engine.errors import RunFailed
 from engine.evaluation.linear import LinearProbe, linear_step
 from engine.evaluation.subject import Subject, open_subject_together
 from engine.recipe.sections import Linear
-from engine.runs.supervised import Supervised, closing, digest, open_images, run
+from engine.runs.supervised import Supervised, closing, digest, run
 from engine.weights.weights import EncoderName
 
 ROWS = 8192  # features that are classified at a time
@@ -32,7 +32,7 @@ def probe(recipe: Linear, checkpoint: str, encoder: EncoderName, world: World) -
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
     """
     started = time.perf_counter()
-    sources = open_images(recipe, world)
+    sources = open_labelled_splits(recipe.data, world, seed=recipe.run.seed)
     subject = open_subject_together(checkpoint, world, encoder=encoder, crop_fraction=recipe.evaluate.crop_fraction)
     task = Probing(recipe, world, sources, subject, checkpoint)
     seconds = run(task, started)
@@ -58,7 +58,7 @@ class Probing(Supervised):
     chosen = "the best"
     keeps_partial = True
 
-    def __init__(self, recipe: Linear, world: World, sources: Sources, subject: Subject, checkpoint: str):
+    def __init__(self, recipe: Linear, world: World, sources: Splits, subject: Subject, checkpoint: str):
         super().__init__(recipe, world, sources, subject, digest(own_tensors(subject.network)))
         self.name = checkpoint
         self.probe = LinearProbe(

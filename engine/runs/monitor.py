@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from engine.data.splits import Sources
+from engine.data.splits import Splits
 from engine.distributed.world import World
 from engine.evaluation.features import unchecked_features
 from engine.evaluation.knn import gather_rows, knn_accuracy
@@ -15,13 +15,13 @@ from engine.training.step import TrainState
 K = 20  # neighbours
 
 
-def has_monitor(sources: Sources) -> bool:
+def has_monitor(sources: Splits) -> bool:
     """kNN needs labels on both sides and enough training images to be neighbours; the online probe the labels."""
     return sources.val is not None and sources.val.labels is not None and len(sources.train) >= K
 
 
 def make_probe(
-    recipe: Pretrain, world: World, sources: Sources, state: TrainState, dtype: torch.dtype
+    recipe: Pretrain, world: World, sources: Splits, state: TrainState, dtype: torch.dtype
 ) -> OnlineProbe | None:
     """The recipe's online probe; None where it wants none or there is nothing to monitor with."""
     if not (recipe.evaluate.online_probe and has_monitor(sources)):
@@ -39,7 +39,7 @@ def make_probe(
 
 
 def monitor_row(
-    recipe: Pretrain, world: World, sources: Sources, trunk: nn.Module, dtype: torch.dtype, probe: OnlineProbe | None
+    recipe: Pretrain, world: World, sources: Splits, trunk: nn.Module, dtype: torch.dtype, probe: OnlineProbe | None
 ) -> dict[str, float]:
     """Top-1 and top-5 on the validation images, from 0 to 1, by kNN and by the probe; equal on all ranks.
 

@@ -13,10 +13,11 @@ from engine.checkpoint.load import load, newest_valid
 from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.retain import clean
 from engine.data.augment import Augment
+from engine.data.decode import Crops
 from engine.data.loader import Batch, train_batches
-from engine.data.order import steps_per_epoch
-from engine.data.sources import Source
-from engine.data.splits import Sources, open_sources
+from engine.data.order import Order
+from engine.data.source import Source
+from engine.data.splits import Splits, open_splits
 from engine.distributed.agreement import agreement
 from engine.distributed.world import World, make_mesh
 from engine.errors import UserError
@@ -50,7 +51,7 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
     started = time.perf_counter()
     moco = check(recipe, world)
     with RunDirectory(Path(recipe.run.dir), world) as directory:
-        sources = open_sources(recipe, recipe_file, world)
+        sources = open_splits(recipe.data, recipe_file, world, batch=recipe.train.global_batch_size)
         schedule = make_schedule(recipe, len(sources.train))
         plan = make_plan(recipe, schedule, has_monitor=has_monitor(sources))
         report.opening(world, recipe, sources, schedule, has_monitor(sources))
@@ -95,9 +96,13 @@ def make_schedule(recipe: Pretrain, images: int) -> Schedule:
         global_batch=recipe.train.global_batch_size,
         epochs=recipe.train.epochs,
         warmup_epochs=recipe.train.warmup_epochs,
-        steps_per_epoch=steps_per_epoch(images, recipe.train.global_batch_size),
+        steps_per_epoch=make_order(recipe, images).steps_per_epoch,
         momentum=recipe.moco.momentum,
     )
+
+
+def make_order(recipe: Pretrain, images: int) -> Order:
+    return Order(recipe.run.seed, images, recipe.train.global_batch_size)
 
 
 def make_plan(recipe: Pretrain, schedule: Schedule, *, has_monitor: bool) -> Plan:
@@ -165,7 +170,7 @@ def build_state(recipe: Pretrain, moco: MoCo, world: World, schedule: Schedule) 
 class Pretraining:
     """The trainer's task (engine.runs.trainer.Task): MoCo v3 on the recipe's images."""
 
-    def __init__(self, recipe: Pretrain, world: World, sources: Sources, state: TrainState):
+    def __init__(self, recipe: Pretrain, world: World, sources: Splits, state: TrainState):
         self.recipe, self.world, self.sources, self.state = recipe, world, sources, state
         self.dtype = torch.float64 if recipe.parallel.precision == "float64" else torch.float32
         self.augment = make_augment(recipe, self.dtype)
@@ -198,15 +203,12 @@ class Pretraining:
     def batches(self, last_step: int) -> Iterator[Batch]:
         return train_batches(
             self.sources.train,
-            seed=self.recipe.run.seed,
-            global_batch_size=self.recipe.train.global_batch_size,
+            make_order(self.recipe, len(self.sources.train)),
+            Crops(self.recipe.model.image_size, self.recipe.augment.crop_min),
+            range(self.step, last_step),
             rank=self.world.rank,
             world_size=self.world.size,
-            first_step=self.step,
-            last_step=last_step,
             workers=self.recipe.data.workers,
-            image_size=self.recipe.model.image_size,
-            crop_min=self.recipe.augment.crop_min,
             pin_memory=self.world.device.type == "cuda",
         )
 
@@ -263,21 +265,5 @@ class Pretraining:
 
 def make_augment(recipe: Pretrain, dtype: torch.dtype):
     """The recipe's augmentation of both views as one call, compiled where the recipe says so."""
-    values = recipe.augment
-    augment = Augment(
-        brightness=values.brightness,
-        contrast=values.contrast,
-        saturation=values.saturation,
-        hue=values.hue,
-        jitter_probability=values.jitter_probability,
-        grayscale_probability=values.grayscale_probability,
-        blur_sigma=values.blur_sigma,
-        blur_probability=values.blur_probability,
-        solarize_probability=values.solarize_probability,
-        flip_probability=values.flip_probability,
-        mean=values.mean,
-        std=values.std,
-        seed=recipe.run.seed,
-        dtype=dtype,
-    )
+    augment = Augment(recipe.augment, recipe.run.seed, dtype)
     return torch.compile(augment.__call__, fullgraph=True, dynamic=False) if recipe.parallel.compile else augment

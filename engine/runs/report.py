@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint.layout import read_pointer
-from engine.data.splits import Sources
+from engine.data.splits import Splits
 from engine.distributed.world import World
 from engine.recipe.load import Pretrain
 from engine.runs.trainer import Plan
 from engine.training.schedule import Schedule
 
 
-def opening(world: World, recipe: Pretrain, sources: Sources, schedule: Schedule, has_monitor: bool) -> None:
+def opening(world: World, recipe: Pretrain, sources: Splits, schedule: Schedule, has_monitor: bool) -> None:
     """Every value that is derived from the recipe, the data and the launch."""
     if not world.is_first:
         return

@@ -19,15 +19,15 @@ from torchvision.transforms.functional import pil_to_tensor
 from engine.checkpoint.load import load, newest_valid
 from engine.checkpoint.manifest import read_manifest
 from engine.checkpoint.retain import clean
-from engine.data.augment import flip_and_normalise
+from engine.data.augment import Flip
+from engine.data.decode import Crops
 from engine.data.loader import Batch, train_batches
-from engine.data.order import steps_per_epoch
-from engine.data.splits import Sources
+from engine.data.order import Order
+from engine.data.splits import Splits
 from engine.distributed.agreement import agreement, gather, share
 from engine.distributed.world import World
 from engine.errors import UserError
 from engine.evaluation.features import features
-from engine.evaluation.images import open_labelled
 from engine.evaluation.subject import Subject
 from engine.pictures.confusion import by_class, confusion_picture
 from engine.recipe.identity import fingerprint
@@ -55,9 +55,7 @@ class Supervised(ABC):
     chosen: ClassVar[str]  # which row of the monitor is the result, in words
     keeps_partial: ClassVar[bool]  # whether the last, partial batch of an epoch is used
 
-    def __init__(
-        self, recipe: Linear | Finetune, world: World, sources: Sources, subject: Subject, weights_digest: str
-    ):
+    def __init__(self, recipe: Linear | Finetune, world: World, sources: Splits, subject: Subject, weights_digest: str):
         self.recipe, self.world, self.sources, self.subject = recipe, world, sources, subject
         self.weights_digest = weights_digest
         self.directory = Path(recipe.run.dir)
@@ -65,10 +63,9 @@ class Supervised(ABC):
         self.labels_N = torch.from_numpy(sources.train.labels)
         self.classes = sources.train.classes
         self.bad_images = BadImages(recipe.data.max_bad_fraction, world)
-        self.steps_per_epoch = steps_per_epoch(len(sources.train), self.images_per_step, self.keeps_partial)
-        self.augment = flip_and_normalise(
-            recipe.augment.flip_probability, subject.mean, subject.std, recipe.run.seed, subject.dtype
-        )
+        self.order = self.make_order()
+        self.steps_per_epoch = self.order.steps_per_epoch
+        self.augment = Flip(recipe.augment.flip_probability, subject.mean, subject.std, recipe.run.seed, subject.dtype)
 
     # ---- what the two tasks differ in
 
@@ -101,9 +98,12 @@ class Supervised(ABC):
     def opening(self) -> list[str]:
         """What is derived from the recipe, the data and the launch, in lines."""
 
-    def crop_options(self) -> dict[str, Any]:
-        """What `train_batches` takes beside the common arguments."""
-        return {}
+    def make_order(self) -> Order:
+        images, batch = len(self.sources.train), self.images_per_step
+        return Order(self.recipe.run.seed, images, batch, keep_partial=self.keeps_partial)
+
+    def make_crops(self) -> Crops:
+        return Crops(self.subject.image_size, self.recipe.augment.crop_min, views=1)
 
     # ---- the trainer's side
 
@@ -124,19 +124,13 @@ class Supervised(ABC):
     def batches(self, last_step: int) -> Iterator[Batch]:
         return train_batches(
             self.sources.train,
-            seed=self.recipe.run.seed,
-            global_batch_size=self.images_per_step,
+            self.order,
+            self.make_crops(),
+            range(self.step, last_step),
             rank=self.world.rank,
             world_size=self.world.size,
-            first_step=self.step,
-            last_step=last_step,
             workers=self.recipe.data.workers,
-            image_size=self.subject.image_size,
-            crop_min=self.recipe.augment.crop_min,
             pin_memory=self.world.device.type == "cuda",
-            views=1,
-            keep_partial=self.keeps_partial,
-            **self.crop_options(),
         )
 
     def images(self, batch: Batch) -> Tensor:
@@ -225,21 +219,6 @@ class Supervised(ABC):
 
     def resume(self, saved: dict[str, Any]) -> None:
         self.bad_images.total = saved["bad_images"]
-
-
-def open_images(recipe: Linear | Finetune, world: World) -> Sources:
-    """The labelled images that a recipe names. Raises UserError on every rank."""
-    data = recipe.data
-    return open_labelled(
-        data.root,
-        data.val_root or data.root,
-        world,
-        kind=data.source,
-        dataset=data.dataset,
-        dataset_options=data.dataset_options,
-        labels=data.labels,
-        seed=recipe.run.seed,
-    )
 
 
 def digest(values: Iterable[tuple[str, Tensor]]) -> str:

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 
 from engine.data import augment
-from engine.data.augment import BRIGHTNESS, CONTRAST, SATURATION, Augment
+from engine.data.augment import BRIGHTNESS, CONTRAST, SATURATION, Augment, Flip
+from engine.recipe import sections
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-6}
 
-FULL = Augment(
+VALUES = sections.Augment(
+    crop_min=0.08,
     brightness=0.4,
     contrast=0.4,
     saturation=0.2,
@@ -27,17 +29,22 @@ FULL = Augment(
     flip_probability=0.5,
     mean=MEAN,
     std=STD,
-    seed=7,
-    dtype=torch.float64,
 )
-NOTHING = replace(
-    FULL,
+OFF = replace(
+    VALUES,
     jitter_probability=0.0,
     grayscale_probability=0.0,
     blur_probability=(0.0, 0.0),
     solarize_probability=(0.0, 0.0),
     flip_probability=0.0,
 )
+
+
+def augmenting(values: sections.Augment = VALUES, dtype: torch.dtype = torch.float64, **changed) -> Augment:
+    return Augment(replace(values, **changed), 7, dtype)
+
+
+FULL = augmenting()
 
 
 def random_images(count, side, dtype=torch.float64):
@@ -177,8 +184,8 @@ def test_drawn_parameters_have_the_recipes_distribution():
 
 
 def test_events_of_a_sample_are_independent():
-    settings = replace(FULL, blur_probability=(0.5, 0.5), solarize_probability=(0.5, 0.5), grayscale_probability=0.5)
-    draws = [settings.draw(torch.arange(20000), epoch, view) for epoch in (0, 1) for view in (0, 1)]
+    often = augmenting(blur_probability=(0.5, 0.5), solarize_probability=(0.5, 0.5), grayscale_probability=0.5)
+    draws = [often.draw(torch.arange(20000), epoch, view) for epoch in (0, 1) for view in (0, 1)]
     events = [
         [d.factor_B3[:, :1] != 1, d.on_grayscale, d.on_blur, d.on_solarize, d.on_flip, d.sigma, d.turn_B4]
         for d in draws
@@ -190,7 +197,7 @@ def test_events_of_a_sample_are_independent():
 
 def test_settings_of_one_operation_leave_the_draws_of_others():
     sample_B = torch.arange(50)
-    changed = replace(FULL, brightness=0.0, hue=0.0, grayscale_probability=0.9, solarize_probability=(0.5, 0.5))
+    changed = augmenting(brightness=0.0, hue=0.0, grayscale_probability=0.9, solarize_probability=(0.5, 0.5))
     one, other = FULL.draw(sample_B, 1, 1), changed.draw(sample_B, 1, 1)
     assert torch.equal(one.factor_B3[:, 1:], other.factor_B3[:, 1:])
     for name in ("turn_B4", "sigma", "on_blur", "on_flip"):
@@ -208,21 +215,31 @@ def test_the_two_views_and_two_epochs_differ():
 @pytest.mark.parametrize(
     "settings",
     [
-        NOTHING,
-        replace(NOTHING, jitter_probability=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0),
-        replace(NOTHING, blur_probability=(1.0, 1.0), blur_sigma=(0.0, 0.0)),
+        OFF,
+        replace(OFF, jitter_probability=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0),
+        replace(OFF, blur_probability=(1.0, 1.0), blur_sigma=(0.0, 0.0)),
     ],
 )
 def test_without_strength_images_are_only_normalised(settings):
     crops = random_crops(4, 8)
     expected = F.normalize(crops.double() / 255, list(MEAN), list(STD)).flatten(0, 1)
-    torch.testing.assert_close(settings(crops, torch.arange(4), 0), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(augmenting(settings)(crops, torch.arange(4), 0), expected, rtol=0, atol=1e-14)
 
 
 def test_a_certain_flip_mirrors_every_image():
     crops = random_crops(4, 8)
-    flipped = replace(NOTHING, flip_probability=1.0)(crops, torch.arange(4), 0)
-    assert torch.equal(flipped, NOTHING(crops.flip(-1), torch.arange(4), 0))
+    flipped = augmenting(OFF, flip_probability=1.0)(crops, torch.arange(4), 0)
+    assert torch.equal(flipped, augmenting(OFF)(crops.flip(-1), torch.arange(4), 0))
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_flip_alone_is_the_flip_of_the_whole_to_the_bit(probability, dtype):
+    crops, sample_B = random_crops(40, 8), torch.arange(40)
+    whole = augmenting(OFF, dtype, flip_probability=probability)(crops, sample_B, 3)
+    alone = Flip(probability, MEAN, STD, 7, dtype)(crops[:1], sample_B, 3)
+    assert torch.equal(alone, whole[:40])
+    assert Flip(probability, MEAN, STD, 7)(crops[:1, :0], sample_B[:0], 3).shape == (0, 3, 8, 8)
 
 
 def test_a_samples_images_do_not_depend_on_its_batch():
@@ -254,16 +271,17 @@ pair = st.tuples(unit, unit)
     side=st.integers(1, 12),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_settings_give_finite_images_of_the_normalised_range(kind, side, **values):
+def test_any_settings_give_finite_images_of_the_normalised_range(kind, side, seed, dtype, **values):
     noise = random_crops(3, side)
     crops = {"noise": noise, "black": noise * 0, "white": noise * 0 + 255, "primaries": (noise > 127) * 255}[kind]
-    images = Augment(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **values)(crops.byte(), torch.arange(3), 0)
-    assert images.shape == (6, 3, side, side) and images.dtype == values["dtype"]
+    section = replace(VALUES, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **values)
+    images = Augment(section, seed, dtype)(crops.byte(), torch.arange(3), 0)
+    assert images.shape == (6, 3, side, side) and images.dtype == dtype
     assert images.isfinite().all() and images.min() >= -1e-5 and images.max() <= 1 + 1e-5
 
 
 def test_compiled_images_are_the_same_and_new_epochs_and_samples_compile_nothing():
-    recipe = replace(FULL, dtype=torch.float32)
+    recipe = augmenting(dtype=torch.float32)
     compiled = torch.compile(recipe, fullgraph=True)
     crops = random_crops(4, 8)
     for epoch in range(3):

@@ -9,7 +9,7 @@ from PIL import Image, ImageFile
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from engine.data.decode import DRAWS, center_crop, crop_box, crop_draws, decode, random_crops, to_rgb
+from engine.data.decode import DRAWS, CenterCrop, Crops, crop_box, crop_draws, decode, to_rgb
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -126,9 +126,10 @@ def test_draws_belong_to_the_sample():
 @pytest.mark.parametrize("size", [(28, 28), (300, 200), (40, 500)])
 def test_crops_are_bit_for_bit_torchvisions(size):
     image = picture(*size)
-    draw_2D = [crop_draws(0, 0, torch.tensor([4]), view)[0].tolist() for view in (0, 1)]
-    crops = np.empty((2, 3, 32, 32), np.uint8)
-    random_crops(image, draw_2D, 0.2, 32, crops)
+    crops, form = np.empty((2, 3, 32, 32), np.uint8), Crops(32, 0.2)
+    (draw_2D,) = form.draw(0, 0, torch.tensor([4]))
+    assert list(draw_2D) == [crop_draws(0, 0, torch.tensor([4]), view)[0].tolist() for view in (0, 1)]
+    form.cut(image, draw_2D, 0, 4, crops)
     for draw_D, crop in zip(draw_2D, crops, strict=True):
         top, left, height, width = crop_box(draw_D, image.height, image.width, 0.2)
         expected = F.resized_crop(image, top, left, height, width, [32, 32])
@@ -141,10 +142,10 @@ def test_crops_are_bit_for_bit_torchvisions(size):
 def test_the_centre_crop_is_bit_for_bit_torchvisions(size, side, resized):
     image = picture(*size)
     expected = transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(side), transforms.PILToTensor()])
-    assert torch.equal(center_crop(image, side), expected(image))
+    assert torch.equal(CenterCrop(side)(image), expected(image))
 
 
 def test_a_crop_fraction_of_one_sees_the_whole_width():
     image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (28, 28, 3), dtype=np.uint8))
-    assert torch.equal(center_crop(image, 28, 1.0), torch.from_numpy(np.array(image).transpose(2, 0, 1)))
-    assert not torch.equal(center_crop(image, 28), center_crop(image, 28, 1.0))
+    assert torch.equal(CenterCrop(28, 1.0)(image), torch.from_numpy(np.array(image).transpose(2, 0, 1)))
+    assert not torch.equal(CenterCrop(28)(image), CenterCrop(28, 1.0)(image))

@@ -1,4 +1,3 @@
-import io
 import os
 import pickle
 import tarfile
@@ -9,20 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.index import Names, TarReader, open_index
+from engine.data.index import TarReader, open_index
+from engine.data.paths import Names
 from engine.errors import UserError
+from tests.data.images import pack
 
 MEMBERS = {"a/1.png": b"one", "b/2.jpg": b"", "3.webp": bytes(range(256)) * 5}
-
-
-def pack(members: dict[str, bytes], **options) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", **options) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return file.getvalue()
 
 
 def contents(path: Path) -> dict[str, bytes]:

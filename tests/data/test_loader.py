@@ -15,13 +15,15 @@ import torch
 from PIL import Image
 
 from engine.data.bad_images import Bad
-from engine.data.decode import center_crop, crop_draws, random_crops
+from engine.data.decode import CenterCrop, Crops, crop_draws
 from engine.data.loader import eval_batches, train_batches
-from engine.data.order import epoch_order
-from engine.data.sources import Source, open_source
+from engine.data.order import Order
+from engine.data.source import Root, Source
+from engine.data.sources import open_source
 from engine.errors import UserError
 
 IMAGES, SIZE = 22, 16
+CROPS = Crops(SIZE, 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def source(root) -> Source:
-    return open_source("folder", root, "train")
+    return open_source(Root("folder", root), "train")
 
 
 @pytest.fixture
@@ -51,23 +53,12 @@ def broken(root, tmp_path) -> Source:
         ("b/21.png", (root / "b/21.png").read_bytes()[:50]),
     ):
         (copy / name).write_bytes(data)
-    return open_source("folder", copy, "train")
+    return open_source(Root("folder", copy), "train")
 
 
 def batches(source, *, rank=0, world=1, first=0, last=5, workers=0, batch=8, seed=1):
-    return train_batches(
-        source,
-        seed=seed,
-        global_batch_size=batch,
-        rank=rank,
-        world_size=world,
-        first_step=first,
-        last_step=last,
-        workers=workers,
-        image_size=SIZE,
-        crop_min=0.2,
-        pin_memory=False,
-    )
+    order, steps = Order(seed, len(source), batch), range(first, last)
+    return train_batches(source, order, CROPS, steps, rank=rank, world_size=world, workers=workers)
 
 
 def rows(iterator) -> list[tuple]:
@@ -87,14 +78,14 @@ def globally(source, world, **options) -> list[tuple]:
 
 def test_a_batch_is_what_sampler_and_decode_say(source):
     batch = list(batches(source))[3]
-    samples = epoch_order(1, 1, IMAGES)[8:16]
+    samples = Order(1, IMAGES, 8).epoch(1)[8:16]
     assert (batch.step, batch.epoch) == (3, 1) and batch.sample_B.tolist() == samples.tolist()
     assert batch.crops.shape == (2, 8, 3, SIZE, SIZE) and batch.crops.dtype == torch.uint8 and batch.bad == []
     assert batch.sample_B.dtype == torch.int64
     for b, sample in enumerate(samples):
         expected = np.empty((2, 3, SIZE, SIZE), np.uint8)
         draw_2D = [crop_draws(1, 1, torch.tensor([sample]), view)[0] for view in (0, 1)]
-        random_crops(source.read(sample), draw_2D, 0.2, SIZE, expected)
+        CROPS.cut(source.read(sample), draw_2D, 1, sample, expected)
         assert np.array_equal(batch.crops[:, b], expected)
 
 
@@ -125,7 +116,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_and_nothing_else_shifts(sou
             if sample in instead:
                 draw_2D = [crop_draws(1, step // 2, torch.tensor([sample]), view)[0] for view in (0, 1)]
                 expected = np.empty((2, 3, SIZE, SIZE), np.uint8)
-                random_crops(source.read(instead[sample]), draw_2D, 0.2, SIZE, expected)
+                CROPS.cut(source.read(instead[sample]), draw_2D, step // 2, sample, expected)
             assert np.array_equal(other.crops[:, b], expected)
     reasons = dict(reported)
     assert set(reasons) == {"a/03.png", "a/04.png", "b/21.png"} and all(reasons.values())
@@ -137,8 +128,8 @@ def test_a_source_without_readable_images_ends_in_one_line(tmp_path, workers):
     for i in range(150):
         (tmp_path / f"{i:03}.png").write_bytes(b"")
     with pytest.raises(UserError) as error:
-        list(batches(open_source("folder", tmp_path, "train"), workers=workers))
-    first = epoch_order(1, 0, 150)[0]
+        list(batches(open_source(Root("folder", tmp_path), "train"), workers=workers))
+    first = Order(1, 150, 8).epoch(0)[0]
     assert str(error.value).startswith(f"data.root must hold readable images; {first:03}.png (ValueError: not an image")
     assert str(error.value).endswith("and the 100 after it are not; repair them")
 
@@ -169,7 +160,7 @@ def test_loading_leaves_the_global_generator_alone(source):
 
 def test_fake_data():
     options = {"size": 10, "image_size": [3, 20, 20], "num_classes": 3}
-    source = open_source("torchvision", Path(), "train", dataset="FakeData", dataset_options=options)
+    source = open_source(Root("torchvision", Path(), dataset="FakeData", dataset_options=options), "train")
     expected = rows(batches(source, last=3))
     assert rows(batches(source, last=3, workers=1)) == expected and not any(bad for *_, bad in expected)
 
@@ -348,7 +339,7 @@ def test_no_more_is_read_ahead_than_two_batches_per_worker(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_evaluation_pads_to_one_shape(source, workers):
     ids = np.arange(5, 15)
-    found = list(eval_batches(source, ids, batch_size=4, image_size=SIZE, workers=workers, batches=5))
+    found = list(eval_batches(source, ids, CenterCrop(SIZE), batch_size=4, workers=workers, batches=5))
     assert [batch.valid for batch in found] == [4, 4, 2, 0, 0]
     assert all(batch.images.shape == (4, 3, SIZE, SIZE) and batch.images.dtype == torch.uint8 for batch in found)
     rest = ids.tolist()
@@ -356,22 +347,22 @@ def test_evaluation_pads_to_one_shape(source, workers):
         here, rest = rest[:valid], rest[valid:]
         assert ids_B.tolist() == here + [-1] * (4 - valid) and bad == []
         assert labels_B.tolist() == source.labels[here].tolist() + [-1] * (4 - valid)
-        assert all(torch.equal(images[b], center_crop(source.read(i), SIZE)) for b, i in enumerate(here))
+        assert all(torch.equal(images[b], CenterCrop(SIZE)(source.read(i))) for b, i in enumerate(here))
         assert not images[valid:].any()
     assert rest == []
-    assert len(list(eval_batches(source, ids, batch_size=4, image_size=SIZE, workers=workers))) == 3
+    assert len(list(eval_batches(source, ids, CenterCrop(SIZE), batch_size=4, workers=workers))) == 3
 
 
 def test_evaluation_leaves_out_what_it_cannot_read_and_says_so(broken):
-    (batch,) = eval_batches(broken, [2, 3, 5], batch_size=4, image_size=SIZE, workers=0)
+    (batch,) = eval_batches(broken, [2, 3, 5], CenterCrop(SIZE), batch_size=4, workers=0)
     assert batch.valid == 2 and batch.ids_B.tolist() == [2, 5, -1, -1]
     assert batch.bad == [Bad("a/03.png", batch.bad[0].reason)]
 
 
 def test_evaluation_of_unlabelled_images_and_of_too_few_batches(tmp_path):
     Image.new("L", (5, 5)).save(tmp_path / "1.png")
-    source = open_source("folder", tmp_path, "train")
-    (batch,) = eval_batches(source, [0], batch_size=2, image_size=SIZE, workers=0)
+    source = open_source(Root("folder", tmp_path), "train")
+    (batch,) = eval_batches(source, [0], CenterCrop(SIZE), batch_size=2, workers=0)
     assert batch.valid == 1 and batch.labels_B.tolist() == [-1, -1]
     with pytest.raises(ValueError, match="3 images do not fit into 1 batches of 2"):
-        eval_batches(source, [0, 0, 0], batch_size=2, image_size=SIZE, workers=0, batches=1)
+        eval_batches(source, [0, 0, 0], CenterCrop(SIZE), batch_size=2, workers=0, batches=1)

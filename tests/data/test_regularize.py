@@ -1,6 +1,7 @@
 """RandAugment, random erasing, Mixup and CutMix: timm's, but a pure function of who asks."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,15 @@ from timm.data.mixup import Mixup
 from timm.loss import LabelSmoothingCrossEntropy
 from torch.nn import functional as F
 
+from engine.data.decode import Crops
 from engine.data.loader import train_batches
+from engine.data.order import Order
 from engine.data.philox import MIX
 from engine.data.regularize import Mix, RandAugment, erase, generators_at
+from engine.data.source import Root
 from engine.data.sources import open_source
-from tests.evaluation.test_linear import VAL
 
+VAL = Path(__file__).parents[2] / "recipes/data/fashion_mnist/val.tar"
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
 
 
@@ -57,9 +61,9 @@ def test_the_strongest_randaugment_runs_on_every_draw():
 
 def test_the_loader_changes_each_repetition_in_its_own_way_on_any_ranks():
     def batches(rank: int, ranks: int) -> list:
-        options = {"seed": 0, "global_batch_size": 12, "rank": rank, "world_size": ranks, "first_step": 0}
-        options |= {"last_step": 2, "workers": 0, "image_size": 32, "crop_min": 1.0, "pin_memory": False, "views": 1}
-        return list(train_batches(open_source("shards", VAL, "all"), **options, repeats=3, after_crop=randaugment()))
+        source, crops = open_source(Root("shards", VAL), "all"), Crops(32, 1.0, views=1, after_crop=randaugment())
+        order = Order(0, len(source), 12, repeats=3)
+        return list(train_batches(source, order, crops, range(2), rank=rank, world_size=ranks, workers=0))
 
     whole, halves = batches(0, 1), [batches(0, 2), batches(1, 2)]
     for step, batch in enumerate(whole):

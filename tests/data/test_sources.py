@@ -1,70 +1,52 @@
-import io
 import os
-from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from engine.data.sources import align_labels, open_source
+from engine.data.source import Root
+from engine.data.sources import OPENERS, align_labels, open_source
 from engine.errors import UserError
-from tests.data.test_index import pack
-
-
-def png(shade: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (4, 3), (shade, 0, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
-def fill(root: Path, names: dict[str, int]) -> Path:
-    for name, shade in names.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(png(shade))
-    return root
-
-
-def shades(source) -> list[int]:
-    return [source.read(i).getpixel((0, 0))[0] for i in range(len(source))]
-
+from engine.recipe.sections import Data
+from tests.data.images import fill, pack, png, shades
 
 FILES = {"b/2.png": 2, "a/x/deep.PNG": 3, "a/1.png": 1}
 
 
 def test_a_folder_in_the_order_of_its_paths(tmp_path):
-    source = open_source("folder", fill(tmp_path, FILES), "train")
+    source = open_source(Root("folder", fill(tmp_path, FILES)), "train")
     assert [source.name(i) for i in range(3)] == ["a/1.png", "a/x/deep.PNG", "b/2.png"]
     assert shades(source) == [1, 3, 2]
     assert source.classes == ("a", "b") and source.labels.tolist() == [0, 0, 1] and source.labels.dtype == np.int64
-    assert open_source("folder", tmp_path, "val") is None
+    assert open_source(Root("folder", tmp_path), "val") is None
 
 
 def test_train_and_val_folders(tmp_path):
     fill(tmp_path, {"train/a/1.png": 1, "val/a/2.png": 2, "val/b/3.png": 3, "test/a/4.png": 4})
-    assert shades(open_source("folder", tmp_path, "train")) == [1]
-    assert shades(open_source("folder", tmp_path, "val")) == [2, 3]
-    assert shades(open_source("folder", tmp_path / "val", "all")) == [2, 3]
-    assert len(open_source("folder", tmp_path, "all")) == 4
+    assert shades(open_source(Root("folder", tmp_path), "train")) == [1]
+    assert shades(open_source(Root("folder", tmp_path), "val")) == [2, 3]
+    assert shades(open_source(Root("folder", tmp_path / "val"), "all")) == [2, 3]
+    assert len(open_source(Root("folder", tmp_path), "all")) == 4
 
 
 def test_train_without_val(tmp_path):
     fill(tmp_path, {"train/a/1.png": 1})
-    assert open_source("folder", tmp_path, "val") is None
-    assert open_source("folder", tmp_path, "train").classes == ("a",)
+    assert open_source(Root("folder", tmp_path), "val") is None
+    assert open_source(Root("folder", tmp_path), "train").classes == ("a",)
 
 
 def test_val_without_train_is_not_taken_for_training_data(tmp_path):
     fill(tmp_path, {"val/a/1.png": 1})
     with pytest.raises(UserError, match="must hold the folder train beside val"):
-        open_source("folder", tmp_path, "train")
-    assert len(open_source("folder", tmp_path, "val")) == 1
+        open_source(Root("folder", tmp_path), "train")
+    assert len(open_source(Root("folder", tmp_path), "val")) == 1
     (tmp_path / "val.tar").write_bytes(pack({"a/1.png": png(1)}))
     with pytest.raises(UserError, match=r"must hold train\*\.tar beside val\*\.tar"):
-        open_source("shards", tmp_path, "train")
+        open_source(Root("shards", tmp_path), "train")
 
 
 def test_images_without_folders_are_unlabelled(tmp_path):
-    source = open_source("folder", fill(tmp_path, {"1.png": 1, "a/2.png": 2}), "train")
+    source = open_source(Root("folder", fill(tmp_path, {"1.png": 1, "a/2.png": 2})), "train")
     assert len(source) == 2 and source.labels is None and source.classes is None
 
 
@@ -72,7 +54,7 @@ def test_hidden_and_other_files_are_left_out(tmp_path):
     fill(tmp_path, {"a/1.png": 1, "a/.2.png": 2, ".git/3.png": 3, "a/._1.png": 4})
     (tmp_path / "a/notes.txt").write_text("no image")
     os.mkfifo(tmp_path / "a/pipe.png")
-    assert shades(open_source("folder", tmp_path, "train")) == [1]
+    assert shades(open_source(Root("folder", tmp_path), "train")) == [1]
 
 
 def test_links_are_followed_but_not_for_ever(tmp_path):
@@ -82,14 +64,14 @@ def test_links_are_followed_but_not_for_ever(tmp_path):
     (tmp_path / "root/a/loop").symlink_to(tmp_path / "root")
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "root/b")
     (tmp_path / "root/self").symlink_to(tmp_path / "root/self")
-    source = open_source("folder", tmp_path / "root", "train")
+    source = open_source(Root("folder", tmp_path / "root"), "train")
     assert [source.name(i) for i in range(len(source))] == ["a/1.png", "b/2.png"]
 
 
 def test_a_link_to_nowhere_is_an_image_that_cannot_be_read(tmp_path):
     fill(tmp_path, {"a/1.png": 1})
     (tmp_path / "a/0.png").symlink_to(tmp_path / "gone.png")
-    source = open_source("folder", tmp_path, "train")
+    source = open_source(Root("folder", tmp_path), "train")
     assert source.name(0) == "a/0.png" and len(source) == 2
     with pytest.raises(FileNotFoundError):
         source.read(0)
@@ -101,7 +83,7 @@ def test_names_that_are_not_text_can_be_read_and_printed_on_one_line(tmp_path):
     with open(os.path.join(folder, b"\xc3\xbc.png"), "wb") as file:
         file.write(png(9))
     fill(tmp_path, {"b/ü.png": 8})
-    source = open_source("folder", tmp_path, "train")
+    source = open_source(Root("folder", tmp_path), "train")
     assert shades(source) == [9, 8] and source.name(1) == "b/ü.png"
     assert source.name(0).isascii() and source.name(0).isprintable() and source.classes[0].isprintable()
 
@@ -110,26 +92,26 @@ def test_shards_are_read_in_place_one_tar_after_the_other(tmp_path):
     (tmp_path / "train-1.tar").write_bytes(pack({"b/2.png": png(2), "a/1.png": png(1)}))
     (tmp_path / "train-0.tar").write_bytes(pack({"a/3.png": png(3)}))
     (tmp_path / "val.tar").write_bytes(pack({"a/4.png": png(4)}))
-    train, val = (open_source("shards", tmp_path, split) for split in ("train", "val"))
+    train, val = (open_source(Root("shards", tmp_path), split) for split in ("train", "val"))
     assert shades(train) == [3, 2, 1] and train.classes == ("a", "b") and train.labels.tolist() == [0, 1, 0]
     assert [train.name(i) for i in (0, 1)] == ["train-0.tar:a/3.png", "train-1.tar:b/2.png"]
     assert shades(val) == [4]
-    assert shades(open_source("shards", tmp_path, "all")) == [3, 2, 1, 4]
+    assert shades(open_source(Root("shards", tmp_path), "all")) == [3, 2, 1, 4]
 
 
 def test_one_tar_as_the_root(tmp_path):
     (tmp_path / "x.tar").write_bytes(pack({"1.png": png(1), "a/2.png": png(2)}))
-    source = open_source("shards", tmp_path / "x.tar", "train")
+    source = open_source(Root("shards", tmp_path / "x.tar"), "train")
     assert shades(source) == [1, 2] and source.labels is None
-    assert open_source("shards", tmp_path / "x.tar", "val") is None
-    assert shades(open_source("shards", tmp_path / "x.tar", "all")) == [1, 2]
-    assert shades(open_source("shards", tmp_path, "train")) == [1, 2]
+    assert open_source(Root("shards", tmp_path / "x.tar"), "val") is None
+    assert shades(open_source(Root("shards", tmp_path / "x.tar"), "all")) == [1, 2]
+    assert shades(open_source(Root("shards", tmp_path), "train")) == [1, 2]
 
 
 def test_more_tars_than_a_process_may_hold_open(tmp_path):
     for k in range(100):
         (tmp_path / f"{k:03}.tar").write_bytes(pack({f"a/{k}.png": png(k)}))
-    source = open_source("shards", tmp_path, "train")
+    source = open_source(Root("shards", tmp_path), "train")
     before = len(os.listdir("/proc/self/fd"))
     assert shades(source) == list(range(100)) == shades(source)
     assert len(os.listdir("/proc/self/fd")) <= before + 64
@@ -139,7 +121,7 @@ def test_more_tars_than_a_process_may_hold_open(tmp_path):
 
 def test_a_tar_that_shrank_under_way_is_an_unreadable_image(tmp_path):
     (tmp_path / "x.tar").write_bytes(pack({"a/1.png": png(1)}))
-    source = open_source("shards", tmp_path / "x.tar", "train")
+    source = open_source(Root("shards", tmp_path / "x.tar"), "train")
     os.truncate(tmp_path / "x.tar", 520)
     with pytest.raises(OSError, match="the tar was changed"):
         source.read(0)
@@ -147,11 +129,11 @@ def test_a_tar_that_shrank_under_way_is_an_unreadable_image(tmp_path):
 
 def test_fingerprints_tell_data_apart_and_nothing_else(tmp_path):
     def folder(at, files):
-        return open_source("folder", fill(tmp_path / at, files), "train").fingerprint
+        return open_source(Root("folder", fill(tmp_path / at, files)), "train").fingerprint
 
     def shard(at, members):
         (tmp_path / at).write_bytes(pack(members))
-        return open_source("shards", tmp_path / at, "train").fingerprint
+        return open_source(Root("shards", tmp_path / at), "train").fingerprint
 
     here = folder("here", FILES)
     assert here == folder("there", FILES)
@@ -162,14 +144,14 @@ def test_fingerprints_tell_data_apart_and_nothing_else(tmp_path):
 
 
 def test_labels_are_matched_by_name(tmp_path):
-    train = open_source("folder", fill(tmp_path / "t", {"a/1.png": 1, "b/1.png": 1, "c/1.png": 1}), "all")
-    val = open_source("folder", fill(tmp_path / "v", {"b/1.png": 5, "c/1.png": 6}), "all")
+    train = open_source(Root("folder", fill(tmp_path / "t", {"a/1.png": 1, "b/1.png": 1, "c/1.png": 1})), "all")
+    val = open_source(Root("folder", fill(tmp_path / "v", {"b/1.png": 5, "c/1.png": 6})), "all")
     aligned = align_labels(train, val)
     assert aligned.labels.tolist() == [1, 2] and aligned.classes == ("a", "b", "c") and shades(aligned) == [5, 6]
     assert val.labels.tolist() == [0, 1]
     with pytest.raises(UserError, match=r"classes \(a\) must be among the 2 classes of the training data"):
         align_labels(val, train)
-    bare = open_source("folder", fill(tmp_path / "u", {"1.png": 1}), "all")
+    bare = open_source(Root("folder", fill(tmp_path / "u", {"1.png": 1})), "all")
     assert align_labels(train, bare).labels is None and align_labels(bare, val).labels is None
 
 
@@ -177,7 +159,7 @@ def test_labels_are_matched_by_name(tmp_path):
 @pytest.mark.parametrize("split", ["train", "val", "all"])
 def test_missing_data_is_named_with_the_remedy(tmp_path, kind, split):
     with pytest.raises(UserError) as error:
-        open_source(kind, tmp_path / "gone", split, key="data.val_root")
+        open_source(Root(kind, tmp_path / "gone", "data.val_root"), split)
     gone = tmp_path / "gone"
     assert str(error.value) == f"data.val_root ({gone}) must exist; pass data.val_root=/path/to/images"
 
@@ -192,7 +174,6 @@ def test_missing_data_is_named_with_the_remedy(tmp_path, kind, split):
         ("shards", lambda root: (root / "x.tar").write_bytes(pack({"a.txt": b""})), "its tars have none"),
         ("shards", lambda root: (root / "x.tar").mkdir(), "must be readable; Is a directory"),
         ("shards", lambda root: (root / "x.tar.gz").write_bytes(b"\x1f\x8b123"), r"not be compressed \(gzip\); unpack"),
-        ("hf", lambda root: None, r"data.source \(hf\) must be folder, shards or torchvision"),
     ],
 )
 def test_data_that_cannot_be_used_is_one_line(tmp_path, kind, prepare, text):
@@ -200,5 +181,9 @@ def test_data_that_cannot_be_used_is_one_line(tmp_path, kind, prepare, text):
     root.mkdir()
     prepare(root)
     with pytest.raises(UserError, match=text) as error:
-        open_source(kind, root, "train")
+        open_source(Root(kind, root), "train")
     assert "\n" not in str(error.value)
+
+
+def test_there_is_an_opener_for_each_source_that_a_recipe_may_name():
+    assert get_args(get_type_hints(Data)["source"]) == tuple(OPENERS)

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.philox import AUGMENT, CROP, ORDER, SUBSET, random_bits
-from engine.data.source import Source
+from engine.data.source import Root, Source
 from engine.data.sources import align_labels, open_source
 from engine.data.subset import Subset, take_labels
 from engine.errors import UserError
 from engine.evaluate import read_share
-from tests.data.test_sources import fill, shades
+from tests.data.images import fill, shades
 
 
 class Labelled(Source):
@@ -48,7 +48,7 @@ SEED = st.integers(-(2**63), 2**63 - 1)
 
 def test_a_subset_follows_its_source(tmp_path):
     files = {f"{name}/{i}.png": 10 * c + i for c, name in enumerate("abc") for i in range(4)}
-    whole = open_source("folder", fill(tmp_path, files), "train")
+    whole = open_source(Root("folder", fill(tmp_path, files)), "train")
     subset = Subset(whole, np.array([1, 5, 6]))
     assert len(subset) == 3 and shades(subset) == [1, 11, 12]
     assert subset.labels.tolist() == [0, 1, 1] and subset.labels.dtype == np.int64

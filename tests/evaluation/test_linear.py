@@ -12,8 +12,11 @@ from safetensors import safe_open
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from engine.data.augment import Augment
+from engine.data.decode import Crops
 from engine.data.loader import train_batches
+from engine.data.order import Order
+from engine.data.philox import AUGMENT, uniform
+from engine.data.source import Root
 from engine.data.sources import open_source
 from engine.distributed.world import process_group
 from engine.errors import RunFailed, UserError
@@ -102,7 +105,7 @@ def finished(tmp_path_factory) -> tuple[Path, dict]:
 
 def test_protocol_against_plain_torch(finished):
     """Loader's crops; the rest is written anew: flip, mean and std, Linear, SGD, one cosine step per epoch."""
-    recipe, source = small_recipe(finished[0]), open_source("shards", VAL, "all")
+    recipe, source = small_recipe(finished[0]), open_source(Root("shards", VAL), "all")
     subject = open_subject(CHECKPOINT, "cpu")
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (subject.mean, subject.std))
     classifier = nn.Linear(subject.width("cpu"), 10)
@@ -112,14 +115,11 @@ def test_protocol_against_plain_torch(finished):
         classifier.bias.zero_()
     sgd = torch.optim.SGD(classifier.parameters(), lr=0.5 * 300 / 256, momentum=0.9, weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=2)
-    off = dict.fromkeys(("brightness", "contrast", "saturation", "hue", "jitter_probability"), 0)
-    off |= {"grayscale_probability": 0, "blur_sigma": (0, 0), "blur_probability": (0, 0)}
-    flips = Augment(**off, solarize_probability=(0, 0), flip_probability=0.5, mean=(0,) * 3, std=(1,) * 3, seed=0)
-    options = {"seed": 0, "global_batch_size": 300, "rank": 0, "world_size": 1, "first_step": 0, "last_step": 8}
-    options |= {"workers": 0, "image_size": subject.image_size, "crop_min": recipe.augment.crop_min}
+    order = Order(0, len(source), 300, keep_partial=True)
+    crops = Crops(subject.image_size, recipe.augment.crop_min, views=1)
     losses, sizes = [], []
-    for batch in train_batches(source, **options, pin_memory=False, views=1, keep_partial=True):
-        flip_B = flips.draw(batch.sample_B, batch.epoch, 0).on_flip.flatten()
+    for batch in train_batches(source, order, crops, range(8), rank=0, world_size=1, workers=0):
+        flip_B = uniform(0, batch.epoch, batch.sample_B, 0, AUGMENT, 14)[:, 13] < 0.5
         images = torch.where(flip_B[:, None, None, None], batch.crops[0].flip(-1), batch.crops[0])
         with torch.no_grad():
             features = subject.network((images / 255 - mean) / std)
@@ -170,10 +170,9 @@ def test_an_unreadable_image_is_shown_with_the_label_of_the_one_in_its_place(tmp
     for i, name in enumerate(("a/0.png", "b/1.png")):
         (tmp_path / name).parent.mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name) if i else (tmp_path / name).write_bytes(b"")
-    source = open_source("folder", tmp_path, "train")
-    options = {"seed": 0, "global_batch_size": 2, "rank": 0, "world_size": 1, "first_step": 0, "last_step": 1}
-    options |= {"workers": 0, "image_size": 8, "crop_min": 1, "pin_memory": False}
-    (batch,) = train_batches(source, **options, views=1)
+    source = open_source(Root("folder", tmp_path), "train")
+    order, crops = Order(0, 2, 2), Crops(8, 1, views=1)
+    (batch,) = train_batches(source, order, crops, range(1), rank=0, world_size=1, workers=0)
     assert sorted(batch.sample_B.tolist()) == [0, 1] and batch.shown_B.tolist() == [1, 1]
     assert batch.crops.shape == (1, 2, 3, 8, 8)
 

@@ -8,7 +8,7 @@ import timm
 import torch
 from PIL import Image
 
-from engine.data.decode import center_crop, decode
+from engine.data.decode import CenterCrop, decode
 from engine.errors import UserError
 from engine.pictures.attention import check_attention, class_attention
 from engine.pictures.canvas import DOTS, HEADER, MARGIN
@@ -81,7 +81,7 @@ def test_attention_picture(checkpoint, images, tmp_path, capsys):
     large = 3 * small + 2 * 26
     square = picture[HEADER * DOTS : int((HEADER + large) * DOTS), MARGIN * DOTS : int((MARGIN + large) * DOTS)]
     subject = open_subject(checkpoint, torch.device("cpu"))
-    image_3SS = center_crop(decode(file.read_bytes()), subject.image_size)
+    image_3SS = CenterCrop(subject.image_size)(decode(file.read_bytes()))
     assert np.abs(square.mean((0, 1)) - image_3SS.float().mean((1, 2)).numpy()).max() < 2
     # The brightest patch of head 1 is where its attention is largest.
     mean, std = (torch.tensor(values)[:, None, None] for values in (subject.mean, subject.std))

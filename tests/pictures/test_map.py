@@ -5,6 +5,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch.nn import functional as F
 
+from engine.data.source import Root
 from engine.data.sources import open_source
 from engine.pictures.map import OTHERS, Map, draw_map, flat_map
 from tests.pictures.drawn import VIT, show
@@ -36,7 +37,7 @@ def test_embedding_picture(images, tmp_path):
         assert f"<!-- {words}" in text, words
     points = text[text.index('<g id="PathCollection_1">') :].split("</g>\n  </g>")[0]
     assert points.count("<use ") == 9
-    labels = open_source("folder", images, "all").labels[np.linspace(0, 11, 9).round().astype(int)]
+    labels = open_source(Root("folder", images), "all").labels[np.linspace(0, 11, 9).round().astype(int)]
     for label, colour in enumerate(("#1f77b4", "#ff7f0e")):
         assert points.count(f"fill: {colour}") == (labels == label).sum()
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
-from engine.data.decode import center_crop
+from engine.data.decode import CenterCrop
+from engine.data.source import Root
 from engine.data.sources import open_source
 from engine.pictures.canvas import DOTS, HEADER, MARGIN, RIGHT, WRONG
 from engine.pictures.features import open_subject
@@ -43,8 +44,9 @@ def test_neighbours_picture(images, tmp_path):
     show("neighbours", VIT, "--data", images, out, "--queries", queries, "--k", k, "--workers", 0)
     picture = np.asarray(Image.open(out).convert("RGB")).astype(int)
 
-    source, subject = open_source("folder", images, "all"), open_subject(VIT, torch.device("cpu"))
-    view_N3SS = torch.stack([center_crop(source.read(i), subject.image_size) for i in range(len(source))])
+    source, subject = open_source(Root("folder", images), "all"), open_subject(VIT, torch.device("cpu"))
+    crop = CenterCrop(subject.image_size)
+    view_N3SS = torch.stack([crop(source.read(i)) for i in range(len(source))])
     mean, std = (torch.tensor(values)[:, None, None] for values in (subject.mean, subject.std))
     feature_ND = subject.network((view_N3SS / 255 - mean) / std)
     side = (800 - 2 * MARGIN - 20 - k * 6) / (k + 1)

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.data.decode import crop_box, crop_draws
+from engine.data.decode import Crops, crop_box, crop_draws
 from engine.data.loader import train_batches
+from engine.data.order import Order
+from engine.data.source import Root
 from engine.data.sources import open_source
 from engine.pictures.canvas import DOTS, HEADER, MARGIN
 from engine.pictures.views import VIEW_COLOURS
@@ -23,10 +25,9 @@ def test_views_picture_holds_the_first_batch_of_a_run(tmp_path):
     picture = np.asarray(Image.open(tmp_path / "v.png").convert("RGB")).astype(int)
 
     recipe = load(QUICKSTART, overrides)
-    source = open_source("shards", FASHION, "train")
-    run = {"global_batch_size": 128, "rank": 0, "world_size": 1, "first_step": 0, "last_step": 1, "workers": 0}
-    form = {"image_size": 28, "crop_min": recipe.augment.crop_min, "pin_memory": False}
-    batch = next(iter(train_batches(source, seed=3, **run, **form)))
+    source = open_source(Root("shards", FASHION), "train")
+    order, crops = Order(3, len(source), 128), Crops(28, recipe.augment.crop_min)
+    batch = next(train_batches(source, order, crops, range(1), rank=0, world_size=1, workers=0))
     augment = make_augment(recipe, torch.float32)
     view_2B3SS = augment(batch.crops, batch.sample_B, 0).unflatten(0, (2, -1)) * 0.5  # the recipe's std; its mean is 0
     side, scale = 112, 112 * DOTS // 28

@@ -21,9 +21,11 @@ from torchvision.datasets import CIFAR10
 from engine import evaluate
 from engine.checkpoint.layout import read_pointer
 from engine.checkpoint.load import read_tensors
-from engine.data.augment import flip_and_normalise
-from engine.data.decode import center_crop
+from engine.data.augment import Flip
+from engine.data.decode import CenterCrop, Crops
 from engine.data.loader import train_batches
+from engine.data.order import Order
+from engine.data.source import Root
 from engine.data.sources import open_source
 from engine.distributed.world import process_group
 from engine.errors import RunFailed, UserError
@@ -172,7 +174,7 @@ def test_the_run_against_plain_torch(tmp_path):
     """Loader's crops and flips; the rest is written anew: timm's ViT, groups, warm-up and cosine, AdamW, EMA."""
     options = ["optimizer.layer_decay=0.6", "train.ema_decay=0.9", "train.label_smoothing=0.1"]
     run(small_recipe(tmp_path, *options, "train.epochs=2", "train.warmup_epochs=0.2"))
-    encoder, source = open_encoder(CHECKPOINT), open_source("shards", VAL, "all")
+    encoder, source = open_encoder(CHECKPOINT), open_source(Root("shards", VAL), "all")
     network = VisionTransformer(64, 16, embed_dim=48, depth=2, num_heads=12, num_classes=10).double()
     weights = open_weights(CHECKPOINT).trunk("base")
     fresh = Classifier(weights.known().architecture.build(), 10)
@@ -183,22 +185,10 @@ def test_the_run_against_plain_torch(tmp_path):
     groups = param_groups_layer_decay(network, 0.05, ("cls_token", "pos_embed"), layer_decay=0.6)
     assert sorted({group["lr_scale"] for group in groups}) == pytest.approx([0.6**3, 0.6**2, 0.6, 1])
     adamw, average = torch.optim.AdamW(groups, lr=0.0), [p.detach().clone() for p in network.parameters()]
-    augment = flip_and_normalise(0.5, encoder.about.mean, encoder.about.std, seed=0, dtype=torch.float64)
+    augment = Flip(0.5, encoder.about.mean, encoder.about.std, seed=0, dtype=torch.float64)
     losses, rates = [], []
-    batches = train_batches(
-        source,
-        seed=0,
-        global_batch_size=100,
-        rank=0,
-        world_size=1,
-        first_step=0,
-        last_step=4,
-        workers=0,
-        image_size=64,
-        crop_min=0.5,
-        pin_memory=False,
-        views=1,
-    )
+    order, crops = Order(0, len(source), 100), Crops(64, 0.5, views=1)
+    batches = train_batches(source, order, crops, range(4), rank=0, world_size=1, workers=0)
     for step, batch in enumerate(batches):
         images = augment(batch.crops, batch.sample_B, batch.epoch)
         label_B = torch.from_numpy(source.labels)[batch.shown_B]
@@ -288,10 +278,11 @@ def test_timm_makes_the_finetuned_network_from_the_runs_folder(finished, folder,
     """Its top-1 on the validation images, normalised as its config says, is the run's."""
     directory, result = finished
     network = timm.create_model(f"local-dir:{directory / folder}", pretrained=True).eval()
-    config, source = network.pretrained_cfg, open_source("shards", VAL, "all")
+    config, source = network.pretrained_cfg, open_source(Root("shards", VAL), "all")
     assert (config["interpolation"], config["crop_pct"]) == ("bicubic", 1)
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
-    crops = [center_crop(source.read(i), 64, config["crop_pct"], config["interpolation"]) for i in range(len(source))]
+    crop = CenterCrop(64, config["crop_pct"], config["interpolation"])
+    crops = [crop(source.read(i)) for i in range(len(source))]
     with torch.no_grad():
         prediction = network((torch.stack(crops) / 255 - mean) / std).argmax(1)
     found = (prediction == torch.from_numpy(source.labels)).float().mean().item()

@@ -7,14 +7,13 @@ import difflib
 import hashlib
 import inspect
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torchvision.datasets
 from PIL import Image
 
 from engine.data.decode import to_rgb
-from engine.data.source import Source, Split
+from engine.data.source import Root, Source, Split
 from engine.errors import UserError, one_line
 
 # What torchvision's datasets call the two splits, in order of preference.
@@ -27,19 +26,19 @@ _FAKE_VAL_OFFSET = 10**9
 _MOST_CLASSES = 10**6  # where classes have no names: a label beyond is no label but damage
 
 
-def open_torchvision(root: Path, split: Split, name: str | None, options: dict, key: str) -> Source | None:
-    """The training or validation images of the dataset `name`, as it lies on disk; None without a validation split.
+def open_torchvision(root: Root, split: Split) -> Source | None:
+    """The training or validation images of the root's dataset, as it lies on disk; None without a validation split.
 
-    A `split` (or `train`) in `options` is the training split; several are joined by "+". The validation split is the
-    first usual one that is not trained on. Raises UserError, which calls the root `key`.
+    A `split` (or `train`) in its options is the training split; several are joined by "+". The validation split is the
+    first usual one that is not trained on. Raises UserError.
     """
     if split == "all":
-        raise UserError(f"{key} ({root}) must not be given for torchvision, whose datasets have splits of their own")
-    cls, refusal = _class_named(name), None
-    for each in _tries(cls, split, options):
+        raise UserError(f"{root} must not be given for torchvision, whose datasets have splits of their own")
+    name, cls, refusal = root.dataset, _class_named(root.dataset), None
+    for each in _tries(cls, split, dict(root.dataset_options)):
         joined = len(each) > 1
         try:
-            parts = [_open_part(cls, root, args, f"{name} {args['split']}" if joined else name, key) for args in each]
+            parts = [_open_part(cls, root, args, f"{name} {args['split']}" if joined else name) for args in each]
         except _NoSuchSplit as error:  # the next name may do
             refusal = error
         else:
@@ -175,9 +174,9 @@ class _NoSuchSplit(Exception):
     """The dataset knows no split of that name."""
 
 
-def _open_part(cls: type, root: Path, arguments: dict, title: str, key: str) -> TorchvisionSource:
+def _open_part(cls: type, root: Root, arguments: dict, title: str) -> TorchvisionSource:
     name = cls.__name__
-    fixed = {"root": str(root)} if "root" in inspect.signature(cls).parameters else {}
+    fixed = {"root": str(root.path)} if "root" in inspect.signature(cls).parameters else {}
     if "download" in _accepted(cls):
         fixed["download"] = False
     try:
@@ -188,11 +187,11 @@ def _open_part(cls: type, root: Path, arguments: dict, title: str, key: str) -> 
             raise _NoSuchSplit(error) from error
         if isinstance(error, TypeError) or "root" not in fixed:  # nothing on disk can be wrong
             raise UserError(f"data.dataset_options ({arguments}) must suit {name}; {one_line(error)}") from error
-        raise UserError(f"{key} ({root}) must hold torchvision's {name}; torchvision: {one_line(error)}") from error
+        raise UserError(f"{root} must hold torchvision's {name}; torchvision: {one_line(error)}") from error
     if not len(dataset):
-        raise UserError(f"{key} ({root}) must hold images of torchvision's {name}; there are none")
+        raise UserError(f"{root} must hold images of torchvision's {name}; there are none")
     labels_N = None if found is None else np.array(found, np.int64)
-    classes = None if found is None else _classes(dataset, labels_N, f"{key} ({root})", title)
+    classes = None if found is None else _classes(dataset, labels_N, root, title)
     return TorchvisionSource(dataset, labels_N, classes, f"{name} {sorted(arguments.items())}", title)
 
 
@@ -207,12 +206,12 @@ def _found_labels(dataset: torchvision.datasets.VisionDataset) -> list[int] | No
     return None if isinstance(dataset, torchvision.datasets.STL10) and -1 in found else found  # -1: without a label
 
 
-def _classes(dataset: torchvision.datasets.VisionDataset, labels_N: np.ndarray, where: str, title: str) -> tuple:
+def _classes(dataset: torchvision.datasets.VisionDataset, labels_N: np.ndarray, root: Root, title: str) -> tuple:
     """The names of the classes, or their numbers where the dataset has no names."""
     names = tuple(map(str, getattr(dataset, "classes", ())))
     count = len(names) or _MOST_CLASSES
     wrong = np.flatnonzero((labels_N < 0) | (labels_N >= count))
     if len(wrong):
         i = int(wrong[0])
-        raise UserError(f"{where} must have labels 0 to {count - 1}; {title} {i} has {labels_N[i]}; download it anew")
+        raise UserError(f"{root} must have labels 0 to {count - 1}; {title} {i} has {labels_N[i]}; download it anew")
     return names or tuple(map(str, range(int(labels_N.max()) + 1)))

@@ -10,13 +10,14 @@ import pytest
 import torchvision.datasets
 from scipy.io import savemat
 
+from engine.data.source import Root
 from engine.data.sources import align_labels, open_source
 from engine.errors import UserError
-from tests.data.test_sources import fill, shades
+from tests.data.images import fill, shades
 
 
 def opened(root, dataset, side="train", /, **options):
-    return open_source("torchvision", root, side, dataset=dataset, dataset_options=options)
+    return open_source(Root("torchvision", root, dataset=dataset, dataset_options=options), side)
 
 
 def complaint(root, dataset, side="train", /, **options) -> str:
@@ -328,7 +329,7 @@ def test_a_part_without_a_name_is_unknown(flowers, split):
 
 def test_a_second_root_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"data.val_root \(.*\) must not be given for torchvision"):
-        open_source("torchvision", tmp_path, "all", dataset="CIFAR10", key="data.val_root")
+        open_source(Root("torchvision", tmp_path, "data.val_root", "CIFAR10"), "all")
 
 
 @pytest.mark.parametrize("label", [10, 12, -1, -7])

@@ -1,0 +1,67 @@
+"""Images in a folder."""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from engine.data.decode import IMAGE_SUFFIXES, decode, is_image_name
+from engine.data.paths import FileSource, Names
+from engine.data.source import Root, Source, Split
+from engine.errors import UserError
+
+
+def open_folder(root: Root, split: Split) -> Source | None:
+    """The folder `train` or `val` in the root; without `train` all of it is training data."""
+    train, val = root.path / "train", root.path / "val"
+    if split == "train" and val.is_dir() and not train.is_dir():
+        raise UserError(f"{root} must hold the folder train beside val; add it")
+    if split == "val" and not val.is_dir():
+        os.stat(root.path)
+        return None
+    chosen = val if split == "val" else train if split == "train" and train.is_dir() else root.path
+    source = FolderSource(chosen)
+    if not len(source):
+        raise UserError(f"{root} must hold images ({' '.join(IMAGE_SUFFIXES)}); {chosen} has none")
+    return source
+
+
+class FolderSource(FileSource):
+    """All image files below a folder, in the order of their paths."""
+
+    def __init__(self, root: Path):
+        files = sorted(_walk(os.fsencode(root)))
+        super().__init__(Names.of(name for name, _ in files), np.array([size for _, size in files], np.int64))
+        self._root = os.fsencode(root)
+
+    def read(self, i: int) -> Image.Image:
+        with open(os.path.join(self._root, self._names[i]), "rb") as file:
+            return decode(file.read())
+
+
+def _walk(root: bytes) -> Iterator[tuple[bytes, int]]:
+    """Path below root and size in bytes of every image file, hidden ones apart; links are followed.
+
+    A link that leads nowhere counts as an image of size -1, so that it is reported when it is read.
+    """
+    status = os.stat(root)
+    todo = [(root, b"", frozenset([(status.st_dev, status.st_ino)]))]
+    while todo:
+        folder, prefix, above = todo.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(b"."):
+                    continue
+                try:
+                    status = entry.stat()
+                except OSError:
+                    status = None
+                if status and stat.S_ISDIR(status.st_mode):
+                    identity = (status.st_dev, status.st_ino)
+                    if identity not in above:  # a link to a folder that it lies in would never end
+                        todo.append((entry.path, prefix + entry.name + b"/", above | {identity}))
+                elif is_image_name(entry.name) and (status is None or stat.S_ISREG(status.st_mode)):
+                    yield prefix + entry.name, status.st_size if status else -1
