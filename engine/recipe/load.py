@@ -14,15 +14,7 @@ from typing import Any, TypeVar
 from engine.errors import UserError, one_line
 from engine.recipe.keys import keys_of, read, show, wrong
 from engine.recipe.plain import parse, unparse
-from engine.recipe.sections import (
-    RECIPES,
-    SCHEMA,
-    Data,
-    Finetune,
-    Model,
-    Pretrain,
-    Recipe,
-)
+from engine.recipe.sections import RECIPES, SCHEMA, Data, Finetune, Model, Pretrain, Recipe
 from models.shapes import VIT_KEYS, may_freeze_patches, vit_shape
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)

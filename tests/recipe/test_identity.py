@@ -81,7 +81,8 @@ def test_yaml_keeps_every_recipe(recipe, tmp_path_factory):
     path.write_text(dump(recipe), encoding="utf-8")
     again = load(path)
     assert again == recipe
-    assert fingerprint(again) == fingerprint(recipe) and not resume_differences(again, recipe)
+    assert fingerprint(again) == fingerprint(recipe)
+    assert not resume_differences(again, recipe)
 
 
 def changed(value):
@@ -140,9 +141,11 @@ def test_recipes_of_former_checkpoints_keep_their_fingerprint(manifest):
     saved = json.loads(manifest.read_text())
     text = saved["state"]["recipe"]
     recipe = loads(text, "recipe", kind=RECIPES[task_of(text)])
-    assert recipe.schema == 1 and fingerprint(recipe) == saved["recipe_sha256"]
+    assert recipe.schema == 1
+    assert fingerprint(recipe) == saved["recipe_sha256"]
     now = loads(f"schema: {SCHEMA}\n{text}", "recipe", kind=type(recipe))
-    assert fingerprint(now) == fingerprint(recipe) and not resume_differences(recipe, now)
+    assert fingerprint(now) == fingerprint(recipe)
+    assert not resume_differences(recipe, now)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,13 +197,17 @@ def test_a_newer_recipe_has_the_default_and_must_say_what_has_none(later):
 
 def test_a_later_key_counts_only_where_it_differs_from_what_ran_before_it(later):
     same = later(NEW, "train.rise=0.5", "train.slices=null", "extra.shift=[0, 0]")
-    assert fingerprint(same) == fingerprint(later(OLD)) and not resume_differences(later(OLD), same)
+    assert fingerprint(same) == fingerprint(later(OLD))
+    assert not resume_differences(later(OLD), same)
     for override in ("train.slices=4", "train.rise=1", "extra.shift=[0, 1]"):
         other = later(OLD, override)
-        assert fingerprint(other) != fingerprint(same) and len(resume_differences(same, other)) == 1
+        assert fingerprint(other) != fingerprint(same)
+        assert len(resume_differences(same, other)) == 1
 
 
 @pytest.mark.parametrize("schema", ["0", str(SCHEMA + 1), "two", "1.5", "true", "null", "[1]", "9" * 30])
 def test_a_schema_that_is_not_known_is_refused(schema):
     found = complaint(f"schema={schema}", "some.later.key=1")
-    assert found.startswith("schema (") and f"must be an integer from 1 to {SCHEMA}" in found and "update" in found
+    assert found.startswith("schema (")
+    assert f"must be an integer from 1 to {SCHEMA}" in found
+    assert "update" in found

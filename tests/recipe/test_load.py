@@ -52,7 +52,8 @@ def test_every_key_without_a_default_is_missed_by_its_name(task):
         with pytest.raises(UserError) as caught:
             loads(text_of(recipe, required - {missing}), "text", kind=type(recipe))
         found = str(caught.value)
-        assert found.startswith(f"{missing} (missing) must be ") and found.endswith(f"or pass {missing}=VALUE")
+        assert found.startswith(f"{missing} (missing) must be ")
+        assert found.endswith(f"or pass {missing}=VALUE")
 
 
 @pytest.mark.parametrize("task", RECIPES)
@@ -71,7 +72,8 @@ def test_every_key_is_described(task):
     docs = describe_keys(task)
     assert [key.name for key in docs] == list(flatten(shipped(EXAMPLES[task])))
     for key in docs:
-        assert len(key.meaning) > 5 and key.meaning == one_line(key.meaning) and not key.meaning.endswith("."), key
+        assert len(key.meaning) > 5, key
+        assert key.meaning == one_line(key.meaning).rstrip("."), key
         assert key.is_free is is_free(key.name)
     assert {key.name for key in docs if key.default is None} == {"task", *REQUIRED[task].split()}
     assert ("train.max_steps", "an integer >= 1 or null", "null") in [key[:3] for key in docs]
@@ -111,7 +113,8 @@ def test_overrides_reach_every_depth_and_the_last_holds():
     overrides = ["data.source=torchvision", "data.dataset=CIFAR10", "data.dataset_options.train=true"]
     recipe = load(QUICK, [*overrides, "train.max_steps=1", "train.max_steps=7", "data.val_root="])
     assert recipe.data.dataset_options == {"train": True}
-    assert recipe.train.max_steps == 7 and recipe.data.val_root is None
+    assert recipe.train.max_steps == 7
+    assert recipe.data.val_root is None
     assert load(QUICK, ["augment.blur_sigma=[1, 2]"]).augment.blur_sigma == (1.0, 2.0)
     assert load(QUICK, ["run.dir=a=b"]).run.dir == "a=b"
 
@@ -175,7 +178,9 @@ def test_every_key_refuses_what_it_cannot_be():
     for dotted, values in WRONG.items():
         for value in values:
             found = complaint(f"{dotted}={value}")
-            assert found.startswith(f"{dotted} (") and ") must be " in found and f"pass {dotted}=VALUE" in found, found
+            assert found.startswith(f"{dotted} ("), found
+            assert ") must be " in found, found
+            assert f"pass {dotted}=VALUE" in found, found
             assert len(found) < 400
 
 

@@ -63,7 +63,8 @@ def test_shipped_recipe_says_what_the_paper_says(name):
         *(train.global_batch_size, train.epochs, train.warmup_epochs, moco.momentum, moco.temperature),
         *(recipe.augment.crop_min, model.freeze_patch_projection),
     )
-    assert train.max_steps is None and recipe.run.dir == f"runs/{name}"
+    assert train.max_steps is None
+    assert recipe.run.dir == f"runs/{name}"
     names = (*recipes.VIT_KEYS, "conv_stem")
     assert recipes.shape(model) == (dict(zip(names, SHAPES[name], strict=True)) if name in SHAPES else None)
     header = FILES[name].read_text().partition("\ntask:")[0]
@@ -90,7 +91,8 @@ def test_imagenet_recipes_share_the_augmentation_of_the_paper(name):
         "std": (0.229, 0.224, 0.225),
     }
     assert (recipe.model.projector_hidden_dim, recipe.model.output_dim, recipe.model.image_size) == (4096, 256, 224)
-    assert recipe.parallel.precision == "bf16" and recipe.parallel.compile
+    assert recipe.parallel.precision == "bf16"
+    assert recipe.parallel.compile
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -107,7 +109,8 @@ def test_a_recipe_stands_alone(name):
 def test_quickstart_data_is_found_from_any_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = locate(load(QUICK).data.root, QUICK)
-    assert (root / "train.tar").is_file() and (root / "val.tar").is_file()
+    assert (root / "train.tar").is_file()
+    assert (root / "val.tar").is_file()
 
 
 @pytest.mark.parametrize("name", FILES)
