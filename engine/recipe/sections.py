@@ -54,7 +54,7 @@ class Run:
 
 @section
 class Model:
-    name: str = key("the network whose features are wanted, without heads", NETWORK)
+    name: str = key("the trunk: a ViT or a ResNet of this project, or a network of timm", NETWORK)
     image_size: int = key("side of a view in pixels", AT_LEAST_1, default=224)
     patch_size: int | None = key(f"side of a patch in pixels; {NAMED}", AT_LEAST_1, default=None)
     dim: int | None = key(f"width of a ViT's tokens; {NAMED}", AT_LEAST_1, default=None)
