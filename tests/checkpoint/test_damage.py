@@ -1,0 +1,165 @@
+"""Nothing damaged is loaded: it is set aside, said, and the newest whole checkpoint is taken."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.checkpoint.load import load, newest_valid
+from engine.checkpoint.manifest import NAME, checksum, own_checksum, read_manifest, verify
+from engine.checkpoint.save import save
+from engine.errors import UserError
+from tests.checkpoint.examples import SHA, blank, example_tensors, reseal
+
+
+def expect_fallback(checkpoints: Path, capsys, reason: str) -> None:
+    damaged = checkpoints / "step_0000500"
+    with pytest.raises(UserError) as caught:
+        load(damaged, blank(example_tensors()))
+    assert "\n" not in str(caught.value)
+    assert str(damaged) in str(caught.value)
+    assert newest_valid(checkpoints) == checkpoints / "step_0000250"
+    said = capsys.readouterr().err
+    assert reason in said
+    assert "step_0000500.damaged-1" in said
+    assert not damaged.exists()
+    assert (checkpoints / "step_0000500.damaged-1").exists()
+    assert load(checkpoints / "step_0000250", blank(example_tensors()))["step"] == 250
+
+
+FILES = ["MANIFEST.json", ".metadata", "__0_0.distcp"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kept", [0.0, 0.5, 1.0])
+def test_a_truncated_file(checkpoints, capsys, name, kept):
+    file = checkpoints / "step_0000500" / name
+    content = file.read_bytes().rstrip()
+    file.write_bytes(content[: min(int(kept * len(content)), len(content) - 1)])
+    expect_fallback(checkpoints, capsys, name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file(checkpoints, capsys, name):
+    (checkpoints / "step_0000500" / name).unlink()
+    expect_fallback(checkpoints, capsys, name)
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_any_flipped_bit_is_found(saved, tmp_path_factory, name, where, bit):
+    folder = shutil.copytree(saved / "step_0000500", tmp_path_factory.mktemp("flip") / "step_0000500")
+    content = bytearray((folder / name).read_bytes())
+    content[int(where * len(content))] ^= 1 << bit
+    (folder / name).write_bytes(content)
+    try:
+        manifest = read_manifest(folder)
+        verify(folder, manifest)
+    except UserError:
+        return
+    finally:
+        shutil.rmtree(folder.parent)
+    # White space of the manifest may change, what it says may not.
+    assert name == NAME
+    assert manifest == read_manifest(saved / "step_0000500")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"format": 2}', b"null", b'{"step": true, "files": []}'],
+)
+def test_a_manifest_that_is_none(checkpoints, capsys, content):
+    (checkpoints / "step_0000500" / NAME).write_bytes(content)
+    expect_fallback(checkpoints, capsys, NAME)
+
+
+def test_a_newer_format(checkpoints, capsys):
+    reseal(checkpoints / "step_0000500", format=2)
+    expect_fallback(checkpoints, capsys, "format is 2")
+
+
+def test_an_extra_data_file(checkpoints, capsys):
+    (checkpoints / "step_0000500" / "__7_0.distcp").write_bytes(b"x")
+    expect_fallback(checkpoints, capsys, "__7_0.distcp is not in MANIFEST.json")
+
+
+def test_a_step_under_another_name(checkpoints, capsys):
+    shutil.copytree(checkpoints / "step_0000500", checkpoints / "step_0000900")
+    assert newest_valid(checkpoints) == checkpoints / "step_0000500"
+    assert "manifest is of step 500" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [lambda p: p.mkdir(), lambda p: p.write_text("x"), lambda p: p.symlink_to("nowhere")])
+def test_things_with_a_checkpoint_s_name(checkpoints, capsys, make):
+    make(checkpoints / "step_0000900")
+    assert newest_valid(checkpoints) == checkpoints / "step_0000500"
+    assert os.path.lexists(checkpoints / "step_0000900.damaged-1")
+    make(checkpoints / "step_0000900")
+    assert newest_valid(checkpoints) == checkpoints / "step_0000500"
+    assert os.path.lexists(checkpoints / "step_0000900.damaged-1")
+    assert os.path.lexists(checkpoints / "step_0000900.damaged-2")
+
+
+def test_folders_without_checkpoints(tmp_path, capsys):
+    assert newest_valid(tmp_path / "nothing") is None
+    assert newest_valid(tmp_path) is None
+    (tmp_path / "latest").write_bytes(b"\xffstep_0000006\n")
+    assert newest_valid(tmp_path) is None
+    assert "names '\ufffdstep_0000006', which is not there" in capsys.readouterr().err
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="must be a readable folder"):
+        newest_valid(tmp_path / "file")
+    with pytest.raises(UserError, match="no such folder"):
+        read_manifest(tmp_path / "nothing")
+    with pytest.raises(UserError, match="must be a readable folder"):
+        save(tmp_path / "file", 1, {}, {}, recipe_sha256=SHA)
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    for step in (9_999_999, 10_000_000):
+        save(tmp_path, step, {}, {}, recipe_sha256=SHA)
+    assert newest_valid(tmp_path) == tmp_path / "step_10000000"
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", "", "a/b", "MANIFEST.json", "nul\0"])
+def test_a_manifest_that_leaves_the_folder(checkpoints, capsys, name):
+    folder = checkpoints / "step_0000500"
+    (checkpoints / "secret").write_text("x")
+    content = json.loads((folder / NAME).read_text())
+    content["files"][name] = {"bytes": 1, "sha256": checksum(checkpoints / "secret")["sha256"]}
+    content["manifest_sha256"] = own_checksum(content)
+    (folder / NAME).write_text(json.dumps(content))
+    expect_fallback(checkpoints, capsys, "no file of this folder")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_links_and_pipes_in_the_place_of_files(checkpoints, capsys, name):
+    folder = checkpoints / "step_0000500"
+    (folder / name).rename(checkpoints / "elsewhere")
+    (folder / name).symlink_to(checkpoints / "elsewhere")
+    twin = shutil.copytree(checkpoints / "step_0000250", checkpoints / "step_0000900")
+    (twin / name).unlink()
+    os.mkfifo(twin / name)
+    with pytest.raises(UserError, match="not a plain file"):
+        read_manifest(twin)
+    expect_fallback(checkpoints, capsys, "not a plain file")
+
+
+def test_what_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch):
+    """A network file system that stumbles costs no checkpoint."""
+    folder = save(tmp_path, 3, {"x": torch.ones(2)}, {}, recipe_sha256="r")
+
+    def stumble(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("engine.checkpoint.manifest.checksum", stumble)
+        with pytest.raises(UserError, match="must be readable: Stale file handle; run the same command again"):
+            newest_valid(tmp_path)
+    assert newest_valid(tmp_path) == folder
