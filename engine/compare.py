@@ -5,10 +5,9 @@ directories; runs may be in progress. OUT ends in .png, .svg, .pdf or .html (one
 replaced if it is there. The table is printed too, as Markdown.
 """
 
-import json
 from pathlib import Path
 
-from engine.cli import Parser, enter
+from engine.cli import Parser, enter, result
 from engine.errors import UserError
 from engine.pictures.curves import AXES, METRICS, alone, by_recipe, check_metrics, read_runs
 
@@ -35,10 +34,7 @@ def main(arguments: list[str]) -> None:
     groups = by_recipe(runs) if options.merge_seeds else alone(runs)
     shown = Comparison(groups, metrics, axes)
     draw_comparison(shown, options.out)
-    head, *rows = shown.cells
-    for cells in (head, ["---"] * len(head), *rows):
-        print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    print(json.dumps({"file": str(options.out)}))
+    result({"file": str(options.out)}, shown.markdown)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from engine.pictures.canvas import COLOURS, FAINT, HEADER, INK, LINE, MARGIN, WIDTH, Sheet, style, write
-from engine.pictures.curves import NAMES, SHARES, Group, table
+from engine.pictures.curves import NAMES, SHARES, Group, table, time_unit
 
 DASHES = ("-", "--", ":")  # after a round of all colours
 TABLE_ROW = 24
@@ -47,8 +47,13 @@ class Comparison(NamedTuple):
     @property
     def unit(self) -> tuple[int, str]:
         """Seconds in the unit that suits the longest run, and its name."""
-        longest = max(max(run.seconds.values()) for group in self.groups for run in group.runs)
-        return (1, "s") if longest < 120 else (60, "min") if longest < 7200 else (3600, "h")
+        return time_unit(max(max(run.seconds.values()) for group in self.groups for run in group.runs))
+
+    @property
+    def markdown(self) -> str:
+        head, *rows = self.cells
+        lines = (head, ["---"] * len(head), *rows)
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def draw_comparison(shown: Comparison, out: Path) -> None:

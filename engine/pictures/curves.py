@@ -4,7 +4,9 @@ Rows bear no time. Each loss row has the speed since the one before, so the time
 steps over images per second, added up. Checkpoints and evaluations, during which that clock stands still, do not count.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -35,11 +37,13 @@ SHARES = ("knn_top1", "knn_top5", "probe_top1", "probe_top5")  # from 0 to 1, sh
 _PLACE = ("step", "epoch")
 
 
+@dataclass(frozen=True)
 class Run:
     """A run directory's recipe, {dotted key: value}, and the rows of its metrics.jsonl in order."""
 
-    def __init__(self, name: str, recipe: dict[str, Any], rows: list[dict[str, Any]]):
-        self.name, self.recipe, self.rows = name, recipe, rows
+    name: str
+    recipe: dict[str, Any]
+    rows: list[dict[str, Any]]
 
     @property
     def metrics(self) -> list[str]:
@@ -104,9 +108,9 @@ def read_run(path: Path) -> Run:
 
     Raises UserError where the folder is no run or another line is damaged.
     """
-    recipe_file, metrics_file = path / "recipe.yaml", path / "metrics.jsonl"
+    recipe_file = path / "recipe.yaml"
     try:
-        text, rows = recipe_file.read_bytes(), read_rows(metrics_file)
+        text, rows = recipe_file.read_bytes(), read_rows(path / "metrics.jsonl")
     except OSError as error:
         missing = Path(error.filename).name if path.is_dir() else "the folder"
         raise UserError(
@@ -115,12 +119,8 @@ def read_run(path: Path) -> Run:
     sections = parse(text, f"recipe ({recipe_file})")
     if not isinstance(sections, dict):
         raise UserError(f"recipe ({recipe_file}) must be a mapping of keys to values; name another RUN")
-    recipe = {
-        f"{name}.{key}": value
-        for name, section in sections.items()
-        if isinstance(section, dict)
-        for key, value in section.items()
-    }
+    parts = [(name, section) for name, section in sections.items() if isinstance(section, dict)]
+    recipe = {f"{name}.{key}": value for name, section in parts for key, value in section.items()}
     if not isinstance(recipe.get("train.global_batch_size"), int):
         raise UserError(f"recipe ({recipe_file}) must have train.global_batch_size; name another RUN")
     return Run(path.resolve().name, recipe, rows)
@@ -135,13 +135,12 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     if twice:
         raise UserError(f"RUN ({twice[0]}) must be given once; leave the second one out")
     runs = [read_run(path) for path in paths]
-    names = [run.name for run in runs]
-    for run, path in zip(runs, paths, strict=True):
-        if names.count(run.name) > 1:
-            run.name = str(path)
     if not any(run.rows for run in runs):
         raise UserError(f"RUN ({paths[0]}) must have logged something, and neither has any other; wait a little")
-    return runs
+    names = Counter(run.name for run in runs)
+    return [
+        replace(run, name=str(path)) if names[run.name] > 1 else run for run, path in zip(runs, paths, strict=True)
+    ]
 
 
 def alone(runs: Sequence[Run]) -> list[Group]:
@@ -218,7 +217,11 @@ def _cell(metric: str, values: list[float]) -> str:
     return f"{mean:,.{digits}f}{spread}{unit}"
 
 
+def time_unit(seconds: float) -> tuple[int, str]:
+    """The unit that suits a duration, in seconds, and its name."""
+    return (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
+
+
 def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    unit, name = time_unit(seconds)
+    return f"{seconds / unit:.{int(name == 'h')}f} {name}"

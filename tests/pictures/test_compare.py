@@ -117,11 +117,14 @@ def test_runs_in_odd_states(tmp_path):
     assert (begun / "metrics.jsonl").read_text() == ""
     runs = read_runs([whole, plain, torn, begun])
     rows = {name: cells for name, *cells in table(alone(runs), check_metrics(runs, None), timed=True)}
-    assert rows["plain"][2] == "-" and rows["plain"][1] == "3.00"
-    assert rows["torn"][:2] == ["0.5128 of 30", "-"] and rows["torn"][-1] == "21 s"
+    assert rows["plain"][2] == "-"
+    assert rows["plain"][1] == "3.00"
+    assert rows["torn"][:2] == ["0.5128 of 30", "-"]
+    assert rows["torn"][-1] == "21 s"
     assert rows["begun"] == ["0 of 30", "-", "-", "-", "-", "0 s"]
     loss = alone(runs)[2].curve("loss", "time")
-    assert loss.place.tolist() == [10.0, 20.0, 21.0] and np.isnan(loss.mean).tolist() == [False, False, True]
+    assert loss.place.tolist() == [10.0, 20.0, 21.0]
+    assert np.isnan(loss.mean).tolist() == [False, False, True]
     for suffix in ("png", "html"):
         compare(whole, plain, torn, begun, tmp_path / f"odd.{suffix}")
 
@@ -197,8 +200,11 @@ def test_page_needs_no_other_file(tmp_path):
     text = (tmp_path / "c.html").read_text()
     page = Page(text)
     assert page.cells[:4] == ["run", "epochs", "loss", "RankMe"]
-    assert all(link.startswith("#") for link in page.links) and "@import" not in text and "url(http" not in text
-    assert text.count("<svg") == 1 and drawn_lines(text) == [10, 10]
+    assert all(link.startswith("#") for link in page.links)
+    assert "@import" not in text
+    assert "url(http" not in text
+    assert text.count("<svg") == 1
+    assert drawn_lines(text) == [10, 10]
     compare(*runs, tmp_path / "c.html")
     assert Page((tmp_path / "c.html").read_text()).cells[7].strip().endswith("a <b>bold & name")
 
