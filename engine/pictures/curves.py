@@ -16,8 +16,9 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.files import read_rows
-from engine.recipe.identity import is_free
-from engine.recipe.plain import parse
+from engine.recipe.identity import fingerprint
+from engine.recipe.load import loads, task_of
+from engine.recipe.sections import RECIPES, Recipe
 
 AXES = ("step", "epoch", "time")
 # What a comparison shows unless told otherwise.
@@ -39,10 +40,10 @@ _PLACE = ("step", "epoch")
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory's recipe, {dotted key: value}, and the rows of its metrics.jsonl in order."""
+    """A run directory's recipe and the rows of its metrics.jsonl in order."""
 
     name: str
-    recipe: dict[str, Any]
+    recipe: Recipe
     rows: list[dict[str, Any]]
 
     @property
@@ -59,7 +60,7 @@ class Run:
     @cached_property
     def seconds(self) -> dict[int, float]:
         """{step: seconds of training until then}."""
-        total, last, batch = 0.0, 0, self.recipe["train.global_batch_size"]
+        total, last, batch = 0.0, 0, self.recipe.train.global_batch_size
         seconds = {0: 0.0}
         for step, speed in self.series("images_per_second").items():
             if speed > 0:
@@ -110,19 +111,13 @@ def read_run(path: Path) -> Run:
     """
     recipe_file = path / "recipe.yaml"
     try:
-        text, rows = recipe_file.read_bytes(), read_rows(path / "metrics.jsonl")
+        text, rows = recipe_file.read_text("utf-8", "replace"), read_rows(path / "metrics.jsonl")
     except OSError as error:
         missing = Path(error.filename).name if path.is_dir() else "the folder"
         raise UserError(
             f"RUN ({path}) must be a run directory; {missing} cannot be read: {error.strerror}; name another"
         ) from error
-    sections = parse(text, f"recipe ({recipe_file})")
-    if not isinstance(sections, dict):
-        raise UserError(f"recipe ({recipe_file}) must be a mapping of keys to values; name another RUN")
-    parts = [(name, section) for name, section in sections.items() if isinstance(section, dict)]
-    recipe = {f"{name}.{key}": value for name, section in parts for key, value in section.items()}
-    if not isinstance(recipe.get("train.global_batch_size"), int):
-        raise UserError(f"recipe ({recipe_file}) must have train.global_batch_size; name another RUN")
+    recipe = loads(text, f"recipe ({recipe_file})", kind=RECIPES[task_of(text) or "pretrain"])
     return Run(path.resolve().name, recipe, rows)
 
 
@@ -138,9 +133,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     if not any(run.rows for run in runs):
         raise UserError(f"RUN ({paths[0]}) must have logged something, and neither has any other; wait a little")
     names = Counter(run.name for run in runs)
-    return [
-        replace(run, name=str(path)) if names[run.name] > 1 else run for run, path in zip(runs, paths, strict=True)
-    ]
+    return [replace(run, name=str(path)) if names[run.name] > 1 else run for run, path in zip(runs, paths, strict=True)]
 
 
 def alone(runs: Sequence[Run]) -> list[Group]:
@@ -149,18 +142,11 @@ def alone(runs: Sequence[Run]) -> list[Group]:
 
 def by_recipe(runs: Sequence[Run]) -> list[Group]:
     """Runs together that differ only in the seed, or in what a resume may change; named by how their names begin."""
-    groups: list[list[Run]] = []
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        same = next((group for group in groups if _bound(group[0]) == _bound(run)), None)
-        if same is None:
-            groups.append([run])
-        else:
-            same.append(run)
-    return [Group(_group_name(group), group) for group in groups]
-
-
-def _bound(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in run.recipe.items() if key != "run.seed" and not is_free(key)}
+        seedless = replace(run.recipe, run=replace(run.recipe.run, seed=0))
+        groups.setdefault(fingerprint(seedless), []).append(run)
+    return [Group(_group_name(group), group) for group in groups.values()]
 
 
 def _group_name(runs: list[Run]) -> str:
@@ -168,7 +154,7 @@ def _group_name(runs: list[Run]) -> str:
         return runs[0].name
     alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*(run.name for run in runs), strict=False))
     common = "".join(letters[0] for letters in alike).rstrip("-_. ")
-    seeds = {run.recipe.get("run.seed") for run in runs}
+    seeds = {run.recipe.run.seed for run in runs}
     return f"{common or runs[0].name} ({len(runs)} {'seeds' if len(seeds) == len(runs) else 'runs'})"
 
 
@@ -195,7 +181,7 @@ def table(groups: Sequence[Group], metrics: Sequence[str], *, timed: bool) -> li
     rows = [["run", "epochs", *(NAMES.get(name, name) for name in metrics), *["training"] * timed]]
     for group in groups:
         epochs = max(run.epochs for run in group.runs)
-        total = group.runs[0].recipe.get("train.epochs", "?")
+        total = group.runs[0].recipe.train.epochs
         values = [_cell(name, [_summary(run, name) for run in group.runs]) for name in metrics]
         seconds = np.mean([max(run.seconds.values()) for run in group.runs])
         rows.append([group.name, f"{epochs:.4g} of {total}", *values, *[duration(seconds)] * timed])
