@@ -103,9 +103,9 @@ def embedding(options: Namespace) -> None:
 
 
 def _featured(options: Namespace) -> "Featured":
-    from engine.pictures.features import see
+    from engine.pictures.features import open_featured
 
-    return see(
+    return open_featured(
         options.checkpoint,
         source_kind(options, options.data),
         Path(options.data),

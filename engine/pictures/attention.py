@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from engine.data.decode import CenterCrop, decode
 from engine.errors import UserError
+from engine.evaluation.subject import open_subject
 from engine.pictures.canvas import FAINT, HEADER, MARGIN, WIDTH, Sheet, style
-from engine.pictures.features import open_subject
 
 GAP = 6
 LINE = 20  # of text below an image
@@ -27,11 +27,10 @@ HEAT = "inferno"
 def show_attention(checkpoint: str, image_file: Path, out: Path) -> None:
     """Draws where the class token of a CHECKPOINT's ViT looks in an image. Raises UserError for no ViT or image."""
     image = _read(image_file)
-    subject = open_subject(checkpoint, torch.device("cpu"))
+    subject = open_subject(checkpoint, "cpu")
     check_attention(subject.network, checkpoint)
     image_3SS = CenterCrop(subject.image_size, subject.crop_fraction, subject.interpolation)(image)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (subject.mean, subject.std))
-    attention_HRC = class_attention(subject.network, ((image_3SS / 255 - mean) / std)[None])[0]
+    attention_HRC = class_attention(subject.network, subject.normalised(image_3SS[None], "cpu"))[0]
     title = f"What the class token looks at: {image_file.name}"
     subtitle = "Attention to each patch in the last block; brightest: the largest of each picture"
     draw_attention(image_3SS.permute(1, 2, 0).numpy(), attention_HRC.numpy(), title, subtitle, out)

@@ -51,7 +51,9 @@ class Featured:
         return torch.cat([batch.images[: batch.valid] for batch in found]).permute(0, 2, 3, 1)
 
 
-def see(checkpoint: str, kind: str, root: Path, dataset: str | None, *, at_most: int, workers: int) -> Featured:
+def open_featured(
+    checkpoint: str, kind: str, root: Path, dataset: str | None, *, at_most: int, workers: int
+) -> Featured:
     """Images of `root`, which is a `kind` of source, as a CHECKPOINT's base encoder sees them.
 
     They are root's validation images; all of its images where it tells none apart. at_most: as many, evenly spread.

@@ -10,9 +10,9 @@ from PIL import Image
 
 from engine.data.decode import CenterCrop, decode
 from engine.errors import UserError
+from engine.evaluation.subject import open_subject
 from engine.pictures.attention import check_attention, class_attention
 from engine.pictures.canvas import DOTS, HEADER, MARGIN
-from engine.pictures.features import open_subject
 from models.resnet import build_resnet
 from models.vit import build_vit
 from tests.pictures.drawn import VIT, VIT_CONV, show
@@ -80,7 +80,7 @@ def test_attention_picture(checkpoint, images, tmp_path, capsys):
     small = (800 - 2 * MARGIN - 4 * 6 - 3 * 6 - 2 * 2 * 26) / 10
     large = 3 * small + 2 * 26
     square = picture[HEADER * DOTS : int((HEADER + large) * DOTS), MARGIN * DOTS : int((MARGIN + large) * DOTS)]
-    subject = open_subject(checkpoint, torch.device("cpu"))
+    subject = open_subject(checkpoint, "cpu")
     image_3SS = CenterCrop(subject.image_size)(decode(file.read_bytes()))
     assert np.abs(square.mean((0, 1)) - image_3SS.float().mean((1, 2)).numpy()).max() < 2
     # The brightest patch of head 1 is where its attention is largest.

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from engine.data.decode import CenterCrop
 from engine.data.source import Root
 from engine.data.sources import open_source
+from engine.evaluation.subject import open_subject
 from engine.pictures.canvas import DOTS, HEADER, MARGIN, RIGHT, WRONG
-from engine.pictures.features import open_subject
 from engine.pictures.neighbours import nearest, spread
 from tests.pictures.drawn import VIT, rgb, show
 
@@ -44,7 +44,7 @@ def test_neighbours_picture(images, tmp_path):
     show("neighbours", VIT, "--data", images, out, "--queries", queries, "--k", k, "--workers", 0)
     picture = np.asarray(Image.open(out).convert("RGB")).astype(int)
 
-    source, subject = open_source(Root("folder", images), "all"), open_subject(VIT, torch.device("cpu"))
+    source, subject = open_source(Root("folder", images), "all"), open_subject(VIT, "cpu")
     crop = CenterCrop(subject.image_size)
     view_N3SS = torch.stack([crop(source.read(i)) for i in range(len(source))])
     mean, std = (torch.tensor(values)[:, None, None] for values in (subject.mean, subject.std))
