@@ -103,16 +103,11 @@ def embedding(options: Namespace) -> None:
 
 
 def _featured(options: Namespace) -> "Featured":
+    from engine.data.source import Root
     from engine.pictures.features import open_featured
 
-    return open_featured(
-        options.checkpoint,
-        source_kind(options, options.data),
-        Path(options.data),
-        options.dataset,
-        at_most=options.images,
-        workers=decoding_workers(options),
-    )
+    root = Root(source_kind(options, options.data), Path(options.data), "--data", options.dataset)
+    return open_featured(options.checkpoint, root, at_most=options.images, workers=decoding_workers(options))
 
 
 if __name__ == "__main__":

@@ -51,16 +51,13 @@ class Featured:
         return torch.cat([batch.images[: batch.valid] for batch in found]).permute(0, 2, 3, 1)
 
 
-def open_featured(
-    checkpoint: str, kind: str, root: Path, dataset: str | None, *, at_most: int, workers: int
-) -> Featured:
-    """Images of `root`, which is a `kind` of source, as a CHECKPOINT's base encoder sees them.
+def open_featured(checkpoint: str, root: Root, *, at_most: int, workers: int) -> Featured:
+    """Validation images of `root`, or all where it tells none apart, as a CHECKPOINT's base encoder sees them.
 
-    They are root's validation images; all of its images where it tells none apart. at_most: as many, evenly spread.
-    workers: processes that read. Raises UserError, which calls the root --data.
+    at_most: as many, evenly spread over the source. workers: processes that read. Raises UserError.
     """
-    images = Root(kind, root, "--data", dataset)
-    source = open_source(images, "val") or open_source(images, "train")
+    source = open_source(root, "val") or open_source(root, "train")
+    assert source is not None  # of val alone there may be none
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = open_subject(checkpoint, device)
     ids = np.linspace(0, len(source) - 1, min(at_most, len(source))).round().astype(np.int64)

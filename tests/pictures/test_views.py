@@ -3,9 +3,9 @@
 import json
 
 import numpy as np
-import torch
 from PIL import Image
 
+from engine.data.augment import Augment
 from engine.data.decode import Crops, crop_box, crop_draws
 from engine.data.loader import train_batches
 from engine.data.order import Order
@@ -14,7 +14,6 @@ from engine.data.sources import open_source
 from engine.pictures.canvas import DOTS, HEADER, MARGIN
 from engine.pictures.views import VIEW_COLOURS
 from engine.recipe.load import load
-from engine.runs.pretrain import make_augment
 from tests.pictures.drawn import FASHION, QUICKSTART, rgb, show
 
 
@@ -28,8 +27,9 @@ def test_views_picture_holds_the_first_batch_of_a_run(tmp_path):
     source = open_source(Root("shards", FASHION), "train")
     order, crops = Order(3, len(source), 128), Crops(28, recipe.augment.crop_min)
     batch = next(train_batches(source, order, crops, range(1), rank=0, world_size=1, workers=0))
-    augment = make_augment(recipe, torch.float32)
-    view_2B3SS = augment(batch.crops, batch.sample_B, 0).unflatten(0, (2, -1)) * 0.5  # the recipe's std; its mean is 0
+    view_2B3SS = (
+        Augment(recipe.augment, 3)(batch.crops, batch.sample_B, 0).unflatten(0, (2, -1)) * 0.5
+    )  # the recipe's std; its mean is 0
     side, scale = 112, 112 * DOTS // 28
     for column in range(6):
         x = (MARGIN + 62 + column * (side + 6)) * DOTS
