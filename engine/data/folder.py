@@ -19,6 +19,8 @@ def open_folder(root: Root, split: Split) -> Source | None:
     train, val = root.path / "train", root.path / "val"
     if split == "train" and val.is_dir() and not train.is_dir():
         raise UserError(f"{root} must hold the folder train beside val; add it")
+    if split == "all" and train.is_dir() and not val.is_dir():
+        raise UserError(f"{root} must hold val beside train, or be the validation images' own root; add it")
     if split == "val" and not val.is_dir():
         os.stat(root.path)
         return None

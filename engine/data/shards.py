@@ -18,18 +18,16 @@ _TAR = re.compile(r"[^.].*\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz)")
 
 def open_shards(root: Root, split: Split) -> Source | None:
     """`train*.tar` or `val*.tar` in the root. Without `train*` all of it is training data, as one tar is."""
-    one, path = root.path.is_file(), root.path
-    tars = [path] if one else sorted(each for each in path.iterdir() if _TAR.fullmatch(each.name))
-    train = [tar for tar in tars if tar.name.startswith("train")]
-    val = [tar for tar in tars if tar.name.startswith("val")]
-    if one:
-        chosen = [] if split == "val" else tars
-    elif split == "train" and val and not train:
+    one = root.path.is_file()
+    tars = [root.path] if one else sorted(path for path in root.path.iterdir() if _TAR.fullmatch(path.name))
+    train, val = ([tar for tar in tars if tar.name.startswith(name) and not one] for name in ("train", "val"))
+    if split == "train" and val and not train:
         raise UserError(f"{root} must hold train*.tar beside val*.tar; add them")
-    else:
-        chosen = {"train": train or tars, "val": val, "all": tars}[split]
-    if split == "val" and not chosen:
+    if split == "all" and train and not val:
+        raise UserError(f"{root} must hold val beside train, or be the validation images' own root; add it")
+    if split == "val" and not val:
         return None
+    chosen = {"train": train or tars, "val": val, "all": tars}[split]
     source = ShardSource(chosen) if chosen else None
     if not source or not len(source):
         lack = "its tars have none" if chosen else "it has no *.tar"

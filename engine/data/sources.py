@@ -21,8 +21,8 @@ OPENERS: dict[str, Callable[[Root, Split], Source | None]] = {
 def open_source(root: Root, split: Split) -> Source | None:
     """The images of a split; None for a val split that does not exist.
 
-    A root may hold `train` and `val`; else all of it is training data. Split "all" takes everything in the root.
-    Raises UserError where the data is missing or unfit.
+    A root may hold `train` and `val`; else all of it is training data. Split "all" is everything in the root, but for
+    one that holds `train` alone. Raises UserError where the data is missing or unfit.
     """
     try:
         return OPENERS[root.kind](root, split)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from engine.data.source import Root, Source
 from engine.data.sources import align_labels, open_source
@@ -25,8 +25,7 @@ class Splits(NamedTuple):
 def open_splits(data: Data, recipe_file: Path, world: World, *, batch: int = 1) -> Splits:
     """The images of pre-training, labelled or not.
 
-    batch: train.global_batch_size where each batch must be full. Of data.val_root all is validation data, unless the
-    source itself has splits. Opens on rank 0 first, so that it alone builds an index that is missing.
+    batch: train.global_batch_size where each batch must be full. Rank 0 opens first: it alone builds a missing index.
 
     Raises:
         UserError: on every rank, where data is missing, differs between ranks, or is less than a batch.
@@ -38,8 +37,7 @@ def open_splits(data: Data, recipe_file: Path, world: World, *, batch: int = 1) 
         if data.val_root is None:
             val = open_source(root, "val")
         else:
-            root = _root(data, locate(data.val_root, recipe_file), "data.val_root")
-            val = open_source(root, "val" if data.source == "torchvision" else "all")
+            val = _open_val(_root(data, locate(data.val_root, recipe_file), "data.val_root"))
         _check_batch(batch, train, data.root)
         return Splits(train, None if val is None else align_labels(train, val))
 
@@ -66,7 +64,7 @@ def open_labelled(train: Root, val: Root, world: World, *, share: float = 1.0, s
     """
 
     def find() -> Splits:
-        found = Splits(_open(train, "train"), _open(val, "val"))
+        found = Splits(open_source(train, "train"), _open_val(val))
         for source, root in zip(found, (train, val), strict=True):
             if source.labels is None:
                 raise UserError(
@@ -86,17 +84,13 @@ def open_labelled(train: Root, val: Root, world: World, *, share: float = 1.0, s
 
 def open_unlabelled(root: Root, world: World) -> Source:
     """The training images of a root, labelled or not. Raises UserError on every rank."""
-    return _open_together(lambda: Splits(_open(root, "train"), None), world, str(root)).train
+    return _open_together(lambda: Splits(open_source(root, "train"), None), world, str(root)).train
 
 
-def _open(root: Root, split: Literal["train", "val"]) -> Source:
-    """The root's split; all of a root that has no splits."""
-    source = open_source(root, split)
-    if source is None and root.kind == "torchvision":
-        raise UserError(f"{root} must have a validation split; torchvision's {root.dataset} has none")
-    if source is None and any(root.path.glob("train*.tar" if root.kind == "shards" else "train/")):
-        raise UserError(f"{root} must hold val beside train, or be the validation images' own root; add it")
-    return open_source(root, "all") if source is None else source
+def _open_val(root: Root) -> Source:
+    """The validation images of a root that was named for them: its own, or all of it."""
+    val = open_source(root, "val")
+    return open_source(root, "all") if val is None else val
 
 
 def _root(data: Data, path: Path, key: str) -> Root:

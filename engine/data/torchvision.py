@@ -16,11 +16,10 @@ from engine.data.decode import to_rgb
 from engine.data.source import Root, Source, Split
 from engine.errors import UserError, one_line
 
-# What torchvision's datasets call the two splits, in order of preference.
-_SPLITS = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid", "test")}
-# Splits that hold the images of others.
+# What torchvision's datasets call a split, in order of preference.
+_CALLED = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid", "test")}
 _EVERYTHING = {"train", "val", "valid", "test"}
-_HOLDS = {"trainval": {"train", "val"}, "all": _EVERYTHING, "10fold": _EVERYTHING}
+_HOLDS = {"trainval": {"train", "val"}, "all": _EVERYTHING, "10fold": _EVERYTHING}  # the images of other splits
 _LABELS = ("targets", "labels", "_labels", "_samples")
 _FAKE_VAL_OFFSET = 10**9
 _MOST_CLASSES = 10**6  # where classes have no names: a label beyond is no label but damage
@@ -33,7 +32,7 @@ def open_torchvision(root: Root, split: Split) -> Source | None:
     first usual one that is not trained on. Raises UserError.
     """
     if split == "all":
-        raise UserError(f"{root} must not be given for torchvision, whose datasets have splits of their own")
+        raise UserError(f"{root} must have a validation split; torchvision's {root.dataset} has none")
     name, cls, refusal = root.dataset, _class_named(root.dataset), None
     for each in _tries(cls, split, dict(root.dataset_options)):
         joined = len(each) > 1
@@ -128,27 +127,20 @@ def _accepted(cls: type) -> set[str]:
 
 def _tries(cls: type, split: str, options: dict) -> list[list[dict]]:
     """What to try in turn: each is the arguments of a dataset, or of several to be joined."""
-    accepted = _accepted(cls)
-    if cls is torchvision.datasets.FakeData:
-        return [[_fake_arguments(split, options)]]
+    accepted, training = _accepted(cls), split == "train"
+    if cls is torchvision.datasets.FakeData:  # has no splits: val takes its random images from far away
+        offset = options.get("random_offset", 0)
+        if not training and isinstance(offset, int):
+            offset += _FAKE_VAL_OFFSET
+        return [[{**options, "random_offset": offset}]]
     if "train" in accepted:
-        if split == "train":
-            return [[{"train": True, **options}]]
-        return [[{**options, "train": False}]] if options.get("train", True) else []
+        wanted = [{"train": True, **options}] if training else [{**options, "train": False}]
+        return [wanted] if training or options.get("train", True) else []
     if "split" not in accepted:
-        return [[options]] if split == "train" else []
-    if split == "train" and "split" in options:
+        return [[options]] if training else []
+    if training and "split" in options:
         return [[options], *_joined(options)]
-    trained = _held(options.get("split", ""))
-    return [[{**options, "split": value}] for value in _SPLITS[split] if value not in trained]
-
-
-def _fake_arguments(split: str, options: dict) -> dict:
-    """FakeData has no splits: val takes its random images from far away."""
-    offset = options.get("random_offset", 0)
-    if split == "val" and isinstance(offset, int):
-        offset += _FAKE_VAL_OFFSET
-    return {**options, "random_offset": offset}
+    return [[{**options, "split": name}] for name in _CALLED[split] if name not in _held(options.get("split", ""))]
 
 
 def _joined(options: dict) -> list[list[dict]]:
@@ -156,15 +148,15 @@ def _joined(options: dict) -> list[list[dict]]:
     parts = [part.strip() for part in str(options["split"]).split("+")]
     if len(parts) < 2:
         return []
-    if len(set().union(*map(_held, parts))) < sum(len(_held(part)) for part in parts):
+    if len(_held(options["split"])) < sum(len(_held(part)) for part in parts):
         raise UserError(f"data.dataset_options ({options}) must join splits that share no images; name each once")
     return [[{**options, "split": part} for part in parts]]
 
 
 def _held(split: object) -> set[str]:
-    """The names of a split's parts and of the splits that they hold."""
-    parts = {part.strip().lower() for part in str(split).split("+")}  # some datasets take capitals too
-    return parts.union(*(_HOLDS.get(part, ()) for part in parts))
+    """The splits whose images are in this one, which may be several joined by "+"."""
+    parts = [part.strip().lower() for part in str(split).split("+")]  # some datasets take capitals too
+    return set().union(*(_HOLDS.get(part, {part}) for part in parts))
 
 
 # ---- one dataset -----------------------------------------------------------------------------------------------------

@@ -327,8 +327,10 @@ def test_a_part_without_a_name_is_unknown(flowers, split):
     assert "must have a training split; Unknown value ''" in complaint(flowers, "Flowers102", split=split)
 
 
-def test_a_second_root_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"data.val_root \(.*\) must not be given for torchvision"):
+def test_a_root_for_validation_without_a_validation_split_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"data.val_root \(.*\) must have a validation split; torchvision's CIFAR10 has"
+    ):
         open_source(Root("torchvision", tmp_path, "data.val_root", "CIFAR10"), "all")
 
 

@@ -1,0 +1,78 @@
+from dataclasses import replace
+
+import pytest
+
+from engine.data.source import Root
+from engine.data.splits import open_labelled, open_labelled_splits, open_splits, open_unlabelled
+from engine.distributed.world import process_group
+from engine.errors import UserError
+from engine.recipe.sections import LabelledData
+from tests.data.images import fill, pack, png, shades
+
+
+@pytest.fixture(scope="module")
+def world():
+    with process_group() as world:
+        yield world
+
+
+@pytest.fixture
+def data(tmp_path) -> LabelledData:
+    fill(tmp_path / "split", {"train/a/1.png": 1, "train/b/2.png": 2, "val/b/3.png": 3})
+    fill(tmp_path / "whole", {"a/4.png": 4, "b/5.png": 5})
+    fill(tmp_path / "half", {"train/a/6.png": 6, "train/b/7.png": 7})
+    root = str(tmp_path / "split")
+    return LabelledData(source="folder", root=root, workers=0, max_bad_fraction=0.0, labels=1.0)
+
+
+def seen(splits) -> tuple:
+    return shades(splits.train), None if splits.val is None else shades(splits.val)
+
+
+def opened(data, world, **options):
+    return open_splits(data, data.root, world, **options)
+
+
+def test_validation_images_are_the_roots_own_or_of_a_root_named_for_them(data, world, tmp_path):
+    whole, half = str(tmp_path / "whole"), str(tmp_path / "half")
+    cases = {(data.root, None): ([1, 2], [3]), (whole, None): ([4, 5], None), (half, None): ([6, 7], None)}
+    cases |= {(data.root, whole): ([1, 2], [4, 5]), (half, data.root): ([6, 7], [3])}
+    for (root, val_root), expected in cases.items():
+        splits = opened(replace(data, root=root, val_root=val_root), world)
+        assert seen(splits) == expected
+        assert splits.val is None or splits.val.classes == ("a", "b")
+    with pytest.raises(UserError, match=r"data.val_root \(.*half\) must hold val beside train"):
+        opened(replace(data, val_root=half), world)
+    (tmp_path / "half/train.tar").write_bytes(pack({"a/1.png": png(1)}))
+    with pytest.raises(UserError, match=r"data.val_root \(.*half\) must hold val beside train"):
+        opened(replace(data, source="shards", root=f"{half}/train.tar", val_root=half), world)
+
+
+def test_a_batch_that_the_training_images_do_not_fill_is_refused(data, world):
+    assert seen(opened(data, world, batch=2)) == seen(open_labelled_splits(data, world, seed=0, batch=2))
+    text = rf"train.global_batch_size \(3\) must be at most the number of images \(2 in {data.root}\)"
+    with pytest.raises(UserError, match=text):
+        opened(data, world, batch=3)
+    with pytest.raises(UserError, match=text):
+        open_labelled_splits(data, world, seed=0, batch=3)
+
+
+def test_labels_are_needed_on_both_sides_and_of_two_classes(data, world, tmp_path, capsys):
+    split, whole = (Root("folder", tmp_path / name, "--train") for name in ("split", "whole"))
+    flat = Root("folder", fill(tmp_path / "flat", {"1.png": 1}), "--val")
+    one = Root("folder", fill(tmp_path / "one", {"a/1.png": 1}), "--train")
+    assert seen(open_labelled(split, whole, world)) == ([1, 2], [4, 5]) and not capsys.readouterr().err
+    assert seen(open_labelled(whole, whole, world)) == ([4, 5], [4, 5])
+    assert "are the same images: the result says nothing of new ones" in capsys.readouterr().err
+    for train, val in ((split, flat), (flat, split)):
+        with pytest.raises(UserError, match=r"--val \(.*flat\) must hold labelled images, a folder for each class"):
+            open_labelled(train, val, world)
+    with pytest.raises(UserError, match=r"--train \(.*one\) must hold two classes or more; it has one, a"):
+        open_labelled(one, whole, world)
+    assert shades(open_unlabelled(flat, world)) == [1] and shades(open_unlabelled(split, world)) == [1, 2]
+
+
+def test_ranks_that_find_other_images_say_so(data, world, monkeypatch):
+    monkeypatch.setattr("engine.data.splits.gather", lambda value, group: [value, ("other",)])
+    with pytest.raises(UserError, match=r"data.root \(.*split\) must hold the same images on every node; copy them"):
+        opened(data, world)
