@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from engine.checkpoint.layout import read_pointer
@@ -26,7 +25,7 @@ from engine.data.regularize import Mix, RandAugment, erase
 from engine.data.splits import Splits, open_labelled_splits
 from engine.distributed.agreement import agreement
 from engine.distributed.world import World, in_turn, make_mesh
-from engine.errors import UserError, one_line
+from engine.errors import RunFailed, UserError, one_line
 from engine.evaluation.subject import Subject
 from engine.recipe.keys import wrong
 from engine.recipe.load import dump
@@ -36,9 +35,9 @@ from engine.runs.trainer import Plan
 from engine.training.finetune_step import FinetuneOutput, FinetuneSchedule, FinetuneState, finetune_step
 from engine.training.guard import check_skips
 from engine.training.parallelize import check_compiler, materialize, parallelize_classifier
-from engine.weights.classifying import write_classifier
+from engine.weights.export import export_classifier
 from engine.weights.opening import open_trunk
-from engine.weights.weights import EncoderName, Weights
+from engine.weights.weights import EncoderName, Head, Weights
 from models.classifier import Classifier
 
 
@@ -295,17 +294,11 @@ def leave_classifier(task: Finetuning, encoder: EncoderName, prefix: str, name: 
     checkpoints, folder = task.directory / "checkpoints", task.directory / name
     checkpoint = checkpoints / read_pointer(checkpoints, "latest")
     names = [f"{prefix}.head.{part}" for part in ("weight", "bias")]
-    head = dict(read_tensors(checkpoint, names))
+    weight, bias = (tensor for _, tensor in read_tensors(checkpoint, names))
+    head = Head(weight, bias, task.classes, task.subject.interpolation, task.subject.crop_fraction)
     try:
-        write_classifier(
-            open_trunk(str(checkpoint), encoder),
-            (head[names[0]], head[names[1]]),
-            task.classes,
-            folder,
-            interpolation=task.subject.interpolation,
-            crop_fraction=task.subject.crop_fraction,
-        )
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:  # another network, timm's words, a full disk
+        export_classifier(open_trunk(str(checkpoint), encoder), head, folder)
+    except (UserError, RunFailed) as error:  # another network, timm's words, a full disk
         say(task.world, [f"          no {folder} for timm: {one_line(error)}; the checkpoint has all of the network"])
     else:
         say(task.world, [f"          timm.create_model('local-dir:{folder}', pretrained=True) is all of the network"])

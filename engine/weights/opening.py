@@ -4,7 +4,6 @@ A CHECKPOINT is a run directory, a checkpoint directory, an exported file or fol
 `timm/<name>`.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from engine.checkpoint.load import read_tensors
 from engine.checkpoint.manifest import NAME as MANIFEST
 from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.errors import UserError, one_line
-from engine.logger import say_once
+from engine.files import read_rows
+from engine.logger import note
 from engine.recipe.load import loads, shape, task_of
-from engine.weights.reading import own_words, read_weights
+from engine.weights.read import own_words, read_weights
 from engine.weights.weights import About, EncoderName, Weights, check_names, fill_trunk
 from models.architecture import Architecture, moco_shapes, of_name, trunk_shapes
 from models.shapes import TIMM
@@ -51,8 +51,8 @@ def open_trunk(checkpoint: str, encoder: EncoderName = "base", *, untrained: boo
     Raises UserError.
     """
     weights = open_weights(checkpoint)
-    for note in weights.notes:
-        say_once(note)
+    for line in weights.notes:
+        note(line)
     return _untrained(weights.known()) if untrained else weights.trunk(encoder)
 
 
@@ -163,14 +163,9 @@ def _from_finetuned(folder: Path, manifest: Manifest, about: About) -> Weights:
 def _metrics(file: Path, step: int) -> dict[str, float]:
     """The newest value of every metric up to a step; empty where the run's metrics are not beside its checkpoints."""
     newest: dict[str, float] = {}
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # the line that a killed run did not finish
-                continue
-            if isinstance(row, dict) and row.get("step", step + 1) <= step:
-                newest |= row
+    for row in read_rows(file) if file.is_file() else []:
+        if row["step"] <= step:
+            newest |= row
     return newest
 
 

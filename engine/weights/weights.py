@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import NoneType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from engine.errors import UserError
 from engine.recipe.load import loads
 from models.architecture import Architecture
 
+MARK = "moco_v3_engine"  # metadata of every safetensors file that is written here
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of published files
 REFERENCE_LICENCE = "CC-BY-NC-4.0"
 LISTED = 10  # names that an error lists
@@ -68,14 +69,28 @@ class About:
         return about
 
 
+class Head(NamedTuple):
+    """A linear classifier on a trunk's features.
+
+    weight [C, D], bias [C]; classes: C names. interpolation, crop_fraction: how its images are resized and cropped.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    classes: tuple[str, ...]
+    interpolation: str
+    crop_fraction: float
+
+
 @dataclass(frozen=True)
 class Weights:
-    """Tensors under our names (engine.weights.tables), read when they are asked for.
+    """Tensors under our names (engine.weights.names), read when they are asked for.
 
     about: None for a bare trunk of others, which does not say how many heads its attention has.
     shapes: of every tensor that `read` can give.
     read: the named tensors on the CPU, one at a time.
     origin: where they lie, for messages. notes: lines for the user on what was not taken over.
+    head: of a trunk that has a classifier, to export both.
     """
 
     about: About | None
@@ -83,6 +98,7 @@ class Weights:
     read: Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]]
     origin: str
     notes: tuple[str, ...] = ()
+    head: Head | None = None
 
     @property
     def is_whole(self) -> bool:

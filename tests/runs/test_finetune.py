@@ -35,9 +35,9 @@ from engine.runs import finetune as finetuning
 from engine.runs import linear as probes
 from engine.training.finetune_step import decaying_groups
 from engine.weights.card import model_card
-from engine.weights.classifying import write_classifier
+from engine.weights.export import export_classifier
 from engine.weights.opening import open_encoder, open_trunk, open_weights
-from engine.weights.weights import About, Weights, fill_trunk
+from engine.weights.weights import About, Head, Weights, fill_trunk
 from models.architecture import Architecture
 from models.classifier import Classifier
 from models.drop_path import ChosenDropPath
@@ -294,8 +294,8 @@ def test_timm_makes_the_finetuned_network_from_the_runs_folder(finished, folder,
 def test_timms_own_networks_too(tmp_path, name):
     weights = open_trunk(f"timm/{name}", untrained=True)
     width = weights.known().architecture.build().width
-    head = torch.randn(4, width), torch.randn(4)
-    write_classifier(weights, head, "abcd", tmp_path / "out", interpolation="bicubic", crop_fraction=0.9)
+    head = Head(torch.randn(4, width), torch.randn(4), tuple("abcd"), "bicubic", 0.9)
+    export_classifier(weights, head, tmp_path / "out")
     assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).num_classes == 4
 
 

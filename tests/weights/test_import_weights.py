@@ -12,15 +12,16 @@ import torch
 from engine.checkpoint.load import read_tensors
 from engine.checkpoint.manifest import read_manifest
 from engine.errors import UserError
-from engine.import_weights import import_weights, main
+from engine.import_weights import main
 from engine.recipe.load import Pretrain, load
-from engine.weights.opening import open_encoder, open_weights
-from engine.weights.reading import read_weights
-from engine.weights.writing import WRITERS
+from engine.runs.importing import import_weights
+from engine.weights.formats.table import page
+from engine.weights.opening import open_weights
+from engine.weights.read import read_weights
 from models.vit import sincos_position
+from tests.weights.files import GOLDEN, ROOT, assert_same, state_dict, trunk_of
 
-ROOT = Path(__file__).parents[2]
-PUBLISHED = ROOT / "tests" / "golden" / "I_vit_small_shape.pth.tar"
+PUBLISHED = GOLDEN / "I_vit_small_shape.pth.tar"
 HEADS = ["model.projector_hidden_dim=64", "model.output_dim=32"]
 SHAPE = [
     *("model.image_size=64", "model.patch_size=16", "model.dim=48", "model.depth=2", "model.heads=12", *HEADS),
@@ -36,11 +37,6 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return dict(read_tensors(folder / "checkpoints" / "step_0000000"))
 
 
-def same_state_dict(one: Path, other: Path) -> bool:
-    a, b = (torch.load(file, weights_only=True)["state_dict"] for file in (one, other))
-    return list(a) == list(b) and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
-
-
 def test_a_published_file_becomes_a_checkpoint_that_a_run_goes_on_from(tmp_path, capsys):
     folder = tmp_path / "run"
     main([str(PUBLISHED), str(folder), "--recipe", str(ROOT / "recipes" / "quickstart.yaml"), *SHAPE])
@@ -51,8 +47,8 @@ def test_a_published_file_becomes_a_checkpoint_that_a_run_goes_on_from(tmp_path,
 
     tensors = tensors_of(folder)
     assert not any(t.any() for n, t in tensors.items() if n.startswith("optimizer."))
-    WRITERS["moco_v3"](open_weights(str(folder)), tmp_path / "back.pth.tar")
-    assert same_state_dict(tmp_path / "back.pth.tar", PUBLISHED)
+    page("moco_v3").write(open_weights(str(folder)), tmp_path / "back.pth.tar")
+    assert_same(state_dict(tmp_path / "back.pth.tar"), state_dict(PUBLISHED))
 
     command = [sys.executable, "-m", "engine.run", "recipes/quickstart.yaml", f"run.dir={folder}", *SHAPE]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -72,10 +68,10 @@ def test_a_published_file_becomes_a_checkpoint_that_a_run_goes_on_from(tmp_path,
 @pytest.mark.parametrize(("name", "ending"), [("safetensors", ".safetensors"), ("moco_v3", ".pth.tar")])
 def test_our_exports_come_back_bit_for_bit(name, ending, tmp_path):
     file = tmp_path / f"a{ending}"
-    WRITERS[name](read_weights(PUBLISHED), file)
+    page(name).write(read_weights(PUBLISHED), file)
     assert import_weights(file, recipe(tmp_path / "run"))["fresh"] == ["optimizer"]
-    WRITERS["moco_v3"](open_weights(str(tmp_path / "run")), tmp_path / "back.pth.tar")
-    assert same_state_dict(tmp_path / "back.pth.tar", PUBLISHED)
+    page("moco_v3").write(open_weights(str(tmp_path / "run")), tmp_path / "back.pth.tar")
+    assert_same(state_dict(tmp_path / "back.pth.tar"), state_dict(PUBLISHED))
 
 
 def trunk_file(form: str, file: Path) -> dict[str, torch.Tensor]:
@@ -127,7 +123,7 @@ def test_sine_positions_are_computed_anew_for_another_grid(tmp_path):
     for encoder in ("base", "momentum"):
         assert torch.equal(tensors[f"model.{encoder}.trunk.pos_embed"], sincos_position(6, 6, 48))
     images = torch.zeros(1, 3, 96, 96)
-    assert open_encoder(str(tmp_path / "run")).trunk(images).isfinite().all()
+    assert trunk_of(tmp_path / "run")(images).isfinite().all()
 
 
 def test_positions_of_the_same_grid_are_taken_from_the_file(tmp_path):

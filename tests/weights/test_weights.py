@@ -14,18 +14,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from engine.errors import UserError
-from engine.weights import tables
-from engine.weights.formats import fitting_architecture
-from engine.weights.opening import open_encoder, open_weights
-from engine.weights.proving import prove
-from engine.weights.reading import MARK, read_weights
-from engine.weights.weights import About, Weights, fill_trunk
-from engine.weights.writing import WRITERS, timm_arguments
+from engine.weights.export import fitting_architecture
+from engine.weights.formats import moco_v3, transformers
+from engine.weights.formats.table import page
+from engine.weights.formats.timm import create_arguments
+from engine.weights.names import TRUNK
+from engine.weights.opening import open_weights
+from engine.weights.prove import prove
+from engine.weights.read import read_weights
+from engine.weights.weights import MARK, About, Weights, fill_trunk
 from models.architecture import Architecture, by_shape, of_shapes, trunk_shapes, vit
 from models.moco import MoCo
+from tests.weights.files import GOLDEN, PUBLISHED, assert_same, state_dict, trunk_of, write
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-PUBLISHED = [GOLDEN / "I_vit_small_shape.pth.tar", GOLDEN / "I_vit_conv_small_shape.pth.tar"]
 TOLERANCE = 1e-5  # of the largest value
 
 
@@ -37,24 +38,6 @@ def expected(file: Path) -> dict[str, torch.Tensor]:
     return load_file(str(file).replace(".pth.tar", ".expected.safetensors"))
 
 
-def state_dict(file: Path) -> dict[str, torch.Tensor]:
-    return torch.load(file, weights_only=True)["state_dict"]
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    """Names, their order, types, and every bit."""
-    assert list(one) == list(other)
-    for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype and tensor.shape == other[name].shape, name
-        assert tensor.numpy().tobytes() == other[name].numpy().tobytes(), name
-
-
-def write(file: Path, name: str, source: Path, encoder: str = "base") -> Path:
-    weights = read_weights(source)
-    WRITERS[name](weights if name in ("moco_v3", "safetensors") else weights.trunk(encoder), file)
-    return file
-
-
 # ---- published files -------------------------------------------------------------------------------------------------
 
 
@@ -62,7 +45,7 @@ def write(file: Path, name: str, source: Path, encoder: str = "base") -> Path:
 def test_published_files_give_the_reference_s_features_and_projections(file):
     golden = expected(file)
     images = golden["images"].float()
-    assert difference(open_encoder(str(file)).trunk(images), golden["features"]) <= TOLERANCE
+    assert difference(trunk_of(file)(images), golden["features"]) <= TOLERANCE
 
     weights = open_weights(str(file))
     with torch.device("meta"):
@@ -72,7 +55,7 @@ def test_published_files_give_the_reference_s_features_and_projections(file):
         moco.eval()
         assert difference(moco.base(images)[1], golden["projection"]) <= TOLERANCE
         assert difference(moco.momentum(images)[1], golden["momentum_projection"]) <= TOLERANCE
-    assert difference(open_encoder(str(file), "momentum").trunk(images), golden["features"]) > 100 * TOLERANCE
+    assert difference(trunk_of(file, "momentum")(images), golden["features"]) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.name)
@@ -103,16 +86,13 @@ def test_the_deit_form_is_the_base_trunk_without_prefix_and_head(file, tmp_path)
     assert content.keys() == {"model", "model_args"}
     assert_same(content["model"], trunk)
     golden = expected(file)
-    assert (
-        difference(open_encoder(str(tmp_path / "deit.pth")).trunk(golden["images"].float()), golden["features"])
-        <= TOLERANCE
-    )
+    assert difference(trunk_of(tmp_path / "deit.pth")(golden["images"].float()), golden["features"]) <= TOLERANCE
 
     torch.save({"model": trunk}, tmp_path / "theirs.pth")  # as the reference's own script writes it
     assert open_weights(str(tmp_path / "theirs.pth")).about.architecture.arguments["heads"] == 12
     torch.save(trunk, tmp_path / "bare.pth")
     with pytest.raises(UserError, match="what network they are of"):
-        open_encoder(str(tmp_path / "bare.pth"))
+        trunk_of(tmp_path / "bare.pth")
 
 
 def test_a_file_s_own_model_args_decide_over_twelve_heads(tmp_path):
@@ -164,13 +144,13 @@ def test_complete_published_files_export_with_equal_features_and_round_trip(name
     source = open_weights(str(file))
     assert source.about.architecture.name == name
     out = write(tmp_path / "trunk.safetensors", format, file)
-    proof = prove(lambda: source, "base", format, out, source.about.architecture)
-    assert proof["max_feature_difference"] <= TOLERANCE
+    difference = prove(lambda: source, "base", format, out, source.about.architecture)
+    assert difference <= TOLERANCE
     if name == "resnet50":
         both = prove(
             lambda: source, "base", "timm", write(tmp_path / "timm.pt", "timm", file), source.about.architecture
         )
-        assert both["max_feature_difference"] <= TOLERANCE
+        assert both <= TOLERANCE
     ours = write(tmp_path / "ours.safetensors", "safetensors", file)
     assert_same(state_dict(write(tmp_path / "back.pth.tar", "moco_v3", ours)), state_dict(file))
 
@@ -178,7 +158,7 @@ def test_complete_published_files_export_with_equal_features_and_round_trip(name
 @pytest.mark.parametrize("name", ["vit_small", "vit_base", "vit_conv_small", "vit_conv_base", "resnet50"])
 def test_every_published_name_has_its_place(name):
     shapes = json.loads((GOLDEN / "J_published_names.json").read_text())[name]
-    form = tables.REFERENCE_RESNET if name == "resnet50" else tables.REFERENCE_VIT
+    form = moco_v3.RESNET if name == "resnet50" else moco_v3.VIT
     ours = {form.ours(n): torch.Size(shape) for n, shape in shapes.items()}
     assert [form.theirs(n) for n in ours] == [(n,) for n in shapes]
     trunk = {n.removeprefix("base.trunk."): s for n, s in ours.items() if n.startswith("base.trunk.")}
@@ -190,10 +170,10 @@ def test_every_published_name_has_its_place(name):
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", [tables.REFERENCE_VIT, tables.REFERENCE_RESNET, tables.TRANSFORMERS, tables.TRUNK])
+@pytest.mark.parametrize("form", [moco_v3.VIT, moco_v3.RESNET, transformers.VIT, TRUNK])
 def test_renaming_there_and_back_is_the_identity(form):
     names = [f"base.trunk.{n}" for n in trunk_shapes(vit(28, 7, 96, 12, 4, False))]
-    if form in (tables.REFERENCE_VIT, tables.REFERENCE_RESNET):
+    if form in (moco_v3.VIT, moco_v3.RESNET):
         names += [n.replace("base.", "momentum.") for n in names] + ["base.projector.0.weight", "predictor.1.bias"]
     theirs = [other for name in names for other in form.theirs(name)]
     assert len(set(theirs)) == len(theirs)
@@ -203,8 +183,8 @@ def test_renaming_there_and_back_is_the_identity(form):
 def test_timm_s_small_vit_is_not_ours():
     """The classic trap: the name is the same, the number of heads is not."""
     architecture = vit(224, 16, 384, 12, 12, False)
-    assert timm_arguments(architecture)[0] == "vit_small_patch16_224"
-    assert timm_arguments(architecture)[1]["num_heads"] == 12
+    assert create_arguments(architecture)[0] == "vit_small_patch16_224"
+    assert create_arguments(architecture)[1]["num_heads"] == 12
     theirs = by_shape(Architecture("timm", {"name": "vit_small_patch16_224", "image_size": 224}))
     assert theirs.arguments["heads"] == 6
     assert theirs.differs_from(architecture) == "its trunk has heads 6, not 12"
@@ -225,7 +205,7 @@ def test_the_proof_sees_another_number_of_heads_and_another_order_of_positions(t
         Weights(About(**wrong_heads), source.shapes, source.read, "heads"),
         Weights(about, source.shapes, read, "positions"),
     ):
-        WRITERS["timm"](wrong.trunk("base"), tmp_path / "wrong.safetensors")
+        page("timm").write(wrong.trunk("base"), tmp_path / "wrong.safetensors")
         with pytest.raises(Exception, match="has other features than its source"):
             prove(lambda: source, "base", "timm", tmp_path / "wrong.safetensors", about.architecture)
 
@@ -368,7 +348,7 @@ def test_unsafe_files_are_one_line_errors(kind, tmp_path, capsys):
     file = tmp_path / "weights.pth"
     write_hostile(kind, file)
     with pytest.raises(UserError) as caught:
-        open_encoder(str(file))
+        trunk_of(file)
     assert "\n" not in str(caught.value) and "weights.pth" in str(caught.value)
     assert "this ran" not in capsys.readouterr().out
     if "pickle" in kind:

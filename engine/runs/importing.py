@@ -1,0 +1,79 @@
+"""Imported weights: a checkpoint of step 0, from which pre-training goes on."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint.layout import checkpoint_folders
+from engine.checkpoint.save import save
+from engine.distributed.world import process_group
+from engine.errors import UserError
+from engine.logger import note
+from engine.recipe.identity import fingerprint
+from engine.recipe.load import Pretrain, dump, shape
+from engine.runs.pretrain import build_state, make_networks, make_schedule
+from engine.training.optim import local
+from engine.weights.adopt import adopt
+from engine.weights.opening import open_weights
+from engine.weights.weights import Weights
+from models.architecture import of_name
+
+OF_TRUNK = ("base.projector", "momentum.trunk", "momentum.projector", "predictor")  # what a trunk alone lacks
+
+
+def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -> dict[str, Any]:
+    """Save step 0 of `recipe.run.dir` with the weights of `file`; what the file lacks starts as in a fresh run.
+
+    interpolate: resize learned position embeddings of another grid.
+    Returns {"checkpoint", "fresh"}: its path, and the names of the parts that the file did not have. Raises UserError.
+    """
+    checkpoints = Path(recipe.run.dir) / "checkpoints"
+    if checkpoint_folders(checkpoints):
+        raise UserError(f"RUN_DIR ({recipe.run.dir}) must hold no checkpoint yet; pass another folder")
+    source = open_weights(str(file))
+    weights = _fitted(source, recipe, interpolate)
+    # One process needs no replicas; what it saves loads into any sharding.
+    alone = dataclasses.replace(recipe.parallel, shard="full", replicate=1, compile=False)
+    with process_group() as world:
+        schedule = make_schedule(recipe, images=recipe.train.global_batch_size)
+        state = build_state(dataclasses.replace(recipe, parallel=alone), make_networks(recipe), world, schedule)
+        tensors = state.tensors()
+        _fill(tensors, weights)
+        fresh, copied = ["optimizer"], ""
+        if not weights.is_whole:
+            fresh, copied = [*OF_TRUNK, "optimizer"], "; the momentum trunk is a copy of the base trunk"
+        note(f"fresh: {', '.join(fresh)}{copied}")
+        saved = {"step": 0, "recipe": dump(recipe), "data": None, "bad_images": 0}
+        saved["licence"] = source.about and source.about.licence
+        path = save(checkpoints, 0, tensors, saved, recipe_sha256=fingerprint(recipe), group=world.host_group)
+    return {"checkpoint": str(path), "fresh": fresh}
+
+
+def _fitted(source: Weights, recipe: Pretrain, interpolate: bool) -> Weights:
+    """The weights for the recipe's network, after saying what is not taken over and what is taken for granted."""
+    model = recipe.model
+    architecture = of_name(model.name, model.image_size, shape(model))
+    weights = adopt(source, architecture, (model.projector_hidden_dim, model.output_dim), interpolate=interpolate)
+    for line in source.notes:
+        note(line)
+    if source.about is None and architecture.kind == "vit":
+        count = architecture.arguments["heads"]
+        note(
+            f"{source.origin} does not say how many heads its attention has; {count} are taken, as the recipe's "
+            "model.heads"
+        )
+    return weights
+
+
+@torch.no_grad()
+def _fill(tensors: dict[str, Tensor], weights: Weights) -> None:
+    """Both encoders start from the trunk where there is one alone."""
+    for name, value in weights.read(list(weights.shapes)):
+        if not value.isfinite().all():
+            raise UserError(f"weights ({weights.origin}) must be finite; {name} is not: use another file")
+        copies = [name] if weights.is_whole else [name, name.replace("base.", "momentum.", 1)]
+        for copy in copies:
+            local(tensors[f"model.{copy}"]).copy_(value)

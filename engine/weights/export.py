@@ -1,0 +1,188 @@
+"""Export: check, write under a temporary name, prove, rename. OUT appears whole and proven or not at all."""
+
+import concurrent.futures
+import dataclasses
+import importlib.util
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from engine.errors import RunFailed, UserError, one_line
+from engine.files import draft, publish, sync
+from engine.logger import note
+from engine.weights.card import model_card
+from engine.weights.formats.table import NAMES, page
+from engine.weights.prove import prove
+from engine.weights.weights import EncoderName, Head, Weights
+from models.architecture import Architecture, by_shape
+
+KINDS = {"vit": "a plain ViT", "resnet": "a ResNet", "timm": "a timm model"}
+
+
+def export(
+    open_source: Callable[[], Weights],
+    out: Path,
+    name: str,
+    *,
+    encoder: EncoderName | None = None,
+    force: bool = False,
+    command: str = "",
+) -> dict[str, Any]:
+    """Write the weights that `open_source` opens to `out` in the format `name`.
+
+    open_source: picklable, for the proof runs in a process of its own. command: for the model card.
+    Returns {"files", "max_feature_difference"}: paths, and the largest difference over the largest feature.
+    Raises UserError before any work where the request cannot be met; RunFailed where the proof fails, and `out` is as
+    it was.
+    """
+    check_out(out, name, force)
+    source, trunk = open_source(), encoder or "base"
+    for line in source.notes:
+        note(line)
+    architecture = fitting_architecture(source, name, encoder)
+    about = dataclasses.replace(source.known(), architecture=architecture)
+    weights = dataclasses.replace(source if page(name).whole else source.trunk(trunk), about=about)
+    with _folder_beside(out) as folder:
+        target = folder / out.name
+        _write(weights, target, name, card=partial(model_card, about, name, trunk, command))
+        difference = _in_own_process(prove, open_source, trunk, name, target, architecture)
+        note(f"proof: the largest difference of features is {difference:.1e} of the largest feature")
+        files = _publish(folder, out, force)
+    return {"files": files, "max_feature_difference": difference}
+
+
+def export_classifier(weights: Weights, head: Head, out: Path) -> None:
+    """Write the folder OUT so that `timm.create_model('local-dir:OUT', pretrained=True)` gives the same logits.
+
+    weights: of one trunk. The folder appears whole and proven; an old one goes.
+    Raises UserError where timm has no such network; RunFailed where it has another one under its name, or where the
+    folder could not be written.
+    """
+    architecture = weights.known().architecture
+    if architecture.has_conv_stem:
+        raise UserError("timm has no ViT with a conv stem")
+    weights = dataclasses.replace(weights, head=head)
+    with _folder_beside(out) as folder:
+        target = folder / out.name
+        _write(weights, target, "timm")
+        prove(lambda: weights, "base", "timm", target, architecture)
+        _publish(folder, out, force=True)
+
+
+# ---- what can be exported to what ------------------------------------------------------------------------------------
+
+
+def check_out(out: Path, name: str, force: bool) -> None:
+    """Raises UserError where OUT cannot be written in this format, a library is missing, or something is there."""
+    form = page(name)
+    if is_file(out) and not out.name.endswith(form.endings):
+        kinds = ", ".join(form.endings) or "no single file"
+        raise UserError(f"OUT ({out}) must end in {kinds} for --format {name}, or be a folder; change its name")
+    if out.exists() and not force:
+        raise UserError(f"OUT ({out}) must not exist; pass another name, or --force to replace it")
+    if out.exists() and out.is_dir() == is_file(out):
+        raise UserError(f"OUT ({out}) must not be a {'folder' if out.is_dir() else 'file'}; pass another name")
+    if not out.resolve().parent.is_dir():
+        raise UserError(f"OUT ({out}) must lie in a folder that exists; make {out.resolve().parent}")
+    missing = [library for library in form.libraries if importlib.util.find_spec(library) is None]
+    if missing:
+        raise UserError(f"--format ({name}) must have {', '.join(missing)} installed; do `pip install -e '.[export]'`")
+
+
+def is_file(out: Path) -> bool:
+    return any(out.name.endswith(page(name).endings) for name in NAMES)
+
+
+def fitting_architecture(weights: Weights, name: str, encoder: str | None) -> Architecture:
+    """The trunk as the format takes it. Raises UserError where these weights have no place in it."""
+    form = page(name)
+    if form.whole and encoder == "momentum":
+        raise UserError(f"--encoder (momentum) must be left out for --format {name}, which holds both encoders")
+    if form.whole and not weights.is_whole:
+        raise UserError(
+            f"--format ({name}) must get both encoders and their heads; {weights.origin} holds one trunk alone"
+        )
+    architecture = by_shape(weights.known().architecture) if form.by_shape else weights.known().architecture
+    if architecture.kind not in form.kinds:
+        fitting = " or ".join(KINDS[kind] for kind in form.kinds)
+        raise UserError(f"--format ({name}) must get {fitting}; the trunk is {architecture.name}")
+    if architecture.has_conv_stem and not form.conv_stem:
+        able = [other for other in NAMES if page(other).conv_stem]
+        raise UserError(
+            f"--format ({name}) must get a ViT without conv stem, which {name} cannot represent; "
+            f"use {', '.join(able[:-1])} or {able[-1]}"
+        )
+    return architecture
+
+
+# ---- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+def _write(weights: Weights, target: Path, name: str, card: Callable[[], str] | None = None) -> None:
+    """The weights in one file; in a folder, what the format and the model card say beside it."""
+    form, file = page(name), target
+    try:
+        if not is_file(target):
+            target.mkdir()
+            file = target / form.file
+            form.config(weights, target)
+            if card is not None:
+                (target / "README.md").write_text(card(), encoding="utf-8")
+        form.write(weights, file)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a full disk
+        raise RunFailed(f"{target.name} could not be written ({one_line(error)[:300]}); nothing was left") from error
+
+
+def _in_own_process(function: Callable, *arguments: Any) -> Any:
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise RunFailed("the proof was killed, most likely for want of memory; nothing was written") from None
+
+
+@contextmanager
+def _folder_beside(out: Path) -> Iterator[Path]:
+    """A folder for what becomes OUT (and OUT.data), gone at the end whatever happens."""
+    with draft(out) as folder:
+        try:
+            folder.mkdir()
+        except OSError as error:
+            raise UserError(
+                f"OUT ({out}) must lie in a folder that can be written: {error.strerror}; pass another"
+            ) from None
+        yield folder
+
+
+def _publish(folder: Path, out: Path, force: bool) -> list[str]:
+    """Move what is in the folder to its place, the file that OUT names last."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
+            sync(path)
+    names = sorted((path.name for path in folder.iterdir()), key=lambda name: name == out.name)
+    for name in names:
+        final = out.parent / name
+        if final.exists():
+            if not force:
+                raise UserError(f"OUT ({final}) must not exist; pass another name, or --force to replace it")
+            if final.is_dir():
+                final.replace(folder / f"replaced-{name}")
+        publish(folder / name, final)
+    if out.is_dir():
+        return sorted(str(path) for path in out.iterdir())
+    return [str(out.parent / name) for name in names]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,37 @@
+"""deit: the form that DeiT's scripts fine-tune from, with `model_args` beside it."""
+
+from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from engine.weights.format import PICKLES, Format, collect
+from engine.weights.names import TRUNK
+from engine.weights.weights import Weights
+from models.architecture import Architecture
+
+
+def write(weights: Weights, file: Path) -> None:
+    torch.save({"model": collect(weights, TRUNK), "model_args": weights.known().architecture.model_args()}, file)
+
+
+def features(path: Path, architecture: Architecture, images: Tensor) -> Tensor | None:
+    """DeiT's networks are timm's; a conv stem is ours alone."""
+    if architecture.has_conv_stem:
+        return None
+    content = torch.load(FORMAT.file_in(path), weights_only=True)
+    model = VisionTransformer(**content["model_args"], num_classes=0)
+    model.load_state_dict(content["model"], strict=True)
+    return model.eval()(images)
+
+
+FORMAT = Format(
+    file="model.pt",
+    endings=PICKLES,
+    write=write,
+    features=features,
+    names=(TRUNK,),
+    kinds=("vit",),
+    use="import torch\n\ntrunk = torch.load('PATH/model.pt', weights_only=True)['model']",
+)

@@ -1,0 +1,49 @@
+"""moco_v3: the reference's checkpoint, with `model_args` beside its own entries."""
+
+from pathlib import Path
+
+import torch
+
+from engine.weights.format import PICKLES, Format, collect
+from engine.weights.names import Form
+from engine.weights.weights import Weights
+
+
+def _form(sign: str, head: str) -> Form:
+    """The reference hangs the projector into the encoder in its classifier's place, `head`."""
+    rows = (
+        ("base.projector.", (f"module.base_encoder.{head}.",)),
+        ("base.trunk.", ("module.base_encoder.",)),
+        ("momentum.projector.", (f"module.momentum_encoder.{head}.",)),
+        ("momentum.trunk.", ("module.momentum_encoder.",)),
+        ("predictor.", ("module.predictor.",)),
+    )
+    return Form(sign, rows)
+
+
+VIT = _form("module.base_encoder.", head="head")
+RESNET = _form("module.base_encoder.conv1.weight", head="fc")
+
+
+def write(weights: Weights, file: Path) -> None:
+    about = weights.known()
+    content = {
+        "epoch": about.epoch,
+        "arch": about.arch or about.architecture.name,
+        "state_dict": collect(weights, VIT if about.architecture.kind == "vit" else RESNET),
+        "optimizer": None,
+        "scaler": None,
+        "model_args": about.architecture.model_args(),
+    }
+    torch.save(content, file)
+
+
+FORMAT = Format(
+    file="checkpoint.pth.tar",
+    endings=PICKLES,
+    write=write,
+    names=(VIT, RESNET),
+    whole=True,
+    kinds=("vit", "resnet"),
+    use="import torch\n\nstate_dict = torch.load('PATH/checkpoint.pth.tar', weights_only=True)['state_dict']",
+)

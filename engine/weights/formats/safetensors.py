@@ -1,0 +1,26 @@
+"""safetensors: all of base, momentum and heads under our names, in the types that they have."""
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from engine.weights.format import SAFETENSORS, Format, collect, metadata
+from engine.weights.names import Form
+from engine.weights.weights import Weights
+
+OURS = Form(sign="base.trunk.", rows=(("", ("",)),))
+
+
+def write(weights: Weights, file: Path) -> None:
+    save_file(collect(weights, OURS, keep_dtype=True), file, metadata=metadata(weights))
+
+
+FORMAT = Format(
+    file="model.safetensors",
+    endings=SAFETENSORS,
+    write=write,
+    names=(OURS,),
+    whole=True,
+    by_shape=False,
+    use="from safetensors.torch import load_file\n\ntensors = load_file('PATH/model.safetensors')",
+)

@@ -1,0 +1,39 @@
+"""Files of weights to test with, and what is done with all of them."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine.weights.formats.table import page
+from engine.weights.opening import open_trunk
+from engine.weights.read import read_weights
+from engine.weights.weights import EncoderName, fill_trunk
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+PUBLISHED = [GOLDEN / "I_vit_small_shape.pth.tar", GOLDEN / "I_vit_conv_small_shape.pth.tar"]
+
+
+def trunk_of(checkpoint: Path, encoder: EncoderName = "base") -> nn.Module:
+    return fill_trunk(open_trunk(str(checkpoint), encoder))
+
+
+def write(file: Path, name: str, source: Path, encoder: EncoderName = "base") -> Path:
+    """The weights of a file in another format, without proof."""
+    weights = read_weights(source)
+    page(name).write(weights if page(name).whole else weights.trunk(encoder), file)
+    return file
+
+
+def state_dict(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, weights_only=True)["state_dict"]
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Names, their order, types, and every bit."""
+    assert list(one) == list(other)
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert tensor.shape == other[name].shape, name
+        assert tensor.numpy().tobytes() == other[name].numpy().tobytes(), name
