@@ -2,6 +2,7 @@
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def save(
         _check_json(state)
     contents = {name: entry(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     _check_same(contents, group)
+    content, draft = Manifest(step, size(group), recipe_sha256, {}, contents, state), None
     with ExitStack() as held:
-        draft = None
         try:
             with agreement(group):
                 if rank(group) == 0:
@@ -54,12 +55,7 @@ def save(
                     draft = _begin(final, recipe_sha256)
             draft = share(draft, group)
             if draft is not None:
-                dcp.write(draft, tensors, group)
-                files = _checksums(draft, group)
-                with agreement(group):
-                    if rank(group) == 0:
-                        write_manifest(draft, Manifest(step, size(group), recipe_sha256, files, contents, state))
-                        publish(draft, final)
+                _write(draft, final, tensors, content, group)
         except UserError as error:
             if draft is not None and rank(group) == 0:
                 _discard(draft)
@@ -110,6 +106,17 @@ def _begin(final: Path, recipe_sha256: str) -> Path | None:
     draft = aside(final, "tmp")
     draft.mkdir()
     return draft
+
+
+def _write(
+    draft: Path, final: Path, tensors: dict[str, torch.Tensor], content: Manifest, group: dist.ProcessGroup | None
+) -> None:
+    dcp.write(draft, tensors, group)
+    files = _checksums(draft, group)
+    with agreement(group):
+        if rank(group) == 0:
+            write_manifest(draft, replace(content, files=files))
+            publish(draft, final)
 
 
 def _checksums(draft: Path, group: dist.ProcessGroup | None) -> dict[str, dict]:
