@@ -27,7 +27,9 @@ from engine.data.bad_images import Bad
 from engine.data.decode import CenterCrop, Crops
 from engine.data.order import REPEAT, Order
 from engine.data.source import Source
+from engine.distributed.launcher import local_ranks
 from engine.errors import UserError
+from engine.torch_internals import end_workers
 
 _PREFETCH = 2  # batches that each worker has under way or waiting
 _NEIGHBOURS = 100  # how far to look for an image in place of an unreadable one
@@ -212,7 +214,7 @@ def _unwrapped(items: Iterator, workers: int) -> Iterator:
         if workers:
             # Else a traceback that still refers to `items` keeps the workers, and torch's handler of dead children goes
             # on raising wherever the process then is.
-            items._shutdown_workers()
+            end_workers(items)
 
 
 def _start_worker(parent: int, _worker: int) -> None:
@@ -242,7 +244,7 @@ def _check_shared_memory(workers: int, batch_bytes: int) -> None:
     if not workers or not os.path.isdir(_SHARED_MEMORY):
         return
     free, needed = shutil.disk_usage(_SHARED_MEMORY).free, _PREFETCH * workers * batch_bytes
-    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # all ranks of the node do the same at the same time
+    needed *= local_ranks()  # all ranks of the node do the same at the same time
     if needed > free:
         raise UserError(
             f"data.workers ({workers}) must need no more of {_SHARED_MEMORY} than is free: {needed / 2**20:.0f} of "
