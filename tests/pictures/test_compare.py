@@ -83,6 +83,8 @@ def test_seeds_are_merged_and_other_recipes_are_not(tmp_path):
         make_run(tmp_path / "base-2", "run.seed=2", steps=50, add=0.2),
         make_run(tmp_path / "cold", "moco.temperature=0.1"),
     ]
+    former = runs[1] / "recipe.yaml"  # of a version whose recipes had no number
+    former.write_text(former.read_text().replace("schema: 2\n", ""))
     seeds, cold = by_recipe(read_runs(runs))
     assert (seeds.name, len(seeds.runs)) == ("base (3 seeds)", 3)
     assert (cold.name, len(cold.runs)) == ("cold", 1)
