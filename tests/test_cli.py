@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -11,8 +12,8 @@ from engine.cli import (
     add_images,
     decoding_workers,
     given_source,
+    image_roots,
     result,
-    source_kind,
 )
 from engine.errors import UserError
 
@@ -23,22 +24,29 @@ def parsed(*arguments: str):
     return parser.parse_args(arguments)
 
 
+def kind(*arguments: str, at: Path) -> str:
+    (root,) = image_roots(parsed("--data", str(at), *arguments), "--data")
+    assert root.key == "--data"
+    assert root.path == at
+    return root.kind
+
+
 def test_a_source_is_given_or_implied_or_guessed(tmp_path):
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars/a.tar").touch()
-    assert [source_kind(parsed(), str(tmp_path / name)) for name in ("tars", "tars/a.tar", "")] == ["shards"] * 2 + [
-        "folder"
-    ]
-    assert source_kind(parsed("--source", "folder"), str(tmp_path / "tars")) == "folder"
-    assert source_kind(parsed("--dataset", "CIFAR10"), str(tmp_path / "tars")) == "torchvision"
-    assert given_source(parsed()) is None and given_source(parsed("--source", "torchvision")) == "torchvision"
+    assert kind(at=tmp_path) == "folder"
+    assert kind(at=tmp_path / "tars") == kind(at=tmp_path / "tars/a.tar") == "shards"
+    assert kind("--source", "folder", at=tmp_path / "tars") == "folder"
+    assert kind("--dataset", "CIFAR10", at=tmp_path / "tars") == "torchvision"
+    assert given_source(parsed()) is None
+    assert given_source(parsed("--source", "torchvision")) == "torchvision"
 
 
-def test_a_dataset_goes_with_torchvision_alone():
+def test_a_dataset_goes_with_torchvision_alone(tmp_path):
     with pytest.raises(UserError, match=r"^--dataset \(CIFAR10\) must be left out for --source folder$"):
         given_source(parsed("--dataset", "CIFAR10", "--source", "folder"))
     with pytest.raises(UserError, match=r"^--dataset \(missing\) must be a class of torchvision.datasets; pass it"):
-        source_kind(parsed("--source", "torchvision"), "root")
+        kind("--source", "torchvision", at=tmp_path)
 
 
 def test_workers_are_what_is_given_or_the_cores_that_ranks_leave(monkeypatch):

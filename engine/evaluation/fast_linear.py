@@ -85,9 +85,11 @@ def train_group(
     return [Score(c, *_score(w, val)) for c, w in zip(group, weight_LCE, strict=True)]
 
 
-def best(scores: Sequence[Score]) -> Score:
-    """The highest top-1; of equals the higher top-5, then the first."""
-    return max(scores, key=lambda score: (score.top1, score.top5))
+def best(scores: Sequence[Score]) -> dict[str, float]:
+    """{"top1", "top5", "learning_rate", "weight_decay"} of the highest top-1; of equals the higher top-5, then the
+    first."""
+    top = max(scores, key=lambda score: (score.top1, score.top5))
+    return {"top1": top.top1, "top5": top.top5, **top.candidate._asdict()}
 
 
 def table(scores: Sequence[Score]) -> str:

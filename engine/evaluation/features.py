@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.data import bad_images
-from engine.data.decode import CenterCrop
 from engine.data.loader import EvalBatch, eval_batches
 from engine.data.source import Source
 from engine.distributed.agreement import gather
@@ -83,8 +82,7 @@ def batches_for(
 ) -> Iterator[EvalBatch]:
     """The images `ids` in the form that the subject takes. Unreadable ones are left out, and said: `consequence` is
     what follows. batches: as many, empty ones at the end."""
-    crop = CenterCrop(subject.image_size, subject.crop_fraction, subject.interpolation)
-    for batch in eval_batches(source, ids, crop, batch_size=BATCH, workers=workers, batches=batches):
+    for batch in eval_batches(source, ids, subject.crop, batch_size=BATCH, workers=workers, batches=batches):
         bad_images.report(batch.bad, consequence)
         yield batch
 

@@ -1,9 +1,14 @@
-"""A frozen network measured on images: features taken over all ranks, then kNN, RankMe or many linear classifiers."""
+"""A CHECKPOINT measured on images by all ranks together: features, then kNN, RankMe or many linear classifiers.
+
+Images are opened before the network, for their mistakes cost the least. `workers`: processes per rank that decode.
+What is raised is raised on every rank: UserError for images and CHECKPOINT, RunFailed for features (`features`).
+"""
 
 from collections.abc import Sequence
+from typing import Unpack
 
-from engine.data.source import Source
-from engine.data.splits import Splits
+from engine.data.source import Root
+from engine.data.splits import open_labelled, open_unlabelled
 from engine.distributed.agreement import gather
 from engine.distributed.world import World
 from engine.evaluation import fast_linear
@@ -11,40 +16,56 @@ from engine.evaluation.fast_linear import Score
 from engine.evaluation.features import features, progress
 from engine.evaluation.knn import accuracy, check_k, classify, gather_rows
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
-from engine.evaluation.subject import Subject
+from engine.evaluation.subject import Choice, open_subject_together
 
 
 def measure_knn(
-    subject: Subject, sources: Splits, ks: Sequence[int], world: World, workers: int
+    checkpoint: str, train: Root, val: Root, ks: Sequence[int], world: World, workers: int, **choice: Unpack[Choice]
 ) -> list[dict[str, float | int]]:
     """{"top1", "top5", "k"} for each k: the share of val that the k nearest images of train classify rightly.
 
     The bank stays spread over the ranks. Raises UserError for a k that the bank has not, before any computing.
     """
+    splits = open_labelled(train, val, world)
+    subject = open_subject_together(checkpoint, world, **choice)
     for k in ks:
-        check_k(k, len(sources.train), "--k")
-    bank = features(subject, sources.train, "train", world, workers)
-    query = gather_rows(features(subject, sources.val, "val", world, workers).to(world.device), world.group)
-    classes = len(sources.train.classes)
+        check_k(k, len(splits.train), "--k")
+    bank = features(subject, splits.train, "train", world, workers)
+    query = gather_rows(features(subject, splits.val, "val", world, workers).to(world.device), world.group)
+    classes = len(splits.train.classes)
     predictions = classify(bank, query.feature_ND, classes=classes, ks=ks, group=world.group, k_name="--k")
     return [{**accuracy(predictions[k], query.label_N), "k": k} for k in ks]
 
 
-def measure_rankme(subject: Subject, source: Source, world: World, workers: int) -> float:
+def knn_table(results: Sequence[dict[str, float | int]]) -> str:
+    """What `measure_knn` found, in per cent, a row for each k."""
+    rows = [f"{r['k']:>6} {100 * r['top1']:>7.2f} {100 * r['top5']:>7.2f}" for r in results]
+    return "\n".join(["     k   top-1   top-5", *rows])
+
+
+def measure_rankme(checkpoint: str, data: Root, world: World, workers: int, **choice: Unpack[Choice]) -> float:
     """The effective rank of the features, to three decimals: more would depend on the number of ranks."""
+    source = open_unlabelled(data, world)
+    subject = open_subject_together(checkpoint, world, **choice)
     found = features(subject, source, "data", world, workers).to(world.device)
     return round(rankme_from_gram(feature_gram(found.feature_ND, world.group)), 3)
 
 
-def measure_fast_linear(subject: Subject, sources: Splits, world: World, workers: int) -> list[Score]:
+def measure_fast_linear(
+    checkpoint: str, train: Root, val: Root, world: World, workers: int, **choice: Unpack[Choice]
+) -> list[Score]:
     """Every candidate's score, in the order of `fast_linear.candidates`, equal on all ranks."""
-    train = gather_rows(features(subject, sources.train, "train", world, workers), world.group)
-    val = gather_rows(features(subject, sources.val, "val", world, workers), world.group)
-    standard = fast_linear.standardise(train.feature_ND, val.feature_ND)
-    train, val = (rows._replace(feature_ND=x).to(world.device) for rows, x in zip((train, val), standard, strict=True))
-    mine, classes = [], len(sources.train.classes)
+    splits = open_labelled(train, val, world)
+    subject = open_subject_together(checkpoint, world, **choice)
+    sides = [
+        gather_rows(features(subject, source, name, world, workers), world.group)
+        for name, source in splits._asdict().items()
+    ]
+    standard = fast_linear.standardise(*(rows.feature_ND for rows in sides))
+    sides = [rows._replace(feature_ND=x).to(world.device) for rows, x in zip(sides, standard, strict=True)]
+    mine = []
     groups = fast_linear.groups_of_rank(world.rank, world.size)
     for group in progress(groups, len(groups), "linear classifiers", "group", world):
-        mine += fast_linear.train_group(group, train, val, classes=classes)
+        mine += fast_linear.train_group(group, *sides, classes=len(splits.train.classes))
     scores = {score.candidate: score for part in gather(mine, world.host_group) for score in part}
     return [scores[candidate] for candidate in fast_linear.candidates()]

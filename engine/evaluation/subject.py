@@ -9,6 +9,7 @@ from typing import Literal, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
+from engine.data.decode import CenterCrop
 from engine.distributed.world import World, in_turn
 from engine.evaluation.readout import readout
 from engine.recipe.sections import Interpolation
@@ -31,6 +32,10 @@ class Subject:
     crop_fraction: float
     interpolation: Interpolation = "bilinear"
     dtype: torch.dtype = torch.float32
+
+    @property
+    def crop(self) -> CenterCrop:
+        return CenterCrop(self.image_size, self.crop_fraction, self.interpolation)
 
     def normalised(self, image_B3SS: Tensor, device: torch.device | str) -> Tensor:
         """Pixels from 0 to 255 as the network takes them: (pixels / 255 - mean) / std in `dtype` on the device."""

@@ -10,8 +10,6 @@ from engine.data.philox import AUGMENT, CROP, ORDER, SUBSET, random_bits
 from engine.data.source import Root, Source
 from engine.data.sources import align_labels, open_source
 from engine.data.subset import Subset, take_labels
-from engine.errors import UserError
-from engine.evaluate import read_share
 from tests.data.images import fill, shades
 
 
@@ -84,7 +82,7 @@ def test_a_small_class_gives_all_it_has_and_no_other_makes_up_for_it():
 
 
 def test_all_labels_are_the_source_itself(tmp_path):
-    assert take_labels(EVEN, 1, 0) is EVEN is take_labels(EVEN, read_share("100%", "k"), 0)
+    assert take_labels(EVEN, 1, 0) is EVEN is take_labels(EVEN, 1.0, 0)
 
 
 def test_the_choice_is_of_seed_and_image_number_alone():
@@ -131,43 +129,3 @@ def test_a_smaller_share_lies_within_a_larger_one(labels, shares, seed):
         if share < 1:
             wanted = max(1, round(share * len(labels) / 5))
             assert per_class(subset) == [min(wanted, labels.count(c)) for c in range(5)]
-
-
-@pytest.mark.parametrize(
-    ("text", "share"),
-    [("1%", 0.01), ("10%", 0.1), ("0.1%", 0.001), ("100%", 1), ("100.0%", 1), (".5%", 0.005), ("7.%", 0.07)],
-)
-def test_percentages(text, share):
-    assert read_share(text, "k") == share
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "%", "1", "0.1", "0%", "0.0%", "101%", "100.1%", "-1%", "+1%", "nan%", "inf%", "1e400%", "1e0%", "1%%"),
-        *(" 1%", "1%\n", "1 %", "1_0%", ".%", "1,5%", "\u0661%", "1\uff05", "ten%"),
-        *("9" * 5000 + "%", "0." + "0" * 400 + "1%"),
-    ],
-)
-def test_what_is_no_percentage_is_one_line(text):
-    with pytest.raises(UserError) as error:
-        read_share(text, "data.labels")
-    assert str(error.value).startswith("data.labels (") and "\n" not in str(error.value)
-    assert str(error.value).endswith(") must be a percentage above 0% and up to 100%, as 1%; pass data.labels=1%")
-
-
-@given(st.text(max_size=12) | st.from_regex(r"[0-9.+e-]{0,8}%", fullmatch=True))
-@settings(max_examples=200, deadline=None)
-def test_any_text_is_a_share_or_one_line(text):
-    try:
-        share = read_share(text, "k")
-    except UserError as error:
-        assert len(str(error).splitlines()) == 1
-    else:
-        assert 0 < share <= 1 and share == float(text[:-1]) / 100
-
-
-@given(st.floats(1e-6, 100).map(lambda x: round(x, 6)))
-@settings(max_examples=100, deadline=None)
-def test_any_percentage_up_to_a_hundred_is_read(value):
-    assert read_share(f"{value:f}%", "k") == float(f"{value:f}") / 100

@@ -171,7 +171,8 @@ def test_rank_slices_are_the_batches_of_one_process(count, world, batch_size):
         parts = ids.split(batch_size) if len(ids) else []
         assert len(parts) <= batches
         dealt.update({rank + world * j: part.tolist() for j, part in enumerate(parts)})
-    assert len(passes) == 1 and passes.pop() == math.ceil(len(everything) / world)
+    assert len(passes) == 1
+    assert passes.pop() == math.ceil(len(everything) / world)
     assert [dealt[j] for j in sorted(dealt)] == [part.tolist() for part in everything]
 
 
@@ -191,7 +192,8 @@ def test_extraction_is_eval_mode_of_normalised_pixels_and_restores_the_trunk():
     assert all(torch.equal(part[2], labels[part[1]]) for part in parts)
     whole = trunk.eval()((images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)).detach()
     for features, ids, _ in parts:
-        assert not features.requires_grad and features.dtype == torch.float32
+        assert not features.requires_grad
+        assert features.dtype == torch.float32
         torch.testing.assert_close(features, whole[ids], rtol=1e-5, atol=1e-6)
 
 

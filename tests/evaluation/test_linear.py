@@ -81,7 +81,8 @@ def test_golden_trace_through_the_real_step():
 
 def test_the_classifier_starts_from_the_papers_distribution():
     probe = LinearProbe(500, 400, peak_lr=1, epochs=1, steps_per_epoch=1, seed=3)
-    assert probe.weight_CD.std().item() == pytest.approx(0.01, rel=0.01) and not probe.bias_C.any()
+    assert probe.weight_CD.std().item() == pytest.approx(0.01, rel=0.01)
+    assert not probe.bias_C.any()
     other = LinearProbe(500, 400, peak_lr=1, epochs=1, steps_per_epoch=1, seed=4)
     assert not torch.equal(probe.weight_CD, other.weight_CD)
 
@@ -91,7 +92,8 @@ def test_recipes_say_what_the_paper_says():
         recipe = load(ROOT / f"recipes/{name}.yaml", kind=Linear)
         assert (recipe.optimizer.base_lr, recipe.train.global_batch_size, recipe.train.epochs) == (lr, 1024, 90)
         assert (recipe.augment.crop_min, recipe.augment.flip_probability) == (0.08, 0.5)
-        assert recipe.evaluate.crop_fraction == 224 / 256 and recipe.train.max_steps is None
+        assert recipe.evaluate.crop_fraction == 224 / 256
+        assert recipe.train.max_steps is None
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -143,7 +145,8 @@ def test_the_result_is_the_best_epochs(finished):
     assert result == {"top1": best["linear_top1"], "top5": best["linear_top5"], "learning_rate": 0.5 * 300 / 256}
     assert 0.1 < result["top1"] < result["top5"] < 1
     table = (directory / "classes.csv").read_text().splitlines()
-    assert table[0] == "class,images,top1" and len(table) == 11
+    assert table[0] == "class,images,top1"
+    assert len(table) == 11
     assert sum(float(row.split(",")[2]) for row in table[1:]) / 10 == pytest.approx(result["top1"], abs=1e-6)
     assert (directory / "confusion.png").read_bytes()[:4] == b"\x89PNG"
     assert run(small_recipe(directory)) == result  # a finished run says it again
@@ -152,7 +155,8 @@ def test_the_result_is_the_best_epochs(finished):
 def test_an_early_end_inside_an_epoch_is_no_epoch():
     rows = [{"epoch": 0.5, "linear_top1": 0.9}, {"epoch": 1.0, "linear_top1": 0.3}, {"epoch": 2.0, "linear_top1": 0.3}]
     reported = probes.Probing.reported
-    assert reported(None, rows) is rows[1] and reported(None, rows[:1]) is rows[0]
+    assert reported(None, rows) is rows[1]
+    assert reported(None, rows[:1]) is rows[0]
 
 
 def test_every_key_of_the_recipe_is_read(tmp_path):
@@ -173,7 +177,8 @@ def test_an_unreadable_image_is_shown_with_the_label_of_the_one_in_its_place(tmp
     source = open_source(Root("folder", tmp_path), "train")
     order, crops = Order(0, 2, 2), Crops(8, 1, views=1)
     (batch,) = train_batches(source, order, crops, range(1), rank=0, world_size=1, workers=0)
-    assert sorted(batch.sample_B.tolist()) == [0, 1] and batch.shown_B.tolist() == [1, 1]
+    assert sorted(batch.sample_B.tolist()) == [0, 1]
+    assert batch.shown_B.tolist() == [1, 1]
     assert batch.crops.shape == (1, 2, 3, 8, 8)
 
 
@@ -182,7 +187,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path):
     result = run(small_recipe(tmp_path))
     assert result == finished[1]
     losses = [[row["loss"] for row in rows(directory, "loss")] for directory in (tmp_path, finished[0])]
-    assert losses[0] == losses[1] and len(losses[0]) == 8
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 8
 
 
 def test_a_resume_refuses_what_differs(finished):
@@ -254,7 +260,8 @@ def test_candidates_trained_together_are_those_trained_alone():
     assert len({score.top1 for score in scores}) > 1
     for score in scores[::3]:
         (alone,) = fast_linear.train_group([score.candidate], train, val, **options)
-        assert alone.top1 == pytest.approx(score.top1, abs=1.5 / 300) and alone.candidate == score.candidate
+        assert alone.top1 == pytest.approx(score.top1, abs=1.5 / 300)
+        assert alone.candidate == score.candidate
 
 
 def test_fast_is_as_good_as_scikit_learn():
@@ -263,7 +270,8 @@ def test_fast_is_as_good_as_scikit_learn():
     (ours,) = fast_linear.train_group(group, train, val, classes=6)
     regression = LogisticRegression(C=1 / (1e-3 * 700), max_iter=2000).fit(train.feature_ND, train.label_N)
     theirs = regression.score(val.feature_ND, val.label_N)
-    assert ours.top1 == pytest.approx(theirs, abs=0.01) and theirs > 0.6
+    assert ours.top1 == pytest.approx(theirs, abs=0.01)
+    assert theirs > 0.6
 
 
 def test_ranks_share_all_candidates_in_groups_of_one_size():
@@ -276,7 +284,8 @@ def test_ranks_share_all_candidates_in_groups_of_one_size():
 def test_constant_columns_become_zero_and_divergence_scores_nothing():
     train_ND = torch.cat([torch.randn(50, 2), torch.full((50, 1), 3.0)], 1)
     standard_ND, _ = fast_linear.standardise(train_ND, train_ND)
-    assert not standard_ND[:, 2].any() and standard_ND[:, :2].std(0, correction=0).tolist() == pytest.approx([1, 1])
+    assert not standard_ND[:, 2].any()
+    assert standard_ND[:, :2].std(0, correction=0).tolist() == pytest.approx([1, 1])
     rows = Features(standard_ND, torch.arange(50), torch.arange(50) % 2)
     wild = [fast_linear.Candidate(1e30, 1.0)]
     (score,) = fast_linear.train_group(wild, rows, rows, classes=2, epochs=9)
@@ -291,7 +300,8 @@ def test_feature_choices_of_a_vit():
     trunk, images = subject.network, torch.rand(2, 3, subject.image_size, subject.image_size)
     tokens = trunk.forward_features(images)
     cls, mean, last = (readout(trunk, choice)(images) for choice in ("cls", "mean", "last2"))
-    assert torch.equal(cls, trunk(images)) and readout(trunk, "own") is trunk
+    assert torch.equal(cls, trunk(images))
+    assert readout(trunk, "own") is trunk
     torch.testing.assert_close(mean, tokens[:, 1:].mean(1))
     assert last.shape == (2, 2 * cls.shape[1])
     torch.testing.assert_close(last[:, cls.shape[1] :], cls)

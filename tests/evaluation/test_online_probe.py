@@ -56,7 +56,8 @@ def test_it_learns_features_of_any_width_scale_and_type(world, width, exponent, 
     query_Q = torch.arange(IMAGES)
     query_QD = features_of(query_Q, width, torch.Generator().manual_seed(2)) * scale
     found = probe.accuracy(query_QD, torch.from_numpy(labels()))
-    assert found["probe_top1"] > 0.95 and found["probe_top5"] >= found["probe_top1"]
+    assert found["probe_top1"] > 0.95
+    assert found["probe_top5"] >= found["probe_top1"]
     assert probe.describe()["probe_loss"] < np.log(CLASSES) / 2
     exchanged = probe.accuracy(query_QD, torch.from_numpy((labels() + 1) % CLASSES))
     assert exchanged["probe_top1"] < 0.05
@@ -86,7 +87,8 @@ def test_features_that_are_not_finite_change_nothing_but_the_count(world, bad):
     assert probe.classifier.step == 4
     train(probe, 8, steps=1)
     moved = [name for name, tensor in probe.tensors().items() if not torch.equal(tensor, before[name])]
-    assert len(moved) == len(before) and all(tensor.isfinite().all() for tensor in probe.tensors().values())
+    assert len(moved) == len(before)
+    assert all(tensor.isfinite().all() for tensor in probe.tensors().values())
 
 
 def test_a_step_asks_the_device_for_nothing(world):
