@@ -22,7 +22,7 @@ def open_folder(root: Root, split: Split) -> Source | None:
     if split == "all" and train.is_dir() and not val.is_dir():
         raise UserError(f"{root} must hold val beside train, or be the validation images' own root; add it")
     if split == "val" and not val.is_dir():
-        os.stat(root.path)
+        root.path.stat()  # a root that is not there is no root without val
         return None
     chosen = val if split == "val" else train if split == "train" and train.is_dir() else root.path
     source = FolderSource(chosen)
@@ -35,22 +35,21 @@ class FolderSource(FileSource):
     """All image files below a folder, in the order of their paths."""
 
     def __init__(self, root: Path):
-        files = sorted(_walk(os.fsencode(root)))
+        files = sorted(_walk(root))
         super().__init__(Names.of(name for name, _ in files), np.array([size for _, size in files], np.int64))
-        self._root = os.fsencode(root)
+        self._root = root
 
     def read(self, i: int) -> Image.Image:
-        with open(os.path.join(self._root, self._names[i]), "rb") as file:
-            return decode(file.read())
+        return decode((self._root / os.fsdecode(self._names[i])).read_bytes())
 
 
-def _walk(root: bytes) -> Iterator[tuple[bytes, int]]:
+def _walk(root: Path) -> Iterator[tuple[bytes, int]]:
     """Path below root and size in bytes of every image file, hidden ones apart; links are followed.
 
     A link that leads nowhere counts as an image of size -1, so that it is reported when it is read.
     """
-    status = os.stat(root)
-    todo = [(root, b"", frozenset([(status.st_dev, status.st_ino)]))]
+    status = root.stat()
+    todo = [(os.fsencode(root), b"", frozenset([(status.st_dev, status.st_ino)]))]
     while todo:
         folder, prefix, above = todo.pop()
         with os.scandir(folder) as entries:

@@ -114,7 +114,7 @@ def _save(index: TarIndex, tar: Path, stamp: np.ndarray) -> None:
 
 
 def _scan(tar: Path) -> TarIndex:
-    with open(tar, "rb") as file:
+    with tar.open("rb") as file:
         head = file.read(8)
         for magic, kind in _COMPRESSED.items():
             if head.startswith(magic):

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ from engine.torch_internals import end_workers
 
 _PREFETCH = 2  # batches that each worker has under way or waiting
 _NEIGHBOURS = 100  # how far to look for an image in place of an unreadable one
-_SHARED_MEMORY = "/dev/shm"
+_SHARED_MEMORY = Path("/dev/shm")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -241,7 +242,7 @@ def _obey(parent: int) -> None:
 
 def _check_shared_memory(workers: int, batch_bytes: int) -> None:
     """Workers hand batches over in /dev/shm; where it is full, they die of a bus error."""
-    if not workers or not os.path.isdir(_SHARED_MEMORY):
+    if not workers or not _SHARED_MEMORY.is_dir():
         return
     free, needed = shutil.disk_usage(_SHARED_MEMORY).free, _PREFETCH * workers * batch_bytes
     needed *= local_ranks()  # all ranks of the node do the same at the same time

@@ -144,7 +144,7 @@ def test_workers_that_shared_memory_cannot_hold_are_refused(source, monkeypatch)
     usage = namedtuple("usage", "free")
     needed = 2 * 2 * (2 * 8 * 3 * SIZE**2)  # per worker two batches of 2 views
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed - 1))
-    monkeypatch.setattr(os.path, "isdir", lambda path: True)
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)
     with pytest.raises(UserError, match=r"data.workers \(2\) must need no more of /dev/shm than is free"):
         batches(source, workers=2)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed))
@@ -275,7 +275,7 @@ class Garbage:
         self.path, self.itself = path, self
 
     def __del__(self):
-        with open(self.path, "a") as file:
+        with self.path.open("a") as file:
             file.write(f"{os.getpid()}\n")
 
 
@@ -315,7 +315,7 @@ def test_workers_die_with_their_parent():
 
 
 def count_reads(path):
-    with open(path, "ab") as file:
+    with path.open("ab") as file:
         file.write(b".")
 
 

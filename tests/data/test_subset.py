@@ -81,7 +81,7 @@ def test_a_small_class_gives_all_it_has_and_no_other_makes_up_for_it():
     assert per_class(take_labels(uneven, 0.99, 0)) == [25, 3, 0, 25]
 
 
-def test_all_labels_are_the_source_itself(tmp_path):
+def test_all_labels_are_the_source_itself():
     assert take_labels(EVEN, 1, 0) is EVEN is take_labels(EVEN, 1.0, 0)
 
 
