@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast, get_args
 
-from engine.distributed.launcher import end_with_launcher
+from engine.distributed.launcher import end_with_launcher, local_rank, local_ranks, rank
 from engine.errors import Interrupted, RunFailed, UserError
 from engine.logger import note
 from engine.recipe.load import AnyRecipe
@@ -64,7 +64,7 @@ def enter(main: Callable[[list[str]], None]) -> NoReturn:
 def _complain(text: str) -> None:
     # torchrun ends a node's ranks as soon as one has ended: the others wait until the first, which mostly failed alike,
     # has spoken. One that is still there after that failed alone.
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if local_rank() > 0:
         time.sleep(FIRST_WORD_SECONDS)
     print(text, file=sys.stderr, flush=True)
 
@@ -82,7 +82,7 @@ def joined(what: str) -> Iterator["World"]:
 def result(found: dict[str, Any], table: str | None = None) -> None:
     """What a door ends with, from rank 0 alone: a table for people where there is one, then the result as one line of
     JSON."""
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         print(*([table] if table else []), json.dumps(found), sep="\n", flush=True)
 
 
@@ -232,7 +232,7 @@ def decoding_workers(options: Namespace) -> int:
     if options.workers is not None:
         return options.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(WORKERS_AT_MOST, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    return max(0, min(WORKERS_AT_MOST, cores // local_ranks() - 1))
 
 
 # ---- a recipe

@@ -9,7 +9,6 @@ import logging
 import os
 import sys
 from functools import cache
-from typing import TextIO
 
 from tqdm import tqdm
 
@@ -58,8 +57,3 @@ class _Console(logging.Handler):
 
 
 _TIME = logging.Formatter(datefmt="%Y-%m-%d %H:%M:%S")
-
-
-def say_once(text: str, stream: TextIO | None = None) -> None:
-    """The former name of `note` and `say`, until its last callers are gone."""
-    (say if stream is sys.stdout else note)(text)

@@ -3,10 +3,10 @@
 The same command again resumes the run from its newest checkpoint, or says that it is finished.
 """
 
-import os
 from pathlib import Path
 
 from engine.cli import Parser, enter
+from engine.distributed.launcher import ranks
 from engine.logger import say
 from engine.recipe.load import check_world, load
 
@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
 
     recipe = load(options.recipe, options.overrides)
-    check_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    check_world(recipe, ranks())
     say(f"{options.recipe} -> {recipe.run.dir}: loading PyTorch")
     # These imports take seconds, and a mistake in the recipe should show before.
     from engine.distributed.world import process_group

@@ -1,12 +1,12 @@
 """The recipe of a run on labelled images as a command asks for it: a file, and what the command says in its place."""
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.distributed.launcher import ranks
 from engine.errors import UserError
 from engine.recipe.keys import wrong
 from engine.recipe.load import AnyRecipe, check_world, load, locate
@@ -37,7 +37,7 @@ def request(kind: type[AnyRecipe], file: Path, said: Mapping[str, Any], override
 
         said["data.source"] = guess_kind(Path(said["data.root"]))
     recipe = load(file, _overrides(said, overrides), kind)
-    check_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    check_world(recipe, ranks())
     return recipe
 
 
