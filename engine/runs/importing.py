@@ -33,13 +33,14 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
     checkpoints = Path(recipe.run.dir) / "checkpoints"
     if checkpoint_folders(checkpoints):
         raise UserError(f"RUN_DIR ({recipe.run.dir}) must hold no checkpoint yet; pass another folder")
+    moco = make_networks(recipe)
     source = open_weights(str(file))
     weights = _fitted(source, recipe, interpolate)
     # One process needs no replicas; what it saves loads into any sharding.
     alone = dataclasses.replace(recipe.parallel, shard="full", replicate=1, compile=False)
     with process_group() as world:
         schedule = make_schedule(recipe, images=recipe.train.global_batch_size)
-        state = build_state(dataclasses.replace(recipe, parallel=alone), make_networks(recipe), world, schedule)
+        state = build_state(dataclasses.replace(recipe, parallel=alone), moco, world, schedule)
         tensors = state.tensors()
         _fill(tensors, weights)
         fresh, copied = ["optimizer"], ""

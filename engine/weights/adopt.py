@@ -8,8 +8,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.weights.weights import Weights, check_names
-from models.architecture import Architecture, by_shape, moco_shapes, trunk_shapes
+from engine.weights.weights import Weights, base_shapes, check_names
+from models.architecture import Architecture, by_shape, moco_shapes
 from models.vit import sincos_position
 
 POSITIONS = ("base.trunk.pos_embed", "momentum.trunk.pos_embed")
@@ -23,7 +23,7 @@ def adopt(weights: Weights, architecture: Architecture, head_dims: tuple[int, in
     where `interpolate` allows it.
 
     Args:
-        head_dims: (hidden, output) of projector and predictor.
+        architecture: one that can be built. head_dims: (hidden, output) of projector and predictor.
 
     Raises:
         UserError: the weights are of another network.
@@ -32,10 +32,7 @@ def adopt(weights: Weights, architecture: Architecture, head_dims: tuple[int, in
     found = weights.about and by_shape(weights.about.architecture)
     if found and (difference := found.differs_from(wanted)):
         raise UserError(f"weights ({weights.origin}) must fit the recipe's model: {difference}; use its own recipe")
-    if weights.is_whole:
-        expected = moco_shapes(architecture, *head_dims)
-    else:
-        expected = {f"base.trunk.{name}": shape for name, shape in trunk_shapes(architecture).items()}
+    expected = moco_shapes(architecture, *head_dims) if weights.is_whole else base_shapes(architecture)
     moved = [name for name in POSITIONS if _is_other_grid(name, weights, expected)]
     check_names(weights.shapes | {name: expected[name] for name in moved}, expected, weights.origin)
     regridded = {

@@ -6,6 +6,7 @@ A CHECKPOINT is a run directory, a checkpoint directory, an exported file or fol
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -21,7 +22,7 @@ from engine.files import read_rows
 from engine.logger import note
 from engine.recipe.load import loads, shape, task_of
 from engine.weights.read import own_words, read_weights
-from engine.weights.weights import About, EncoderName, Weights, check_names, fill_trunk
+from engine.weights.weights import BASE, About, EncoderName, Weights, base_shapes, check_names, fill_trunk, renaming
 from models.architecture import Architecture, moco_shapes, of_name, trunk_shapes
 from models.shapes import TIMM
 
@@ -58,15 +59,18 @@ def open_trunk(checkpoint: str, encoder: EncoderName = "base", *, untrained: boo
 
 def open_weights(checkpoint: str) -> Weights:
     """The weights of a CHECKPOINT; no tensor is read yet. Raises UserError."""
-    if checkpoint.startswith(TIMM) and not Path(checkpoint).exists():
-        return _from_timm(checkpoint)
     path = Path(checkpoint)
-    if not path.exists():
-        raise UserError(
-            f"CHECKPOINT ({checkpoint}) must exist; pass a run, a checkpoint, an export, a file or timm/<name>"
-        )
-    sharded = _sharded_folder(path)
-    return read_weights(path) if sharded is None else _from_shards(sharded)
+    try:
+        if checkpoint.startswith(TIMM) and not path.exists():
+            return _from_timm(checkpoint)
+        if not path.exists():
+            raise UserError(
+                f"CHECKPOINT ({checkpoint}) must exist; pass a run, a checkpoint, an export, a file or timm/<name>"
+            )
+        sharded = _sharded_folder(path)
+        return read_weights(path) if sharded is None else _from_shards(sharded)
+    except ValueError as error:  # models' word on a network that cannot be
+        raise UserError(f"CHECKPOINT ({checkpoint}) must hold a network that can be built: {error}") from error
 
 
 def _untrained(about: About) -> Weights:
@@ -74,11 +78,11 @@ def _untrained(about: About) -> Weights:
     seed = loads(about.recipe, "recipe of the checkpoint").run.seed if about.recipe else 0
     with torch.device("meta"):
         trunk = about.architecture.build()
-    shapes = {f"base.trunk.{name}": tensor.shape for name, tensor in trunk.module.state_dict().items()}
+    shapes = base_shapes(about.architecture)
 
     def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         draw = trunk.initial_values(seed)
-        return ((name, draw(name.removeprefix("base.trunk."), shapes[name])) for name in names)
+        return ((name, draw(name.removeprefix(BASE), shapes[name])) for name in names)
 
     return Weights(about, shapes, read, "the untrained network")
 
@@ -112,12 +116,7 @@ def _from_shards(folder: Path) -> Weights:
     recipe = loads(text if isinstance(text, str) else "", f"recipe of {folder}")
     architecture = of_name(recipe.model.name, recipe.model.image_size, shape(recipe.model))
     expected = moco_shapes(architecture, recipe.model.projector_hidden_dim, recipe.model.output_dim)
-    found = {
-        name.removeprefix(MODEL): torch.Size(entry["shape"])
-        for name, entry in manifest.tensors.items()
-        if name.startswith(MODEL)
-    }
-    check_names(found, expected, str(folder))
+    names = {name.removeprefix(MODEL): name for name in manifest.tensors if name.startswith(MODEL)}
     rows = _metrics(folder.parent.parent / "metrics.jsonl", manifest.step)
     about = About(
         architecture,
@@ -130,12 +129,7 @@ def _from_shards(folder: Path) -> Weights:
         knn_top1=rows.get("knn_top1"),
         licence=manifest.state.get("licence"),
     )
-
-    def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in read_tensors(folder, [MODEL + name for name in names]):
-            yield name.removeprefix(MODEL), tensor
-
-    return Weights(about, expected, read, str(folder))
+    return _stored(folder, manifest, about, names, expected)
 
 
 def _from_finetuned(folder: Path, manifest: Manifest, about: About) -> Weights:
@@ -147,17 +141,19 @@ def _from_finetuned(folder: Path, manifest: Manifest, about: About) -> Weights:
         for name in manifest.tensors
         if name.startswith(prefix)
     }
-    found = {name: torch.Size(manifest.tensors[other]["shape"]) for name, other in names.items()}
     trunk = trunk_shapes(about.architecture)
-    encoders = {name.split(".")[0] for name in found} | {"base"}
+    encoders = {name.split(".")[0] for name in names} | {"base"}
     expected = {f"{encoder}.trunk.{name}": shape for encoder in sorted(encoders) for name, shape in trunk.items()}
+    return _stored(folder, manifest, about, names, expected)
+
+
+def _stored(
+    folder: Path, manifest: Manifest, about: About, names: dict[str, str], expected: dict[str, torch.Size]
+) -> Weights:
+    """What a checkpoint holds of a network; names: {ours: the checkpoint's}."""
+    found = {ours: torch.Size(manifest.tensors[name]["shape"]) for ours, name in names.items()}
     check_names(found, expected, str(folder))
-
-    def read(wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        ours = {names[name]: name for name in wanted}
-        return ((ours[name], tensor) for name, tensor in read_tensors(folder, list(ours)))
-
-    return Weights(about, expected, read, str(folder))
+    return Weights(about, expected, renaming(partial(read_tensors, folder), names), str(folder))
 
 
 def _metrics(file: Path, step: int) -> dict[str, float]:
@@ -177,17 +173,16 @@ def _from_timm(checkpoint: str) -> Weights:
             f"CHECKPOINT ({checkpoint}) must be a timm model or a path; do `timm.list_models()` to see them"
         )
     with torch.device("meta"):
-        network = _create(checkpoint, pretrained=False)
-    config = network.pretrained_cfg
-    architecture = Architecture("timm", {"name": name, "image_size": config["input_size"][-1]})
-    about = About(architecture, config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
-    shapes = {f"base.trunk.{n}": t.shape for n, t in network.state_dict().items()}
+        config = _create(checkpoint, pretrained=False).pretrained_cfg
+    image_size = config["input_size"][-1]
+    architecture = Architecture("timm", {"name": name, "image_size": image_size})
+    about = About(architecture, image_size, tuple(config["mean"]), tuple(config["std"]))
 
     def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         tensors = _create(checkpoint, pretrained=True).state_dict()
-        return ((name, tensors[name.removeprefix("base.trunk.")]) for name in names)
+        return ((name, tensors[name.removeprefix(BASE)]) for name in names)
 
-    return Weights(about, shapes, read, checkpoint)
+    return Weights(about, base_shapes(architecture), read, checkpoint)
 
 
 def _create(checkpoint: str, pretrained: bool) -> nn.Module:

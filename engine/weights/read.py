@@ -13,7 +13,7 @@ from engine.errors import UserError, one_line
 from engine.weights.formats.table import NAMES, page
 from engine.weights.names import TRUNK, Form
 from engine.weights.safely import open_file
-from engine.weights.weights import IMAGENET, MARK, REFERENCE_LICENCE, About, Weights, check_names
+from engine.weights.weights import BASE, IMAGENET, MARK, REFERENCE_LICENCE, About, Weights, base_shapes, check_names
 from models.architecture import Architecture, bounded, moco_shapes, of_shapes, trunk_shapes
 
 REFERENCE_HEADS = 12  # of every ViT in the reference's files, whatever its width
@@ -160,7 +160,7 @@ def _trunk(found: Found, about: About | None) -> Weights:
     if about is None:
         about = _about_bare(weights, found, None if dropped or prefix else found.heads)
     if about is not None:
-        expected = {f"base.trunk.{name}": shape for name, shape in trunk_shapes(about.architecture).items()}
+        expected = base_shapes(about.architecture)
         check_names(weights.shapes, expected, found.origin)
         weights = dataclasses.replace(weights, about=about, shapes=expected)
     left += dropped
@@ -192,8 +192,7 @@ def _about_bare(weights: Weights, found: Found, heads: int | None) -> About | No
 
 
 def _of_base_trunk(weights: Weights) -> dict[str, torch.Size]:
-    prefix = "base.trunk."
-    return {n.removeprefix(prefix): shape for n, shape in weights.shapes.items() if n.startswith(prefix)}
+    return {n.removeprefix(BASE): shape for n, shape in weights.shapes.items() if n.startswith(BASE)}
 
 
 def _renamed(form: Form, found: Found, about: About | None) -> Weights:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Literal, NamedTuple
@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.recipe.load import loads
-from models.architecture import Architecture
+from models.architecture import Architecture, trunk_shapes
 
 MARK = "moco_v3_engine"  # metadata of every safetensors file that is written here
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of published files
 REFERENCE_LICENCE = "CC-BY-NC-4.0"
 LISTED = 10  # names that an error lists
+BASE = "base.trunk."  # how the tensors of one trunk alone begin
 
 EncoderName = Literal["base", "momentum"]
+Read = Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Weights:
 
     about: About | None
     shapes: dict[str, torch.Size]
-    read: Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]]
+    read: Read
     origin: str
     notes: tuple[str, ...] = ()
     head: Head | None = None
@@ -123,14 +125,25 @@ class Weights:
         """One encoder's trunk alone, as base.trunk.*. Raises UserError where it is not there."""
         if not any(name.startswith(f"{encoder}.trunk.") for name in self.shapes):
             raise UserError(f"--encoder ({encoder}) must be base for {self.origin}, which holds one trunk alone")
-        theirs, ours = f"{encoder}.trunk.", "base.trunk."
-        names = {ours + n.removeprefix(theirs): n for n in self.shapes if n.startswith(theirs)}
+        prefix = f"{encoder}.trunk."
+        names = {BASE + n.removeprefix(prefix): n for n in self.shapes if n.startswith(prefix)}
+        shapes = {ours: self.shapes[theirs] for ours, theirs in names.items()}
+        return dataclasses.replace(self, shapes=shapes, read=renaming(self.read, names))
 
-        def read(wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in self.read([names[n] for n in wanted]):
-                yield ours + name.removeprefix(theirs), tensor
 
-        return dataclasses.replace(self, shapes={n: self.shapes[old] for n, old in names.items()}, read=read)
+def renaming(read: Read, names: Mapping[str, str]) -> Read:
+    """`read` for other names: names[new] is what it knows a tensor by."""
+
+    def renamed(wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        new = {names[name]: name for name in wanted}
+        return ((new[name], tensor) for name, tensor in read(new))
+
+    return renamed
+
+
+def base_shapes(architecture: Architecture) -> dict[str, torch.Size]:
+    """Every tensor of one trunk alone, in order. Raises ValueError for arguments that no trunk has."""
+    return {BASE + name: shape for name, shape in trunk_shapes(architecture).items()}
 
 
 def check_names(found: dict[str, torch.Size], expected: dict[str, torch.Size], origin: str) -> None:
@@ -155,7 +168,7 @@ def fill_trunk(weights: Weights) -> nn.Module:
         trunk = architecture.build().module
     # Reals in float32, counters as they are.
     tensors = {
-        name.removeprefix("base.trunk."): tensor.float() if tensor.is_floating_point() else tensor
+        name.removeprefix(BASE): tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in weights.read(list(weights.shapes))
     }
     trunk.load_state_dict(tensors, strict=True, assign=True)

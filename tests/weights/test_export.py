@@ -137,7 +137,8 @@ def test_transformers_reads_its_folder_without_our_help(trained, features, tmp_p
     model = ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
     with torch.no_grad():
         assert close(model(pixel_values=images).last_hidden_state[:, 0], ours["base"])
-    assert model.config.layer_norm_eps == 1e-6 and model.config.num_attention_heads == 4
+    assert model.config.layer_norm_eps == 1e-6
+    assert model.config.num_attention_heads == 4
     assert tuple(ViTImageProcessor.from_pretrained(tmp_path / "hf").image_std) == (0.5, 0.5, 0.5)
 
 
@@ -156,7 +157,8 @@ def test_a_published_file_exports_to_every_format_that_fits(format, tmp_path, he
     result = export_here(GOLDEN / "I_vit_small_shape.pth.tar", tmp_path / "out", format)
     assert result["max_feature_difference"] <= TOLERANCE
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "license: cc-by-nc-4.0" in card and "CC-BY-NC-4.0, which binds" in card
+    assert "license: cc-by-nc-4.0" in card
+    assert "CC-BY-NC-4.0, which binds" in card
 
 
 @pytest.mark.parametrize("format", ["moco_v3", "deit", "safetensors", "onnx"])

@@ -43,7 +43,8 @@ def test_a_published_file_becomes_a_checkpoint_that_a_run_goes_on_from(tmp_path,
     captured = capsys.readouterr()
     result = json.loads(captured.out.splitlines()[-1])
     assert result == {"checkpoint": str(folder / "checkpoints" / "step_0000000"), "fresh": ["optimizer"]}
-    assert "fresh: optimizer" in captured.err and "not taken over" in captured.err
+    assert "fresh: optimizer" in captured.err
+    assert "not taken over" in captured.err
 
     tensors = tensors_of(folder)
     assert not any(t.any() for n, t in tensors.items() if n.startswith("optimizer."))
@@ -55,7 +56,8 @@ def test_a_published_file_becomes_a_checkpoint_that_a_run_goes_on_from(tmp_path,
     assert done.returncode == 0, done.stderr
     assert "step_0000000 at step 0" in done.stdout + done.stderr
     trained = read_manifest(folder / "checkpoints" / "step_0000002")
-    assert trained.state["licence"] == "CC-BY-NC-4.0" and trained.state["data"] is not None
+    assert trained.state["licence"] == "CC-BY-NC-4.0"
+    assert trained.state["data"] is not None
     after = dict(read_tensors(folder / "checkpoints" / "step_0000002"))
     name = "model.base.trunk.norm.weight"  # in two steps it moves by no more than two learning rates
     assert 0 < (after[name] - tensors[name]).abs().max() < 0.01
