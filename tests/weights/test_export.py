@@ -149,7 +149,8 @@ def test_ours_to_safetensors_holds_every_weight_bit_for_bit(trained, tmp_path, h
     assert written.keys() == set(names)
     assert {name.split(".")[0] for name in names} == {"base", "momentum", "predictor"}
     for name, tensor in source.read(names):
-        assert torch.equal(tensor, written[name]) and tensor.dtype == written[name].dtype, name
+        assert torch.equal(tensor, written[name]), name
+        assert tensor.dtype == written[name].dtype, name
 
 
 @pytest.mark.parametrize("format", [n for n in NAMES if n != "torchvision"])
