@@ -126,7 +126,8 @@ def counts(name: str, usual: int) -> Callable[[str], list[int]]:
 def refuse(options: Namespace, names: Iterable[str], where: str) -> None:
     """Raises UserError for the first of the options of these names that was given; `where` ends the line."""
     for name in names:
-        if value := _value(options, name):
+        value = _value(options, name)
+        if value not in (None, []):
             shown = " ".join(value) if isinstance(value, list) else value
             raise UserError(f"{name} ({shown}) must be left out {where}")
 
@@ -224,7 +225,7 @@ def given_source(options: Namespace) -> str | None:
     """The kind of source that --source or --dataset says; None where neither is given. Raises UserError."""
     if options.source not in (None, "torchvision"):
         refuse(options, ["--dataset"], f"for --source {options.source}")
-    return options.source or (options.dataset and "torchvision")
+    return options.source or (None if options.dataset is None else "torchvision")
 
 
 def decoding_workers(options: Namespace) -> int:
@@ -257,5 +258,5 @@ def read_labelled_run(options: Namespace, kind: type[AnyRecipe]) -> AnyRecipe:
     require(options, ["--recipe"], options.recipes)
     said = {"data.root": options.train, "data.val_root": options.val, "data.dataset": options.dataset}
     said |= {"data.source": given_source(options), "data.workers": options.workers, "run.dir": options.out}
-    said["data.labels"] = options.labels and read_share(options.labels, "--labels")
+    said["data.labels"] = None if options.labels is None else read_share(options.labels, "--labels")
     return request(kind, options.recipe, said, options.overrides)
