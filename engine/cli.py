@@ -203,22 +203,17 @@ def add_images(parser: ArgumentParser, *roots: str, required: bool = True) -> No
 
 
 def image_roots(options: Namespace, *names: str) -> "list[Root]":
-    """Where the options of these names say that images are, all of the kind of the first. Raises UserError."""
-    from engine.data.source import Root  # loads PyTorch
-
-    paths = [Path(_value(options, name)) for name in names]
-    kind = source_kind(options, paths[0])
-    return [Root(kind, path, name, options.dataset) for name, path in zip(names, paths, strict=True)]
-
-
-def source_kind(options: Namespace, root: str | Path) -> str:
-    """`given_source`, else what the files at `root` say. Raises UserError."""
+    """Where the options of these names say that images are. All are of one kind: the given one, or what the files at
+    the first are. Raises UserError."""
     kind = given_source(options)
     if kind == "torchvision":
         require(options, ["--dataset"], "a class of torchvision.datasets; pass it with --source torchvision")
-    from engine.data.sources import guess_kind  # loads PyTorch
+    from engine.data.source import Root  # loads PyTorch
+    from engine.data.sources import guess_kind
 
-    return kind or guess_kind(Path(root))
+    paths = [Path(_value(options, name)) for name in names]
+    kind = kind or guess_kind(paths[0])
+    return [Root(kind, path, name, options.dataset) for name, path in zip(names, paths, strict=True)]
 
 
 def given_source(options: Namespace) -> str | None:
