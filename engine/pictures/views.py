@@ -19,7 +19,7 @@ from engine.data.source import Source
 from engine.data.splits import open_splits
 from engine.distributed.world import process_group
 from engine.pictures.canvas import COLOURS, HEADER, INK, MARGIN, WIDTH, Sheet, style
-from engine.recipe.load import Pretrain
+from engine.recipe.sections import Pretrain
 
 SHOWN = 6  # images
 GAP = 6

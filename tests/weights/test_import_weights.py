@@ -13,7 +13,8 @@ from engine.checkpoint.load import read_tensors
 from engine.checkpoint.manifest import read_manifest
 from engine.errors import UserError
 from engine.import_weights import main
-from engine.recipe.load import Pretrain, load
+from engine.recipe.load import load
+from engine.recipe.sections import Pretrain
 from engine.runs.importing import import_weights
 from engine.weights.formats.table import page
 from engine.weights.opening import open_weights
