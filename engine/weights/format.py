@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.weights.names import Form
+from engine.weights.names import Naming
 from engine.weights.weights import MARK, Weights
 from models.architecture import Architecture
 
@@ -34,7 +34,7 @@ class Format:
         PATH and ARCH stand for the folder and the network's name.
     features: [B, D] (logits where the weights have a head) of images [B, 3, S, S], by the library that the form is for,
         from the file or folder; None where this project's own reader is the one that loads it.
-    names: namings in which tensors are written; () where no tensors can be read back.
+    namings: in which tensors are written; () where no tensors can be read back.
     libraries: which write it and load it. whole: both encoders and the heads, not one trunk.
     kinds: of trunks that fit; by_shape: a timm model counts as the ViT or ResNet that it is by names and shapes.
     conv_stem: whether a trunk with one fits.
@@ -46,7 +46,7 @@ class Format:
     use: str
     config: Callable[[Weights, Path], None] = nothing
     features: Features = read_by_us
-    names: tuple[Form, ...] = ()
+    namings: tuple[Naming, ...] = ()
     libraries: tuple[str, ...] = ()
     whole: bool = False
     kinds: tuple[str, ...] = ("vit", "resnet", "timm")
@@ -58,11 +58,11 @@ class Format:
         return path / self.file if path.is_dir() else path
 
 
-def collect(weights: Weights, form: Form, keep_dtype: bool = False) -> dict[str, Tensor]:
-    """Every tensor under the form's names, each in memory of its own; float64 becomes float32 unless it is kept."""
+def collect(weights: Weights, naming: Naming, keep_dtype: bool = False) -> dict[str, Tensor]:
+    """Every tensor under the naming's names, each in memory of its own; float64 becomes float32 unless it is kept."""
     tensors, taken = {}, set()
     for name, tensor in weights.read(list(weights.shapes)):
-        theirs = form.theirs(name)
+        theirs = naming.theirs(name)
         if tensor.dtype == torch.float64 and not keep_dtype:
             tensor = tensor.float()
         parts = [tensor] if len(theirs) == 1 else tensor.chunk(len(theirs))

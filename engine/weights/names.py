@@ -1,4 +1,4 @@
-"""How others name our tensors: a table for each naming, and the one rule that reads them. Nothing else renames keys.
+"""How others name our tensors: tables of namings, and the one rule that reads them. Nothing else renames keys.
 
 Ours: base.trunk.*, base.projector.*, momentum.trunk.*, momentum.projector.*, predictor.*. A file of one trunk alone
 holds base.trunk.*. Inside a trunk our names are timm's (ViT) and torchvision's (ResNet).
@@ -12,8 +12,8 @@ from functools import cache
 from typing import NamedTuple
 
 
-class Form(NamedTuple):
-    """A naming.
+class Naming(NamedTuple):
+    """The names of our tensors in one kind of file.
 
     sign: how a name begins that tells a file in this naming. dropped: regular expressions of names that belong to no
     encoder of ours (a classifier, a decoder).
@@ -24,14 +24,14 @@ class Form(NamedTuple):
     dropped: tuple[str, ...] = ()
 
     def theirs(self, name: str) -> tuple[str, ...]:
-        """Their names for one of ours. Raises KeyError for a name that the form has no place for."""
+        """Their names for one of ours. Raises KeyError for a name that the naming has no place for."""
         for ours, theirs in self.rows:
             if found := _pattern(ours).match(name):
                 return tuple(_replaced(other, found, name) for other in theirs)
         raise KeyError(name)
 
     def ours(self, name: str) -> str | None:
-        """Our name for one of theirs; None for a name that the form does not know."""
+        """Our name for one of theirs; None for a name that the naming does not know."""
         for ours, theirs in self.rows:
             for other in theirs:
                 if found := _pattern(other).match(name):
@@ -53,7 +53,7 @@ def _replaced(beginning: str, found: re.Match, name: str) -> str:
 
 
 # timm, torchvision and DeiT; DINO and MAE too. A classifier, DINO's head and MAE's decoder are no part of a trunk.
-TRUNK = Form(
+TRUNK = Naming(
     sign="",
     rows=(("base.trunk.", ("",)),),
     dropped=(

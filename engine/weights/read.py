@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.errors import UserError, one_line
 from engine.weights.formats.table import NAMES, page
-from engine.weights.names import TRUNK, Form
+from engine.weights.names import TRUNK, Naming
 from engine.weights.safely import open_file
 from engine.weights.weights import BASE, IMAGENET, MARK, REFERENCE_LICENCE, About, Weights, base_shapes, check_names
 from models.architecture import Architecture, bounded, moco_shapes, of_shapes, trunk_shapes
@@ -71,7 +71,7 @@ def _file(path: Path) -> Path:
         raise UserError(f"weights ({path}) must not be ONNX, which holds a program; pass what it was exported from")
     if not path.is_dir():
         return path
-    files = list(dict.fromkeys(page(name).file for name in NAMES if page(name).names))
+    files = list(dict.fromkeys(page(name).file for name in NAMES if page(name).namings))
     found = [path / name for name in files if (path / name).exists()]
     if not found:
         raise UserError(
@@ -102,26 +102,26 @@ def _open(path: Path) -> Found:
 
 def _interpret(found: Found) -> Weights:
     about = own_words(found.said.get(MARK))
-    form = _naming(found, whole=True)
-    if form is None:
+    naming = _naming_of(found, whole=True)
+    if naming is None:
         return _trunk(found, about)
-    if form in page("moco_v3").names:
-        return _reference(found, form)
+    if naming in page("moco_v3").namings:
+        return _reference(found, naming)
     if about is None:
         raise UserError("its metadata must say what network it is of; it has none")
-    return _whole(_renamed(form, found, about), about.architecture)
+    return _whole(_renamed(naming, found, about), about.architecture)
 
 
-def _naming(found: Found, whole: bool) -> Form | None:
+def _naming_of(found: Found, whole: bool) -> Naming | None:
     """The naming of a file of all networks, or of one trunk alone: of several that fit, the one with most to show."""
-    forms = [form for name in NAMES if page(name).whole == whole for form in page(name).names]
-    fitting = [form for form in forms if any(name.startswith(form.sign) for name in found.shapes)]
-    return max(fitting, key=lambda form: len(form.sign), default=None)
+    known = [naming for name in NAMES if page(name).whole == whole for naming in page(name).namings]
+    fitting = [naming for naming in known if any(name.startswith(naming.sign) for name in found.shapes)]
+    return max(fitting, key=lambda naming: len(naming.sign), default=None)
 
 
-def _reference(found: Found, form: Form) -> Weights:
+def _reference(found: Found, naming: Naming) -> Weights:
     """A published checkpoint, or ours in its form."""
-    weights, said = _renamed(form, found, None), found.said
+    weights, said = _renamed(naming, found, None), found.said
     is_resnet = "base.trunk.conv1.weight" in weights.shapes
     stated = said.get("model_args")
     architecture = of_shapes(_of_base_trunk(weights), None if is_resnet else stated, REFERENCE_HEADS)
@@ -153,10 +153,10 @@ def _trunk(found: Found, about: About | None) -> Weights:
     prefix = next((p for p in PREFIXES if any(n.startswith(p) for n in found.shapes)), "")
     left = [name for name in found.shapes if not name.startswith(prefix)]
     inner = found.only({n: n.removeprefix(prefix) for n in found.shapes if n.startswith(prefix)})
-    form = _naming(inner, whole=False) or TRUNK
+    naming = _naming_of(inner, whole=False) or TRUNK
     expected = trunk_shapes(about.architecture) if about else {}
-    dropped = [name for name in inner.shapes if form.drops(name) and name not in expected]
-    weights = _renamed(form, inner.only({n: n for n in inner.shapes if n not in dropped}), about)
+    dropped = [name for name in inner.shapes if naming.drops(name) and name not in expected]
+    weights = _renamed(naming, inner.only({n: n for n in inner.shapes if n not in dropped}), about)
     if about is None:
         about = _about_bare(weights, found, None if dropped or prefix else found.heads)
     if about is not None:
@@ -195,11 +195,11 @@ def _of_base_trunk(weights: Weights) -> dict[str, torch.Size]:
     return {n.removeprefix(BASE): shape for n, shape in weights.shapes.items() if n.startswith(BASE)}
 
 
-def _renamed(form: Form, found: Found, about: About | None) -> Weights:
+def _renamed(naming: Naming, found: Found, about: About | None) -> Weights:
     """The tensors of a file under our names; several slices become one again."""
-    names = {name: form.ours(name) for name in found.shapes}
+    names = {name: naming.ours(name) for name in found.shapes}
     unknown = [name for name, ours in names.items() if ours is None]
-    sources = {ours: form.theirs(ours) for ours in names.values() if ours is not None}
+    sources = {ours: naming.theirs(ours) for ours in names.values() if ours is not None}
     missing = [other for theirs in sources.values() for other in theirs if other not in found.shapes]
     if unknown or missing:
         check_names(dict.fromkeys(unknown, torch.Size()), dict.fromkeys(missing, torch.Size()), found.origin)

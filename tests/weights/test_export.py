@@ -18,10 +18,11 @@ from engine.export import main
 from engine.recipe.identity import fingerprint
 from engine.recipe.load import dump, load
 from engine.runs.pretrain import make_networks
-from engine.weights.export import export, is_file
+from engine.weights.export import export, export_classifier, is_file
 from engine.weights.formats import transformers
 from engine.weights.formats.table import NAMES, page
-from engine.weights.opening import open_weights
+from engine.weights.opening import open_trunk, open_weights
+from engine.weights.weights import Head
 from tests.weights.files import GOLDEN, ROOT, trunk_of
 
 TOLERANCE = 1e-5
@@ -249,6 +250,26 @@ def test_timm_s_published_weights_are_a_checkpoint_too(tmp_path):
         open_weights("timm/nothing")
 
 
+def test_a_trunk_with_its_classifier_goes_to_timm_as_a_whole(tmp_path):
+    import timm
+
+    source, out = GOLDEN / "I_vit_small_shape.pth.tar", tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    head = Head(torch.randn(3, 48), torch.randn(3), ("a", "b", "c"), "bicubic", 0.9)
+    export_classifier(open_trunk(str(source)), head, out)
+    assert {file.name for file in out.iterdir()} == {"model.safetensors", "config.json"}
+    assert list(tmp_path.iterdir()) == [out]
+    model, images = timm.create_model(f"local-dir:{out}", pretrained=True).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert close(model(images), torch.nn.functional.linear(trunk_of(source)(images), head.weight, head.bias))
+    config = json.loads((out / "config.json").read_text())
+    assert (config["label_names"], config["license"]) == (["a", "b", "c"], "CC-BY-NC-4.0")
+
+    with pytest.raises(UserError, match="timm has no ViT with a conv stem"):
+        export_classifier(open_trunk(str(GOLDEN / "I_vit_conv_small_shape.pth.tar")), head, out)
+
+
 # ---- whole or not at all ---------------------------------------------------------------------------------------------
 
 
@@ -335,7 +356,8 @@ WRITE = """
 import sys
 from pathlib import Path
 from engine.weights.formats.table import page
-from engine.weights.opening import open_weights
+from engine.weights.opening import open_trunk, open_weights
+from engine.weights.weights import Head
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -158,9 +158,9 @@ def test_complete_published_files_export_with_equal_features_and_round_trip(name
 @pytest.mark.parametrize("name", ["vit_small", "vit_base", "vit_conv_small", "vit_conv_base", "resnet50"])
 def test_every_published_name_has_its_place(name):
     shapes = json.loads((GOLDEN / "J_published_names.json").read_text())[name]
-    form = moco_v3.RESNET if name == "resnet50" else moco_v3.VIT
-    ours = {form.ours(n): torch.Size(shape) for n, shape in shapes.items()}
-    assert [form.theirs(n) for n in ours] == [(n,) for n in shapes]
+    naming = moco_v3.RESNET if name == "resnet50" else moco_v3.VIT
+    ours = {naming.ours(n): torch.Size(shape) for n, shape in shapes.items()}
+    assert [naming.theirs(n) for n in ours] == [(n,) for n in shapes]
     trunk = {n.removeprefix("base.trunk."): s for n, s in ours.items() if n.startswith("base.trunk.")}
     architecture = of_shapes(trunk, None, 12)
     assert architecture.name == name
@@ -170,14 +170,14 @@ def test_every_published_name_has_its_place(name):
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", [moco_v3.VIT, moco_v3.RESNET, transformers.VIT, TRUNK])
-def test_renaming_there_and_back_is_the_identity(form):
+@pytest.mark.parametrize("naming", [moco_v3.VIT, moco_v3.RESNET, transformers.VIT, TRUNK])
+def test_renaming_there_and_back_is_the_identity(naming):
     names = [f"base.trunk.{n}" for n in trunk_shapes(vit(28, 7, 96, 12, 4, False))]
-    if form in (moco_v3.VIT, moco_v3.RESNET):
+    if naming in (moco_v3.VIT, moco_v3.RESNET):
         names += [n.replace("base.", "momentum.") for n in names] + ["base.projector.0.weight", "predictor.1.bias"]
-    theirs = [other for name in names for other in form.theirs(name)]
+    theirs = [other for name in names for other in naming.theirs(name)]
     assert len(set(theirs)) == len(theirs)
-    assert all(name == form.ours(other) for name in names for other in form.theirs(name))
+    assert all(name == naming.ours(other) for name in names for other in naming.theirs(name))
 
 
 def test_timm_s_small_vit_is_not_ours():

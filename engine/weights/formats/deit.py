@@ -31,7 +31,7 @@ FORMAT = Format(
     endings=PICKLES,
     write=write,
     features=features,
-    names=(TRUNK,),
+    namings=(TRUNK,),
     kinds=("vit",),
     use="import torch\n\ntrunk = torch.load('PATH/model.pt', weights_only=True)['model']",
 )

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 
 from engine.weights.format import PICKLES, Format, collect
-from engine.weights.names import Form
+from engine.weights.names import Naming
 from engine.weights.weights import Weights
 
 
-def _form(sign: str, head: str) -> Form:
+def _naming(sign: str, head: str) -> Naming:
     """The reference hangs the projector into the encoder in its classifier's place, `head`."""
     rows = (
         ("base.projector.", (f"module.base_encoder.{head}.",)),
@@ -18,11 +18,11 @@ def _form(sign: str, head: str) -> Form:
         ("momentum.trunk.", ("module.momentum_encoder.",)),
         ("predictor.", ("module.predictor.",)),
     )
-    return Form(sign, rows)
+    return Naming(sign, rows)
 
 
-VIT = _form("module.base_encoder.", head="head")
-RESNET = _form("module.base_encoder.conv1.weight", head="fc")
+VIT = _naming("module.base_encoder.", head="head")
+RESNET = _naming("module.base_encoder.conv1.weight", head="fc")
 
 
 def write(weights: Weights, file: Path) -> None:
@@ -42,7 +42,7 @@ FORMAT = Format(
     file="checkpoint.pth.tar",
     endings=PICKLES,
     write=write,
-    names=(VIT, RESNET),
+    namings=(VIT, RESNET),
     whole=True,
     kinds=("vit", "resnet"),
     use="import torch\n\nstate_dict = torch.load('PATH/checkpoint.pth.tar', weights_only=True)['state_dict']",

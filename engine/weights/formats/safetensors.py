@@ -5,10 +5,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from engine.weights.format import SAFETENSORS, Format, collect, metadata
-from engine.weights.names import Form
+from engine.weights.names import Naming
 from engine.weights.weights import Weights
 
-OURS = Form(sign="base.trunk.", rows=(("", ("",)),))
+OURS = Naming(sign="base.trunk.", rows=(("", ("",)),))
 
 
 def write(weights: Weights, file: Path) -> None:
@@ -19,7 +19,7 @@ FORMAT = Format(
     file="model.safetensors",
     endings=SAFETENSORS,
     write=write,
-    names=(OURS,),
+    namings=(OURS,),
     whole=True,
     by_shape=False,
     use="from safetensors.torch import load_file\n\ntensors = load_file('PATH/model.safetensors')",

@@ -6,11 +6,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.weights.format import Format, collect, metadata
-from engine.weights.names import Form
+from engine.weights.names import Naming
 from engine.weights.weights import Weights
 from models.architecture import Architecture
 
-VIT = Form(
+VIT = Naming(
     sign="embeddings.cls_token",
     rows=(
         ("base.trunk.cls_token", ("embeddings.cls_token",)),
@@ -73,7 +73,7 @@ FORMAT = Format(
     write=write,
     config=write_config,
     features=features,
-    names=(VIT,),
+    namings=(VIT,),
     libraries=("transformers",),
     kinds=("vit",),
     conv_stem=False,
