@@ -123,10 +123,10 @@ class Weights:
 
     def trunk(self, encoder: EncoderName) -> "Weights":
         """One encoder's trunk alone, as base.trunk.*. Raises UserError where it is not there."""
-        if not any(name.startswith(f"{encoder}.trunk.") for name in self.shapes):
-            raise UserError(f"--encoder ({encoder}) must be base for {self.origin}, which holds one trunk alone")
         prefix = f"{encoder}.trunk."
         names = {BASE + n.removeprefix(prefix): n for n in self.shapes if n.startswith(prefix)}
+        if not names:
+            raise UserError(f"--encoder ({encoder}) must be base for {self.origin}, which holds one trunk alone")
         shapes = {ours: self.shapes[theirs] for ours, theirs in names.items()}
         return dataclasses.replace(self, shapes=shapes, read=renaming(self.read, names))
 
