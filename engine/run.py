@@ -5,7 +5,7 @@ The same command again resumes the run from its newest checkpoint, or says that 
 
 from pathlib import Path
 
-from engine.cli import Parser, enter
+from engine.cli import Parser, add_overrides, enter
 from engine.distributed.launcher import ranks
 from engine.logger import say
 from engine.recipe.load import check_world, load
@@ -14,7 +14,7 @@ from engine.recipe.load import check_world, load
 def main(arguments: list[str]) -> None:
     parser = Parser("engine.run", __doc__)
     parser.add_argument("recipe", type=Path, help="a YAML file, as in recipes/")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="dotted.key=value", help="e.g. train.max_steps=100")
+    add_overrides(parser, "train.max_steps=100")
     options = parser.parse_args(arguments)
 
     recipe = load(options.recipe, options.overrides)
