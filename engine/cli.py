@@ -126,8 +126,7 @@ def counts(name: str, usual: int) -> Callable[[str], list[int]]:
 def refuse(options: Namespace, names: Iterable[str], where: str) -> None:
     """Raises UserError for the first of the options of these names that was given; `where` ends the line."""
     for name in names:
-        value = _value(options, name)
-        if value not in (None, []):
+        if value := _value(options, name):
             shown = " ".join(value) if isinstance(value, list) else value
             raise UserError(f"{name} ({shown}) must be left out {where}")
 
@@ -203,24 +202,29 @@ def add_images(parser: ArgumentParser, *roots: str, required: bool = True) -> No
 
 
 def image_roots(options: Namespace, *names: str) -> "list[Root]":
-    """Where the options of these names say that images are. All are of one kind: the given one, or what the files at
-    the first are. Raises UserError."""
+    """Where the options of these names say that images are, all of the kind of the first. Raises UserError."""
+    from engine.data.source import Root  # loads PyTorch
+
+    paths = [Path(_value(options, name)) for name in names]
+    kind = source_kind(options, paths[0])
+    return [Root(kind, path, name, options.dataset) for name, path in zip(names, paths, strict=True)]
+
+
+def source_kind(options: Namespace, root: str | Path) -> str:
+    """`given_source`, else what the files at `root` say. Raises UserError."""
     kind = given_source(options)
     if kind == "torchvision":
         require(options, ["--dataset"], "a class of torchvision.datasets; pass it with --source torchvision")
-    from engine.data.source import Root  # loads PyTorch
-    from engine.data.sources import guess_kind
+    from engine.data.sources import guess_kind  # loads PyTorch
 
-    paths = [Path(_value(options, name)) for name in names]
-    kind = kind or guess_kind(paths[0])
-    return [Root(kind, path, name, options.dataset) for name, path in zip(names, paths, strict=True)]
+    return kind or guess_kind(Path(root))
 
 
 def given_source(options: Namespace) -> str | None:
     """The kind of source that --source or --dataset says; None where neither is given. Raises UserError."""
     if options.source not in (None, "torchvision"):
         refuse(options, ["--dataset"], f"for --source {options.source}")
-    return options.source or (None if options.dataset is None else "torchvision")
+    return options.source or (options.dataset and "torchvision")
 
 
 def decoding_workers(options: Namespace) -> int:
@@ -253,5 +257,5 @@ def read_labelled_run(options: Namespace, kind: type[AnyRecipe]) -> AnyRecipe:
     require(options, ["--recipe"], options.recipes)
     said = {"data.root": options.train, "data.val_root": options.val, "data.dataset": options.dataset}
     said |= {"data.source": given_source(options), "data.workers": options.workers, "run.dir": options.out}
-    said["data.labels"] = None if options.labels is None else read_share(options.labels, "--labels")
+    said["data.labels"] = options.labels and read_share(options.labels, "--labels")
     return request(kind, options.recipe, said, options.overrides)

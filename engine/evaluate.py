@@ -86,7 +86,7 @@ def _paper_linear(options: Namespace) -> None:
     recipe = cli.read_labelled_run(options, Linear)
 
     with cli.joined(options.checkpoint) as world:
-        from engine.runs.linear import probe as run
+        from engine.runs.linear import linear as run
 
         found = run(recipe, options.checkpoint, options.encoder, world)
     cli.result(found)

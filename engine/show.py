@@ -21,8 +21,8 @@ from engine.cli import (
     at_least,
     decoding_workers,
     enter,
-    image_roots,
     result,
+    source_kind,
 )
 from engine.logger import note
 from engine.recipe.load import load
@@ -103,9 +103,10 @@ def embedding(options: Namespace) -> None:
 
 
 def _featured(options: Namespace) -> "Featured":
+    from engine.data.source import Root
     from engine.pictures.features import open_featured
 
-    (root,) = image_roots(options, "--data")
+    root = Root(source_kind(options, options.data), Path(options.data), "--data", options.dataset)
     return open_featured(options.checkpoint, root, at_most=options.images, workers=decoding_workers(options))
 
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from models.drop_path import ChosenDropPath
 from models.initial import generator_for
-from models.parts import Part
+from models.parts import Network, Part
 from models.trunk import Trunk
 
 INITIAL_STD = 0.02  # of the classifier's weight
 
 
-class Classifier(nn.Module):
+class Classifier(Network):
     """Images [B, 3, H, W] -> logits [B, C]. Every parameter is trained, whatever pre-training froze.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models import heads
 from models.initial import seeded
 from models.norm import set_views
-from models.parts import Part
+from models.parts import Network, Part
 from models.trunk import Trunk
 
 
@@ -29,7 +29,7 @@ class Encoder(nn.Module):
         return features, self.projector(features)
 
 
-class MoCo(nn.Module):
+class MoCo(Network):
     """Base encoder, momentum encoder and predictor. The momentum encoder takes no gradients.
 
     Args:

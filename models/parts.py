@@ -1,5 +1,6 @@
 """What a network consists of, for whoever lays it over ranks."""
 
+from abc import abstractmethod
 from typing import NamedTuple
 
 from torch import nn
@@ -11,3 +12,11 @@ class Part(NamedTuple):
     module: nn.Module
     is_trunk: bool
     is_trained: bool
+
+
+class Network(nn.Module):
+    """A whole network, that says what its parts are."""
+
+    @abstractmethod
+    def parts(self) -> list[Part]:
+        """In the order in which they are laid over ranks; together they hold every parameter and buffer."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine.distributed.world import World, make_mesh, process_group
+from engine.recipe.sections import Optimizer, Parallel
 from engine.training.parallelize import materialize, parallelize
 from engine.training.schedule import Schedule
 from engine.training.step import StepOutput, TrainState, train_step
@@ -67,17 +68,14 @@ def build(trace: Trace, world: World, precision: str, compile: bool, shard: str,
     with torch.device("meta"):
         moco = MoCo(build_trunk, trace.config["hidden_dim"], trace.config["output_dim"])
     mesh = make_mesh(world, shard, replicate)
-    parallelize(moco, mesh, world.group, shard=shard, precision=precision, compile=compile)
+    parallel = Parallel(compile=compile, precision=precision, shard=shard, replicate=replicate)
+    parallelize(moco, mesh, world.group, parallel)
     materialize(moco, world.device, moco.initial_values(seed=0))
     fill(moco, trace.initial())
+    config = trace.config
+    optimizer = Optimizer(name=config["optimizer"], base_lr=config["base_lr"], weight_decay=config["weight_decay"])
     return TrainState(
-        moco,
-        trace.schedule(),
-        optimizer=trace.config["optimizer"],
-        weight_decay=trace.config["weight_decay"],
-        temperature=trace.config["temperature"],
-        group=world.group,
-        shard_group=mesh["shard"].get_group(),
+        moco, trace.schedule(), optimizer, temperature=config["temperature"], mesh=mesh, group=world.group
     )
 
 

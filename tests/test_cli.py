@@ -2,13 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import engine
 from engine.cli import (
     WORKERS_AT_MOST,
     Parser,
@@ -16,8 +13,6 @@ from engine.cli import (
     decoding_workers,
     given_source,
     image_roots,
-    refuse,
-    require,
     result,
 )
 from engine.errors import UserError
@@ -72,21 +67,3 @@ def test_a_result_is_printed_by_the_first_rank(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     result({"top1": 0.5})
     assert capsys.readouterr().out == ""
-
-
-def test_doors_open_before_anything_slow_is_loaded():
-    """So that a mistake in the arguments shows at once."""
-    files = Path(engine.__file__).parent.glob("*.py")
-    doors = [path.stem for path in files if 'if __name__ == "__main__"' in path.read_text()]
-    assert {"run", "evaluate", "export"} <= {*doors}
-    slow = {"torch", "torchvision", "timm", "matplotlib", "sklearn"}
-    check = f"import sys, {', '.join(f'engine.{door}' for door in doors)}; assert not {slow} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", check], check=True)
-
-
-def test_nothing_that_was_given_is_overlooked():
-    options = parsed("--workers", "0")
-    with pytest.raises(UserError, match=r"^--workers \(0\) must be left out here$"):
-        refuse(options, ["--data", "--workers"], "here")
-    with pytest.raises(UserError, match=r"^--data \(missing\) must be a folder$"):
-        require(options, ["--workers", "--data"], "a folder")

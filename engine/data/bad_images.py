@@ -3,6 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+import torch.distributed as dist
+
+from engine.distributed.world import World
+from engine.errors import RunFailed
 from engine.logger import warn
 
 
@@ -17,3 +22,40 @@ def report(bad: Sequence[Bad], consequence: str) -> None:
     """Each unreadable image, from the rank that met it."""
     for image in bad:
         warn(f"{image.name} could not be read ({image.reason}); {consequence}")
+
+
+class BadImages:
+    """Those of a run: counted over all ranks, reported, and borne up to a share.
+
+    bearable: the share of all images seen that may be unreadable (data.max_bad_fraction).
+
+    total: on all ranks since the run began, as of the last `count`.
+    """
+
+    def __init__(self, bearable: float, world: World):
+        self.bearable, self.world = bearable, world
+        self.total = 0
+        self.met = 0  # on this rank since the last count
+
+    def meet(self, bad: Sequence[Bad]) -> None:
+        self.met += len(bad)
+        report(bad, "its neighbour took its place")
+
+    def count(self) -> int:
+        """Add what the ranks met since the last time; all ranks call it together. Returns `total`."""
+        met = torch.tensor(self.met)
+        dist.all_reduce(met, group=self.world.host_group)
+        self.total, self.met = self.total + int(met), 0
+        return self.total
+
+    def check(self, images: int) -> int:
+        """`count`; raises RunFailed where that is more than the run bears.
+
+        images: those of all epochs begun so far. Against those seen, one bad image of the first batch is a large share.
+        """
+        if self.count() > self.bearable * images:
+            raise RunFailed(
+                f"data.max_bad_fraction ({self.bearable}) was exceeded: {self.total} of {images} images could not "
+                "be read (named above); give the run the images that it began with, or raise it in another run"
+            )
+        return self.total

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+import engine
 from engine.distributed.agreement import agreement
 from engine.distributed.launcher import end_with_launcher, is_launched, local_rank
 from engine.errors import UserError
@@ -33,6 +34,19 @@ class World:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
+    def made_by(self) -> dict[str, str]:
+        """What computes here, for whoever finds the results."""
+        return {
+            "engine": engine.__version__,
+            "torch": torch.__version__,
+            "device": self.device_name,
+            "ranks": str(self.size),
+        }
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.evaluation.knn import accuracy
-from engine.evaluation.linear import LinearProbe, linear_step
+from engine.evaluation.linear import LinearClassifier, linear_step
 from engine.training.schedule import Schedule
 from models.norm import GlobalBatchNorm, set_batch_norm_group
 
@@ -55,7 +55,7 @@ class OnlineProbe:
         self.label_N = torch.from_numpy(labels_N).to(device)
         self.norm = GlobalBatchNorm(width, affine=False, views=2).to(device, dtype)
         set_batch_norm_group(self.norm, group)
-        self.classifier = LinearProbe(
+        self.classifier = LinearClassifier(
             width,
             classes,
             peak_lr=PEAK_LR,
@@ -65,6 +65,7 @@ class OnlineProbe:
             device=device,
             dtype=dtype,
             group=group,
+            kept=list(self.norm.buffers()),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -74,7 +75,7 @@ class OnlineProbe:
 
     def resume(self, step: int) -> None:
         """Go on after `step` steps of the run, with tensors that were loaded or with fresh ones."""
-        self.classifier.step = step
+        self.classifier.update.step = step
 
     def learn(self, features: Tensor, shown_B: Tensor) -> None:
         """One update on this rank's features [2*B, D], of both views of the images shown_B.
@@ -82,13 +83,10 @@ class OnlineProbe:
         Does not wait for the device. Features that are not finite, on any rank, change nothing.
         """
         label_B = self.label_N[shown_B.to(self.label_N.device, non_blocking=True)]
-        tensors = self.tensors().values()
-        before = [tensor.clone() for tensor in tensors]
         batch = len(features) * self.norm.ranks
+        self.classifier.update.begin()
         inputs = self._normalised(features, training=True)
         self.loss = linear_step(self.classifier, inputs, label_B.repeat(self.norm.views), batch)
-        for tensor, old in zip(tensors, before, strict=True):
-            tensor.copy_(torch.where(self.loss.isfinite(), tensor, old))
 
     def describe(self) -> dict[str, float]:
         """`probe_loss`: the cross entropy of the last step's global batch before its update, equal on all ranks."""

@@ -1,4 +1,4 @@
-"""Fine-tuning, put together: recipe -> labelled images, a CHECKPOINT's network, classifier -> the trainer's loop.
+"""Fine-tuning, put together: recipe -> labelled images, a CHECKPOINT's network, classifier -> a run.
 
 The settings are those of DeiT (Touvron et al. 2021), as the paper uses them (section 5.3, "End-to-end fine-tuning").
 
@@ -8,7 +8,8 @@ Shapes: B images of this rank, G of all ranks, S side of an image, C classes.
 import dataclasses
 import time
 from collections.abc import Iterator
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 
 from engine.checkpoint.layout import read_pointer
 from engine.checkpoint.load import read_tensors
+from engine.checkpoint.state import RunState
 from engine.data.decode import Crops
 from engine.data.loader import Batch
-from engine.data.order import Order
 from engine.data.philox import DROP_PATH, uniform
 from engine.data.regularize import Mix, RandAugment, erase
 from engine.data.splits import Splits, open_labelled_splits
@@ -30,11 +31,13 @@ from engine.evaluation.subject import Subject
 from engine.recipe.keys import wrong
 from engine.recipe.load import dump
 from engine.recipe.sections import Finetune
-from engine.runs.supervised import TOP, Supervised, closing, digest, run, say
-from engine.runs.trainer import Plan
-from engine.training.finetune_step import FinetuneOutput, FinetuneSchedule, FinetuneState, finetune_step
-from engine.training.guard import check_skips
-from engine.training.parallelize import check_compiler, materialize, parallelize_classifier
+from engine.runs.run import run
+from engine.runs.supervised import TOP, Supervised, digest
+from engine.runs.task import Row
+from engine.training.finetune_step import FinetuneOutput, FinetuneState, finetune_step
+from engine.training.parallelize import check_compiler, materialize, parallelize
+from engine.training.schedule import FinetuneSchedule
+from engine.training.update import Update
 from engine.weights.export import export_classifier
 from engine.weights.opening import open_trunk
 from engine.weights.weights import EncoderName, Head, Weights
@@ -42,11 +45,7 @@ from models.classifier import Classifier
 
 
 def finetune(
-    recipe: Finetune,
-    checkpoint: str,
-    encoder: EncoderName,
-    baseline: Literal["initial"] | None,
-    world: World,
+    recipe: Finetune, checkpoint: str, encoder: EncoderName, baseline: Literal["initial"] | None, world: World
 ) -> dict[str, float]:
     """Train a CHECKPOINT's network and a classifier to the recipe's end; a run that is found goes on.
 
@@ -59,20 +58,14 @@ def finetune(
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
     """
     started = time.perf_counter()
-    batch = recipe.train.global_batch_size
-    sources = open_labelled_splits(recipe.data, world, seed=recipe.run.seed, batch=batch)
+    splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed, batch=recipe.train.global_batch_size)
     weights = in_turn(world, lambda: open_fetched(checkpoint, encoder, untrained=baseline == "initial"))
     with agreement(world.host_group):
         check_randaugment(recipe)
-        networks = make_networks(recipe, weights, len(sources.train.classes))
+        networks = make_networks(recipe, weights, len(splits.train.classes))
         if recipe.parallel.compile:
             check_compiler(world.device)
-    state = build_state(recipe, weights, networks, world, len(sources.train))
-    task = Finetuning(recipe, world, sources, weights, state)
-    row = closing(task, run(task, started))
-    with agreement(world.host_group):
-        if world.is_first:
-            leave_classifiers(task)
+    row = run(Finetuning(recipe, world, splits, weights, *networks), started)
     return {key.removeprefix("finetune_"): value for key, value in row.items() if key.endswith(("top1", "top5"))}
 
 
@@ -111,51 +104,6 @@ def make_networks(recipe: Finetune, weights: Weights, classes: int) -> tuple[Cla
     return classifier, ema
 
 
-def build_state(
-    recipe: Finetune,
-    weights: Weights,
-    networks: tuple[Classifier, Classifier | None],
-    world: World,
-    images: int,
-) -> FinetuneState:
-    """The networks of `make_networks`, sharded, with the weights that they start from."""
-    parallel, (classifier, ema) = recipe.parallel, networks
-    mesh = make_mesh(world, parallel.shard, parallel.replicate)
-    parallelize_classifier(
-        classifier,
-        ema,
-        mesh,
-        world.group,
-        shard=parallel.shard,
-        precision=parallel.precision,
-        compile=parallel.compile,
-    )
-    for network in networks:
-        if network is not None:
-            materialize(network, world.device, network.initial_values(trunk_values(weights), recipe.run.seed))
-    return FinetuneState(
-        classifier,
-        ema,
-        make_schedule(recipe, images),
-        weight_decay=recipe.optimizer.weight_decay,
-        layer_decay=recipe.optimizer.layer_decay,
-        ema_decay=recipe.train.ema_decay or 0.0,
-        group=world.group,
-        shard_group=mesh["shard"].get_group(),
-    )
-
-
-def make_schedule(recipe: Finetune, images: int) -> FinetuneSchedule:
-    train = recipe.train
-    return FinetuneSchedule(
-        peak_lr=recipe.peak_lr,
-        min_lr=recipe.optimizer.min_lr,
-        epochs=train.epochs,
-        warmup_epochs=train.warmup_epochs,
-        steps_per_epoch=Order(recipe.run.seed, images, train.global_batch_size).steps_per_epoch,
-    )
-
-
 def trunk_values(weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of one trunk's weights, under the names inside of it."""
     for name, tensor in weights.read(sorted(weights.shapes)):
@@ -163,55 +111,67 @@ def trunk_values(weights: Weights) -> Iterator[tuple[str, Tensor]]:
 
 
 class Finetuning(Supervised):
-    """The trainer's task (engine.runs.trainer.Task): a classifier and its trunk, trained together."""
+    """A classifier and its trunk, trained together."""
 
     metric = "finetune"
+    monitor = "finetune_top1"
     chosen = "the last"
-    keeps_partial = False
 
     def __init__(
         self,
         recipe: Finetune,
         world: World,
-        sources: Splits,
+        splits: Splits,
         weights: Weights,
-        state: FinetuneState,
+        classifier: Classifier,
+        ema: Classifier | None,
     ):
-        about, augment = weights.known(), recipe.augment
+        about, augment, seed = weights.known(), recipe.augment, recipe.run.seed
         dtype = torch.float64 if recipe.parallel.precision == "float64" else torch.float32
-        subject = Subject(
-            state.classifier,
-            about.image_size,
-            about.mean,
-            about.std,
-            recipe.evaluate.crop_fraction,
-            interpolation=augment.interpolation,
-            dtype=dtype,
+        form = {"interpolation": augment.interpolation, "dtype": dtype}
+        fraction = recipe.evaluate.crop_fraction
+        subject = Subject(classifier, about.image_size, about.mean, about.std, fraction, **form)
+        config, randaugment = augment.randaugment, None
+        if config is not None:
+            randaugment = RandAugment(config, seed, about.image_size, about.mean, augment.interpolation)
+        crops = Crops(about.image_size, augment.crop_min, 1, augment.interpolation, randaugment)
+        start = digest(trunk_values(weights))
+        super().__init__(recipe, world, splits, subject, start, crops, repeats=augment.repeats)
+        self.weights, self.classifier, self.ema = weights, classifier, ema
+        smoothing = recipe.train.label_smoothing
+        self.mix = Mix(augment.mixup, augment.cutmix, smoothing, len(self.classes), seed=seed)
+        self.schedule = FinetuneSchedule(
+            peak_lr=recipe.peak_lr,
+            min_lr=recipe.optimizer.min_lr,
+            epochs=recipe.train.epochs,
+            warmup_epochs=recipe.train.warmup_epochs,
+            steps_per_epoch=self.order.steps_per_epoch,
         )
-        super().__init__(recipe, world, sources, subject, digest(trunk_values(weights)))
-        self.weights, self.state = weights, state
-        self.mix = Mix(
-            augment.mixup, augment.cutmix, recipe.train.label_smoothing, len(self.classes), seed=recipe.run.seed
+
+    def build(self) -> None:
+        recipe, world = self.recipe, self.world
+        mesh = make_mesh(world, recipe.parallel.shard, recipe.parallel.replicate)
+        for network in (self.classifier, self.ema):
+            if network is not None:
+                parallelize(network, mesh, world.group, recipe.parallel)
+                values = network.initial_values(trunk_values(self.weights), recipe.run.seed)
+                materialize(network, world.device, values)
+        self.trained = FinetuneState(
+            self.classifier,
+            self.ema,
+            self.schedule,
+            recipe.optimizer,
+            ema_decay=recipe.train.ema_decay or 0.0,
+            mesh=mesh,
+            group=world.group,
         )
 
     @property
-    def step(self) -> int:
-        return self.state.step
+    def update(self) -> Update:
+        return self.trained.update
 
-    def plan(self) -> Plan:
-        every = self.recipe.evaluate.every_epochs * self.steps_per_epoch
-        return dataclasses.replace(super().plan(), evaluate_every=every)
-
-    def make_order(self) -> Order:
-        return dataclasses.replace(super().make_order(), repeats=self.recipe.augment.repeats)
-
-    def make_crops(self) -> Crops:
-        augment, subject, after_crop = self.recipe.augment, self.subject, None
-        if augment.randaugment is not None:
-            after_crop = RandAugment(
-                augment.randaugment, self.recipe.run.seed, subject.image_size, subject.mean, augment.interpolation
-            )
-        return dataclasses.replace(super().make_crops(), interpolation=augment.interpolation, after_crop=after_crop)
+    def tensors(self) -> dict[str, Tensor]:
+        return self.trained.tensors()
 
     def images(self, batch: Batch) -> Tensor:
         images = super().images(batch)
@@ -228,52 +188,66 @@ class Finetuning(Supervised):
         else:
             target_BC = self.mix.plain_target(label_B)
         sample_B = batch.sample_B.to(self.world.device, non_blocking=True)
-        paths = len(self.state.classifier.drop_paths)
+        paths = len(self.classifier.drop_paths)
         uniform_BK = uniform(self.recipe.run.seed, batch.epoch, sample_B, 0, DROP_PATH, paths)
-        return finetune_step(self.state, images, target_BC.to(images.dtype), uniform_BK)
+        return finetune_step(self.trained, images, target_BC.to(images.dtype), uniform_BK)
 
-    def describe(self, output: FinetuneOutput) -> dict[str, float]:
-        check_skips(self.state.skipped_in_a_row, self.step)
-        health = {"grad_norm": output.grad_norm.item(), "skipped_steps": int(self.state.skipped)}
-        return self.row(output.loss.item(), output.lr) | health
+    def metrics(self, output: FinetuneOutput) -> Row:
+        self.update.check_skips()
+        applied = output.applied
+        health = {"grad_norm": applied.grad_norm.item(), "skipped_steps": int(self.update.skipped)}
+        return {"loss": output.loss.item(), "lr": applied.lr} | health
+
+    @property
+    def evaluate_every(self) -> int:
+        return self.recipe.evaluate.every_epochs * self.order.steps_per_epoch
+
+    def evaluate(self) -> Row | None:
+        self.update.check_skips()
+        return super().evaluate()
 
     def predict(self) -> tuple[dict[str, Tensor], Tensor]:
         """Of the classifier and of its moving average, in one pass over the images."""
-        ema = self.state.ema
-        networks = {self.metric: self.state.classifier} | ({} if ema is None else {"ema": ema})
+        networks = {self.metric: self.classifier} | ({} if self.ema is None else {"ema": self.ema})
         subject = dataclasses.replace(self.subject, network=SideBySide(networks.values()))
         logit_NX, label_N = self.val_outputs(subject, "start anew with a lower optimizer.base_lr in another run.dir")
         top = [logit_NC.topk(min(TOP, len(self.classes))).indices for logit_NC in logit_NX.chunk(len(networks), 1)]
         return self.gathered(dict(zip(networks, top, strict=True)), label_N)
 
-    def evaluate(self) -> dict[str, float] | None:
-        check_skips(self.state.skipped_in_a_row, self.step)
-        return super().evaluate()
-
-    def reported(self, rows: list[dict[str, float]]) -> dict[str, float]:
-        """The last: nothing is chosen on the validation images."""
-        return rows[-1]
-
     def opening(self) -> list[str]:
-        train, schedule = self.recipe.train, self.state.schedule
+        epochs = f"{self.schedule.epochs} epochs of {self.schedule.steps_per_epoch:,} steps"
         return [
             f"network   {self.weights.origin}, all of it trained, images of {self.subject.image_size}",
             self.data_line(),
-            f"schedule  {train.epochs} epochs of {self.steps_per_epoch:,} steps, peak lr {schedule.peak_lr:g}",
+            f"schedule  {epochs}, peak lr {self.schedule.peak_lr:g}",
         ]
 
-    def tensors(self) -> dict[str, Tensor]:
-        return self.state.tensors()
-
-    def checkpoint(self) -> dict[str, Any]:
-        saved = super().checkpoint()
+    def state(self) -> RunState:
+        # By its words engine.weights opens the run.
         about = dataclasses.replace(self.weights.known(), finetuned=dump(self.recipe))
-        saved["state"]["about"] = about.to_json()  # by which engine.weights.opening opens the run
-        return saved
+        return dataclasses.replace(super().state(), about=about.to_json())
 
-    def resume(self, saved: dict[str, Any]) -> None:
-        super().resume(saved)
-        self.state.step = saved["step"]
+    def finish(self, directory: Path) -> list[str]:
+        """Leave trunk and classifier, and their moving averages, as folders for timm where it has such ones."""
+        lines = []
+        with agreement(self.world.host_group):
+            if self.world.is_first:
+                lines.append(self._leave(directory, "base", "model", "timm"))
+                if self.ema is not None:
+                    lines.append(self._leave(directory, "momentum", "ema", "timm_ema"))
+        return lines
+
+    def _leave(self, directory: Path, encoder: EncoderName, prefix: str, name: str) -> str:
+        checkpoints, folder = directory / "checkpoints", directory / name
+        checkpoint = checkpoints / read_pointer(checkpoints, "latest")
+        names = [f"{prefix}.head.{part}" for part in ("weight", "bias")]
+        weight, bias = (tensor for _, tensor in read_tensors(checkpoint, names))
+        head = Head(weight, bias, self.classes, self.subject.interpolation, self.subject.crop_fraction)
+        try:
+            export_classifier(open_trunk(str(checkpoint), encoder), head, folder)
+        except (UserError, RunFailed) as error:  # another network, timm's words, a full disk
+            return f"          no {folder} for timm: {one_line(error)}; the checkpoint has all of the network"
+        return f"          timm.create_model('local-dir:{folder}', pretrained=True) is all of the network"
 
 
 class SideBySide(nn.ModuleList):
@@ -283,34 +257,13 @@ class SideBySide(nn.ModuleList):
         return torch.cat([network(images) for network in self], 1)
 
 
-def leave_classifiers(task: Finetuning) -> None:
-    """Trunk and classifier of the last step, and their moving averages, as folders for timm where it has such ones."""
-    leave_classifier(task, "base", "model", "timm")
-    if task.state.ema is not None:
-        leave_classifier(task, "momentum", "ema", "timm_ema")
-
-
-def leave_classifier(task: Finetuning, encoder: EncoderName, prefix: str, name: str) -> None:
-    checkpoints, folder = task.directory / "checkpoints", task.directory / name
-    checkpoint = checkpoints / read_pointer(checkpoints, "latest")
-    names = [f"{prefix}.head.{part}" for part in ("weight", "bias")]
-    weight, bias = (tensor for _, tensor in read_tensors(checkpoint, names))
-    head = Head(weight, bias, task.classes, task.subject.interpolation, task.subject.crop_fraction)
-    try:
-        export_classifier(open_trunk(str(checkpoint), encoder), head, folder)
-    except (UserError, RunFailed) as error:  # another network, timm's words, a full disk
-        say(task.world, [f"          no {folder} for timm: {one_line(error)}; the checkpoint has all of the network"])
-    else:
-        say(task.world, [f"          timm.create_model('local-dir:{folder}', pretrained=True) is all of the network"])
-
-
 def exchanged(images_BCSS: Tensor, label_B: Tensor, world: World) -> tuple[Tensor, Tensor]:
     """Images and labels of the rank at the other end of the global batch, which gets this rank's."""
     other = world.size - 1 - world.rank
     mine = images_BCSS.contiguous(), label_B
     if other == world.rank:
         return mine
-    theirs = tuple(torch.empty_like(tensor) for tensor in mine)
+    theirs = torch.empty_like(mine[0]), torch.empty_like(mine[1])
     transfers = [
         dist.P2POp(way, tensor, group=world.group, group_peer=other, tag=tag)
         for way, tensors in ((dist.isend, mine), (dist.irecv, theirs))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.checkpoint.layout import checkpoint_folders
 from engine.checkpoint.save import save
+from engine.checkpoint.state import RunState
 from engine.distributed.world import process_group
 from engine.errors import UserError
 from engine.logger import note
@@ -39,7 +40,7 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
     # One process needs no replicas; what it saves loads into any sharding.
     alone = dataclasses.replace(recipe.parallel, shard="full", replicate=1, compile=False)
     with process_group() as world:
-        schedule = make_schedule(recipe, images=recipe.train.global_batch_size)
+        schedule = make_schedule(recipe, steps_per_epoch=1)
         state = build_state(dataclasses.replace(recipe, parallel=alone), moco, world, schedule)
         tensors = state.tensors()
         _fill(tensors, weights)
@@ -47,8 +48,8 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
         if not weights.is_whole:
             fresh, copied = [*OF_TRUNK, "optimizer"], "; the momentum trunk is a copy of the base trunk"
         note(f"fresh: {', '.join(fresh)}{copied}")
-        saved = {"step": 0, "recipe": dump(recipe), "data": None, "bad_images": 0}
-        saved["licence"] = source.about and source.about.licence
+        licence = source.about and source.about.licence
+        saved = RunState(0, dump(recipe), images={}, licence=licence, made_by=world.made_by()).to_json()
         path = save(checkpoints, 0, tensors, saved, recipe_sha256=fingerprint(recipe), group=world.host_group)
     return {"checkpoint": str(path), "fresh": fresh}
 

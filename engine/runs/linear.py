@@ -1,29 +1,33 @@
-"""The paper's linear protocol, put together: recipe -> images, frozen network, classifier -> the trainer's loop."""
+"""The paper's linear protocol, put together: recipe -> images, frozen network, classifier -> a run."""
 
 import math
 import time
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from engine.data.decode import Crops
 from engine.data.loader import Batch
 from engine.data.splits import Splits, open_labelled_splits
 from engine.distributed.agreement import gather
 from engine.distributed.world import World
 from engine.errors import RunFailed
-from engine.evaluation.linear import LinearProbe, linear_step
+from engine.evaluation.linear import LinearClassifier, linear_step
 from engine.evaluation.subject import Subject, open_subject_together
 from engine.recipe.sections import Linear
-from engine.runs.supervised import Supervised, closing, digest, run
+from engine.runs.run import run
+from engine.runs.supervised import Supervised, digest
+from engine.runs.task import Row
+from engine.training.update import Update
 from engine.weights.weights import EncoderName
 
 ROWS = 8192  # features that are classified at a time
 
 
-def probe(recipe: Linear, checkpoint: str, encoder: EncoderName, world: World) -> dict[str, float]:
+def linear(recipe: Linear, checkpoint: str, encoder: EncoderName, world: World) -> dict[str, float]:
     """Train a classifier on a CHECKPOINT's frozen trunk to the recipe's end; a run that is found goes on.
 
     All ranks call it together. Returns {"top1", "top5", "learning_rate"}: the best epoch's, and the first epoch's rate.
@@ -32,79 +36,74 @@ def probe(recipe: Linear, checkpoint: str, encoder: EncoderName, world: World) -
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
     """
     started = time.perf_counter()
-    sources = open_labelled_splits(recipe.data, world, seed=recipe.run.seed)
-    subject = open_subject_together(checkpoint, world, encoder=encoder, crop_fraction=recipe.evaluate.crop_fraction)
-    task = Probing(recipe, world, sources, subject, checkpoint)
-    seconds = run(task, started)
-    check_frozen(subject.network, task.weights_digest, world)
-    row = closing(task, seconds)
-    return {"top1": row["linear_top1"], "top5": row["linear_top5"], "learning_rate": task.probe.peak_lr}
+    splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed)
+    fraction = recipe.evaluate.crop_fraction
+    subject = open_subject_together(checkpoint, world, encoder=encoder, crop_fraction=fraction)
+    task = LinearTask(recipe, world, splits, subject, checkpoint)
+    row = run(task, started)
+    return {"top1": row["linear_top1"], "top5": row["linear_top5"], "learning_rate": task.classifier.peak_lr}
 
 
-def own_tensors(network: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    return sorted([*network.named_parameters(), *network.named_buffers()])
-
-
-def check_frozen(network: nn.Module, before: str, world: World) -> None:
-    """Raises RunFailed, on every rank, where the network is not what it was."""
-    if any(gather(digest(own_tensors(network)) != before, world.host_group)):
-        raise RunFailed("the frozen trunk's weights or buffers changed, so the result is not reported")
-
-
-class Probing(Supervised):
-    """The trainer's task (engine.runs.trainer.Task): a linear classifier on a frozen trunk's features."""
+class LinearTask(Supervised):
+    """A linear classifier on a frozen trunk's features."""
 
     metric = "linear"
+    monitor = "linear_top1"
     chosen = "the best"
-    keeps_partial = True
 
-    def __init__(self, recipe: Linear, world: World, sources: Splits, subject: Subject, checkpoint: str):
-        super().__init__(recipe, world, sources, subject, digest(own_tensors(subject.network)))
-        self.name = checkpoint
-        self.probe = LinearProbe(
+    def __init__(self, recipe: Linear, world: World, splits: Splits, subject: Subject, checkpoint: str):
+        crops = Crops(subject.image_size, recipe.augment.crop_min, views=1)
+        weights = digest(own_tensors(subject.network))
+        super().__init__(recipe, world, splits, subject, weights, crops, keep_partial=True)
+        self.checkpoint = checkpoint
+        self.classifier = LinearClassifier(
             subject.width(world.device),
             len(self.classes),
             peak_lr=recipe.optimizer.base_lr * recipe.train.global_batch_size / 256,
             epochs=recipe.train.epochs,
-            steps_per_epoch=self.steps_per_epoch,
+            steps_per_epoch=self.order.steps_per_epoch,
             seed=recipe.run.seed,
             device=world.device,
             group=world.group,
         )
 
+    def build(self) -> None:
+        """All is small enough to be there from the start."""
+
     @property
-    def step(self) -> int:
-        return self.probe.step
+    def update(self) -> Update:
+        return self.classifier.update
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.probe.tensors()
-
-    def resume(self, saved: dict[str, Any]) -> None:
-        super().resume(saved)
-        self.probe.step = saved["step"]
+        return self.classifier.tensors()
 
     def train_step(self, batch: Batch) -> tuple[Tensor, float]:
         """The loss before the update, on the device, and the learning rate."""
         self.bad_images.meet(batch.bad)
-        label_B, lr = self.labels(batch), self.probe.learning_rate
-        first = batch.step % self.steps_per_epoch * self.images_per_step
-        rows = min(self.images_per_step, len(self.sources.train) - first)  # of all ranks; fewer in the last batch
-        return linear_step(self.probe, self.encode(self.images(batch)), label_B, rows), lr
+        label_B, lr = self.labels(batch), self.classifier.learning_rate
+        first = batch.step % self.order.steps_per_epoch * self.order.batch
+        rows = min(self.order.batch, len(self.splits.train) - first)  # of all ranks; fewer in the last batch
+        self.update.begin()
+        return linear_step(self.classifier, self.encode(self.images(batch)), label_B, rows), lr
 
-    def describe(self, output: tuple[Tensor, float]) -> dict[str, float]:
+    def metrics(self, output: tuple[Tensor, float]) -> Row:
         loss, lr = output[0].item(), output[1]
         if not math.isfinite(loss):
             raise RunFailed(
                 f"the loss at step {self.step} is not finite; the newest checkpoint is kept: start anew with a lower "
                 "optimizer.base_lr in another run.dir"
             )
-        return self.row(loss, lr)
+        return {"loss": loss, "lr": lr}
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         if not len(images):  # a rank may get nothing of a partial batch
-            return images.new_zeros(0, self.probe.weight_CD.shape[1])
+            return images.new_zeros(0, self.classifier.weight_CD.shape[1])
         return self.subject.network(images).float()
+
+    @property
+    def evaluate_every(self) -> int:
+        return self.order.steps_per_epoch
 
     @cached_property
     def val_features(self) -> tuple[Tensor, Tensor]:
@@ -113,18 +112,29 @@ class Probing(Supervised):
 
     def predict(self) -> tuple[dict[str, Tensor], Tensor]:
         feature_ND, label_N = self.val_features
-        top = [self.probe.predict(rows.to(self.world.device)).cpu() for rows in feature_ND.split(ROWS)]
+        top = [self.classifier.predict(rows.to(self.world.device)).cpu() for rows in feature_ND.split(ROWS)]
         return self.gathered({self.metric: torch.cat(top)}, label_N)
 
-    def reported(self, rows: list[dict[str, float]]) -> dict[str, float]:
+    def reported(self, monitor_rows: list[Row]) -> Row:
         """The first of those with the highest top-1. An early end inside an epoch counts where none was finished."""
-        finished = [row for row in rows if row["epoch"] % 1 == 0]
-        return max(finished or rows, key=lambda row: row["linear_top1"])
+        finished = [row for row in monitor_rows if row["epoch"] % 1 == 0]
+        return max(finished or monitor_rows, key=lambda row: row["linear_top1"])
+
+    def finish(self, directory: Path) -> list[str]:
+        """Raises RunFailed, on every rank, where the trunk is not what it was."""
+        if any(gather(digest(own_tensors(self.subject.network)) != self.weights_digest, self.world.host_group)):
+            raise RunFailed("the frozen trunk's weights or buffers changed, so the result is not reported")
+        return []
 
     def opening(self) -> list[str]:
-        probe, size = self.probe, self.subject.image_size
+        classifier, size = self.classifier, self.subject.image_size
+        epochs = f"{classifier.epochs} epochs of {classifier.steps_per_epoch:,} steps"
         return [
-            f"network   {self.name}, frozen: {probe.weight_CD.shape[1]} features, images of {size}",
+            f"network   {self.checkpoint}, frozen: {classifier.weight_CD.shape[1]} features, images of {size}",
             self.data_line(),
-            f"schedule  {probe.epochs} epochs of {probe.steps_per_epoch:,} steps, lr from {probe.peak_lr:g}",
+            f"schedule  {epochs}, lr from {classifier.peak_lr:g}",
         ]
+
+
+def own_tensors(network: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    return sorted([*network.named_parameters(), *network.named_buffers()])

@@ -1,18 +1,23 @@
-"""What a run says about itself: metrics.jsonl and TensorBoard."""
+"""What a run says about itself: metrics.jsonl, TensorBoard, and the files that show its newest evaluation."""
 
+import io
 import json
 import math
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL import Image
 
-from engine.errors import UserError
+from engine.files import read_rows, replace_file, sync
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+Row = dict[str, Any]
 
 
 class MetricsLog:
@@ -30,32 +35,35 @@ class MetricsLog:
 
     def __init__(self, run_dir: str | Path, resume_step: int, *, monitor: str = "knn_top1", enabled: bool = True):
         self.enabled, self.monitor = enabled, monitor
+        self.monitor_rows: list[Row] = []
         self._directory = Path(run_dir)
         self._resume_step = resume_step
-        self._values: dict[str, dict[int, float | None]] = {"loss": {}, "monitor": {}}  # by step
+        self._loss_steps: set[int] = set()
         if enabled:
             path = self._directory / "metrics.jsonl"
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._keep_lines(path)
+            self._keep_rows(path)
             self._file = path.open("ab")
 
-    def loss_row(self, step: int, values: dict[str, float | str]) -> None:
+    def loss_row(self, step: int, values: Row) -> None:
         """One line for a logged step, and `train/<key>` in TensorBoard. Nothing if the step has a loss row."""
-        self._row("loss", "train", step, values)
+        if self.enabled and step not in self._loss_steps:
+            self._write("train", step, values)
 
-    def monitor_row(self, step: int, values: dict[str, float | str]) -> None:
+    def monitor_row(self, step: int, values: Row) -> None:
         """One line for the monitor's result; `evaluate/<key>` in TensorBoard. Nothing if the step has one."""
         if self.monitor not in values:
             raise ValueError(f"a row of the monitor needs {self.monitor}; it has {sorted(values)}")
-        self._row("monitor", "evaluate", step, values)
+        if self.enabled and not self.has_monitor_row(step):
+            self._write("evaluate", step, values)
 
     def has_monitor_row(self, step: int) -> bool:
-        return step in self._values["monitor"]
+        return any(row["step"] == step for row in self.monitor_rows)
 
     def best_step(self) -> int | None:
         """The step whose monitor row is highest, the first of equals; None before a row of a trained network."""
-        known = {step: value for step, value in self._values["monitor"].items() if step > 0 and value is not None}
-        return max(known, key=known.get, default=None)
+        known = [row for row in self.monitor_rows if row["step"] > 0 and row[self.monitor] is not None]
+        return max(known, key=lambda row: row[self.monitor])["step"] if known else None
 
     def images(self, tag: str, image: torch.Tensor, step: int) -> None:
         """One picture, uint8 [3, H, W], in TensorBoard."""
@@ -63,13 +71,19 @@ class MetricsLog:
             self._tensorboard.add_image(tag, image, step)
             self._tensorboard.flush()
 
+    def show(self, name: str, content: bytes, step: int) -> None:
+        """A file in the run directory; a PNG is in TensorBoard too."""
+        if self.enabled:
+            replace_file(self._directory / name, content)
+            if name.endswith(".png"):
+                pixels_HW3 = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+                self.images(Path(name).stem, torch.from_numpy(pixels_HW3.transpose(2, 0, 1)), step)
+
     def sync(self) -> None:
         """Returns when the lines so far would survive a power failure."""
         if self.enabled:
             os.fsync(self._file.fileno())
-            directory = os.open(self._directory, os.O_RDONLY)  # the file's name is an entry of its own
-            os.fsync(directory)
-            os.close(directory)
+            sync(self._directory)  # the file's name is an entry of its own
 
     def close(self) -> None:
         if self.enabled:
@@ -83,57 +97,34 @@ class MetricsLog:
 
         return SummaryWriter(str(self._directory / "tensorboard"), purge_step=self._resume_step + 1)
 
-    def _row(self, kind: str, prefix: str, step: int, values: dict[str, float | str]) -> None:
-        if not self.enabled or step in self._values[kind]:
-            return
+    def _write(self, prefix: str, step: int, values: Row) -> None:
         # JSON has no NaN: null is what a reader cannot take for a number
         row = {"step": step} | {key: value if _is_text_or_finite(value) else None for key, value in values.items()}
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
-        self._values[kind][step] = row.get(self.monitor)
+        self._note(row)
         for key, value in values.items():
             if not isinstance(value, str):
                 self._tensorboard.add_scalar(f"{prefix}/{key}", value, step)
         self._tensorboard.flush()
 
-    def _keep_lines(self, path: Path) -> None:
-        lines, kept = [], []
-        if path.exists():
-            with path.open("rb") as file:
-                lines = file.readlines()
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n"):
-                break
-            row = _parse(line, f"{path.name} line {number}")
-            if row["step"] <= self._resume_step:
-                kept.append(line)
-                kind = "monitor" if self.monitor in row else "loss"
-                self._values[kind][row["step"]] = row.get(self.monitor)
-        if len(kept) < len(lines):
-            _replace(path, b"".join(kept))
+    def _note(self, row: Row) -> None:
+        if self.monitor in row:
+            self.monitor_rows.append(row)
+        else:
+            self._loss_steps.add(row["step"])
+
+    def _keep_rows(self, path: Path) -> None:
+        rows = [row for row in read_rows(path) if row["step"] <= self._resume_step] if path.exists() else []
+        for row in rows:
+            self._note(row)
+        content = path.read_bytes() if path.exists() else b""
+        kept = b"".join(
+            line + b"\n" for line in content.split(b"\n")[:-1] if json.loads(line)["step"] <= self._resume_step
+        )
+        if kept != content:
+            replace_file(path, kept)
 
 
 def _is_text_or_finite(value: float | str) -> bool:
     return isinstance(value, str) or math.isfinite(value)
-
-
-def _parse(line: bytes, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise UserError(
-            f"{where} ({line[:40]!r}) must be a JSON object with a step; mend the line or move the file away"
-        )
-    return row
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """The file has its old content or the new one, also after a power failure."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -9,27 +9,27 @@ from engine.evaluation.features import unchecked_features
 from engine.evaluation.knn import gather_rows, knn_accuracy
 from engine.evaluation.online_probe import OnlineProbe
 from engine.evaluation.subject import Subject
-from engine.recipe.load import Pretrain
+from engine.recipe.sections import Pretrain
 from engine.training.step import TrainState
 
 K = 20  # neighbours
 
 
-def has_monitor(sources: Splits) -> bool:
+def has_monitor(splits: Splits) -> bool:
     """kNN needs labels on both sides and enough training images to be neighbours; the online probe the labels."""
-    return sources.val is not None and sources.val.labels is not None and len(sources.train) >= K
+    return splits.val is not None and splits.val.labels is not None and len(splits.train) >= K
 
 
 def make_probe(
-    recipe: Pretrain, world: World, sources: Splits, state: TrainState, dtype: torch.dtype
+    recipe: Pretrain, world: World, splits: Splits, state: TrainState, dtype: torch.dtype
 ) -> OnlineProbe | None:
     """The recipe's online probe; None where it wants none or there is nothing to monitor with."""
-    if not (recipe.evaluate.online_probe and has_monitor(sources)):
+    if not (recipe.evaluate.online_probe and has_monitor(splits)):
         return None
     return OnlineProbe(
         state.moco.width,
-        sources.train.labels,
-        len(sources.train.classes),
+        splits.train.labels,
+        len(splits.train.classes),
         state.schedule,
         seed=recipe.run.seed,
         device=world.device,
@@ -39,7 +39,7 @@ def make_probe(
 
 
 def monitor_row(
-    recipe: Pretrain, world: World, sources: Splits, trunk: nn.Module, dtype: torch.dtype, probe: OnlineProbe | None
+    recipe: Pretrain, world: World, splits: Splits, trunk: nn.Module, dtype: torch.dtype, probe: OnlineProbe | None
 ) -> dict[str, float]:
     """Top-1 and top-5 on the validation images, from 0 to 1, by kNN and by the probe; equal on all ranks.
 
@@ -50,7 +50,7 @@ def monitor_row(
     subject = Subject(trunk, recipe.model.image_size, augment.mean, augment.std, evaluate.crop_fraction, dtype=dtype)
     bank, queries = (
         unchecked_features(subject, source, None, world, recipe.data.workers, "it is left out of the monitor")
-        for source in sources
+        for source in splits
     )
     query = gather_rows(queries.to(world.device), world.group)
     knn = knn_accuracy(bank, query, k=K, group=world.group)

@@ -10,9 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from engine.checkpoint.layout import point, step_name
@@ -20,39 +19,13 @@ from engine.checkpoint.retain import retain
 from engine.checkpoint.save import save
 from engine.distributed.agreement import agreement, share
 from engine.distributed.signals import StopSignal
-from engine.distributed.world import World
 from engine.errors import Interrupted
+from engine.logger import say
+from engine.recipe.identity import fingerprint
 from engine.runs.log import MetricsLog
 
-
-class Task(Protocol):
-    """What the loop trains. Every method is called on all ranks together."""
-
-    @property
-    def step(self) -> int:
-        """Updates so far."""
-
-    @property
-    def images_per_step(self) -> int:
-        """Of all ranks."""
-
-    def batches(self, last_step: int) -> Iterable[Any]:
-        """This rank's batches from the present step up to, not including, `last_step`."""
-
-    def train_step(self, batch: Any) -> Any:
-        """One update; returns what `describe` reads. Must not wait for the device."""
-
-    def describe(self, output: Any) -> dict[str, float]:
-        """Metrics of a step, the loss among them; equal on all ranks. May raise RunFailed."""
-
-    def evaluate(self) -> dict[str, float] | None:
-        """The monitor's row, or None where there is nothing to evaluate with."""
-
-    def picture(self, batch: Any) -> Tensor:
-        """uint8 [3, H, W]: what this rank's networks see of a batch."""
-
-    def checkpoint(self) -> dict[str, Any]:
-        """`tensors`, `state` and `recipe_sha256` of a checkpoint (engine.checkpoint.save)."""
+if TYPE_CHECKING:
+    from engine.runs.task import Task
 
 
 @dataclass(frozen=True)
@@ -76,11 +49,11 @@ class Plan:
 
 
 class Trainer:
-    """Drives a task through a plan; checkpoints go below `checkpoints`, metrics to `log`."""
+    """Drives a task through its plan; checkpoints go below `checkpoints`, metrics to `log`."""
 
-    def __init__(self, task: Task, plan: Plan, *, world: World, checkpoints: Path, log: MetricsLog):
-        self.task, self.plan, self.world, self.log = task, plan, world, log
-        self.checkpoints = checkpoints
+    def __init__(self, task: "Task", log: MetricsLog, checkpoints: Path):
+        self.task, self.plan, self.world = task, task.plan(), task.world
+        self.log, self.checkpoints = log, checkpoints
         self.seconds: Counter[str] = Counter()  # where the wall time went
 
     def run(self) -> None:
@@ -102,9 +75,7 @@ class Trainer:
                 if signum or self.plan.saves_after(self.task.step) or self.plan.evaluates_after(self.task.step):
                     self._save()
                 if signum and self.task.step < self.plan.last_step:
-                    self._say(
-                        f"stopped by a signal after step {self.task.step}, which is saved; the same command goes on"
-                    )
+                    say(f"stopped by a signal after step {self.task.step}, which is saved; the same command goes on")
                     raise Interrupted(signum)
                 self._evaluate_if_due()
 
@@ -115,7 +86,7 @@ class Trainer:
             return
         row = self.task.describe(output)
         now = time.perf_counter()
-        row["images_per_second"] = (step - self.clock[0]) * self.task.images_per_step / (now - self.clock[1])
+        row["images_per_second"] = (step - self.clock[0]) * self.task.order.batch / (now - self.clock[1])
         self._restart_clock()
         self.log.loss_row(step, row)
         if step == 1:
@@ -123,7 +94,7 @@ class Trainer:
         speed = f"{row['images_per_second']:,.0f} images/s"
         self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}")
         if self.bar.disable:
-            self._say(f"step {step}/{self.plan.last_step}  loss {row['loss']:.4f}  {speed}")
+            say(f"step {step}/{self.plan.last_step}  loss {row['loss']:.4f}  {speed}")
 
     def _evaluate_if_due(self) -> None:
         step = self.task.step
@@ -133,24 +104,36 @@ class Trainer:
         with self._time("evaluation"):
             row = self.task.evaluate()
         if row is not None:
+            row = {"epoch": self.task.epoch} | row
             self.log.monitor_row(step, row)
-            self._point_to_best()
-            self._say(
-                f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items() if key != "epoch")
-            )
+            with agreement(self.world.host_group):
+                if self.world.is_first:
+                    self._show_result(step)
+            numbers = ", ".join(f"{key} {value:.3f}" for key, value in row.items() if key != "epoch")
+            say(f"step {step}: {numbers}")
         self._restart_clock()
 
-    def _point_to_best(self) -> None:
-        """Let `best` name the checkpoint that the monitor likes most."""
-        step = self.log.best_step()
-        if self.world.is_first and step is not None:
-            point(self.checkpoints, "best", self.checkpoints / step_name(step))
+    def _show_result(self, step: int) -> None:
+        """Let `best` name the checkpoint that the monitor likes most, and show the evaluation if it counts."""
+        best = self.log.best_step()
+        if best is not None:
+            point(self.checkpoints, "best", self.checkpoints / step_name(best))
+        if self.task.reported(self.log.monitor_rows)["step"] == step:
+            for name, content in self.task.shown().items():
+                self.log.show(name, content, step)
 
     def _save(self) -> None:
         with self._time("checkpoints"):
             with agreement(self.world.host_group):
                 self.log.sync()
-            save(self.checkpoints, self.task.step, **self.task.checkpoint(), group=self.world.host_group)
+            save(
+                self.checkpoints,
+                self.task.step,
+                self.task.tensors(),
+                self.task.state().to_json(),
+                recipe_sha256=fingerprint(self.task.recipe),
+                group=self.world.host_group,
+            )
             if self.world.is_first:
                 retain(self.checkpoints, self.plan.keep)
         self._restart_clock()
@@ -184,8 +167,3 @@ class Trainer:
             dynamic_ncols=True,
             disable=not (self.world.is_first and sys.stderr.isatty()),
         )
-
-    def _say(self, text: str) -> None:
-        if self.world.is_first:
-            tqdm.write(text)
-            sys.stdout.flush()  # a log file shows the step when it is done

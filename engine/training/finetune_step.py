@@ -11,10 +11,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from engine.training.guard import BufferSnapshot, check_gradients
+from engine.recipe.sections import FinetuneOptimizer
+from engine.torch_internals import lerp_each_
 from engine.training.optim import adamw, local
 from engine.training.schedule import FinetuneSchedule
+from engine.training.update import Applied, Update
 from models.classifier import Classifier
 
 NO_DECAY = ("pos_embed", "cls_token")  # beside biases and norms
@@ -24,8 +27,7 @@ class FinetuneOutput(NamedTuple):
     """What a step saw, on the device. The loss is of all ranks, before the update."""
 
     loss: Tensor
-    grad_norm: Tensor
-    lr: float
+    applied: Applied
 
 
 class FinetuneState:
@@ -33,10 +35,9 @@ class FinetuneState:
 
     Args:
         classifier, ema: parallelized and materialized (engine.training.parallelize).
-        layer_decay: the rate of a layer over that of the next deeper one; the classifier's is the whole rate.
         ema_decay: what the moving average keeps of itself in a step.
+        mesh: how a parameter lies over the ranks: spread along "shard", copied along "replicate".
         group: the ranks of the global batch.
-        shard_group: the ranks over which one parameter is spread.
     """
 
     def __init__(
@@ -44,49 +45,44 @@ class FinetuneState:
         classifier: Classifier,
         ema: Classifier | None,
         schedule: FinetuneSchedule,
+        optimizer: FinetuneOptimizer,
         *,
-        weight_decay: float,
-        layer_decay: float,
         ema_decay: float,
+        mesh: DeviceMesh,
         group: dist.ProcessGroup,
-        shard_group: dist.ProcessGroup,
     ):
         self.classifier, self.ema, self.schedule, self.group = classifier, ema, schedule, group
         self.ema_decay = ema_decay
-        self.step = 0
         # FSDP swaps a module's parameters for gathered ones while it runs, so lists of shards are taken once, here.
-        self.trained = dict(classifier.named_parameters())
-        self.buffers = dict(classifier.named_buffers())
         self.saved = {f"model.{name}": tensor for name, tensor in saved(classifier).items()}
         self.shards, self.ema_shards = floating(classifier), []
         if ema is not None:
             self.saved |= {f"ema.{name}": tensor for name, tensor in saved(ema).items()}
             self.ema_shards = floating(ema)
-        self.optimizer = adamw(decaying_groups(classifier, weight_decay, layer_decay))
-        self.copies = group.size() // shard_group.size()  # of every shard
-        device = self.shards[0].device
-        self.skipped = torch.zeros((), dtype=torch.long, device=device)  # steps without update so far
-        self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=device)
+        self.update = Update(
+            adamw(decaying_groups(classifier, optimizer)),
+            dict(classifier.named_parameters()),
+            list(classifier.buffers()),
+            group=group,
+            copies=mesh["replicate"].size(),
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint holds, by name; loading fills them in place."""
-        optimizer = {
-            f"optimizer.{kind}.{name}": tensor
-            for name, parameter in self.trained.items()
-            for kind, tensor in self.optimizer.state[parameter].items()
-        }
-        return self.saved | optimizer | {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return self.saved | self.update.tensors()
 
 
-def decaying_groups(classifier: Classifier, weight_decay: float, layer_decay: float) -> list[dict]:
+def decaying_groups(classifier: Classifier, optimizer: FinetuneOptimizer) -> list[dict]:
     """Parameters by rate and weight decay, as timm groups a whole network.
 
     A group has `lr_scale`, its share of the rate: 1 for the classifier, layer_decay for the trunk's last layer, and so
     on down. Biases, norms, positions and CLS have no weight decay, as in DeiT.
     """
-    kept = {*NO_DECAY, *classifier.no_weight_decay}
     return param_groups_layer_decay(
-        _Whole(classifier), weight_decay, no_weight_decay_list=kept, layer_decay=layer_decay
+        _Whole(classifier),
+        optimizer.weight_decay,
+        no_weight_decay_list={*NO_DECAY, *classifier.no_weight_decay},
+        layer_decay=optimizer.layer_decay,
     )
 
 
@@ -127,24 +123,14 @@ def finetune_step(state: FinetuneState, images: Tensor, target_BC: Tensor, unifo
     Args:
         uniform_BK: numbers in [0, 1) that decide which residual branches each sample drops.
     """
-    lr, before = state.schedule.learning_rate_at(state.step), BufferSnapshot(list(state.buffers.values()))
+    state.update.begin()
     state.classifier.choose_paths(uniform_BK)
     loss = F.cross_entropy(state.classifier(images), target_BC)
     loss.backward()
-
-    grad_norm, skip = check_gradients(state.trained, state.group, state.copies)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-    state.optimizer.found_inf = skip
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    before.restore_where(skip > 0)
+    applied = state.update.apply(state.schedule.learning_rate_at(state.update.step))
     if state.ema is not None:
         with torch.no_grad():
-            torch._foreach_lerp_(state.ema_shards, state.shards, 1 - state.ema_decay)
-    state.skipped += skip.long()
-    state.skipped_in_a_row.add_(1).mul_(skip.long())
-    state.step += 1
+            lerp_each_(state.ema_shards, state.shards, 1 - state.ema_decay)
     mean_loss = loss.detach().clone()
     dist.all_reduce(mean_loss, group=state.group)
-    return FinetuneOutput(mean_loss / state.group.size(), grad_norm, lr)
+    return FinetuneOutput(mean_loss / state.group.size(), applied)

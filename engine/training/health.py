@@ -3,13 +3,13 @@
 Shapes: N = V * B rows of this rank, D features, P width of the queries.
 """
 
-import math
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.torch_internals import norm_each, subtract_each
+from engine.training.loss import chance_level
 from engine.training.step import StepOutput, TrainState
 
 
@@ -17,12 +17,12 @@ from engine.training.step import StepOutput, TrainState
 def health(output: StepOutput, state: TrainState) -> dict[str, float]:
     """Numbers of the global batch for the log, equal on all ranks; waits for the device.
 
-    loss, chance_share (loss over that of guessing, 4 T ln G), top1 (of the in-batch task), positive_similarity,
+    loss, chance_share (loss over that of guessing), top1 (queries whose nearest key is their own), positive_similarity,
     negative_similarity, feature_std and query_std (of normalised rows, times the square root of their width: 1 spread,
     0 collapsed), grad_norm, momentum_distance (|base - momentum| / |base|), skipped_steps.
     """
     group = state.group
-    chance = 4 * state.temperature * math.log(group.size() * len(output.queries) // 2)
+    chance = chance_level(state.temperature, group.size() * len(output.queries) // 2)
     means = torch.stack([output.loss, output.top1, output.positive, output.negative]).double()
     dist.all_reduce(means, group=group)
     loss, top1, positive, negative = (means / group.size()).tolist()
@@ -34,9 +34,9 @@ def health(output: StepOutput, state: TrainState) -> dict[str, float]:
         "negative_similarity": negative,
         "feature_std": spread(output.features, group),
         "query_std": spread(output.queries, group),
-        "grad_norm": output.grad_norm.item(),
+        "grad_norm": output.applied.grad_norm.item(),
         "momentum_distance": momentum_distance(state),
-        "skipped_steps": int(state.skipped),
+        "skipped_steps": int(state.update.skipped),
     }
 
 
@@ -51,8 +51,7 @@ def spread(x_ND: Tensor, group: dist.ProcessGroup) -> float:
 
 def momentum_distance(state: TrainState) -> float:
     """How far the momentum encoder lags: |base - momentum| / |base| over all parameters."""
-    difference = torch._foreach_sub(state.base_shards, state.momentum_shards)
-    norms = [torch._foreach_norm(shards, 2, dtype=torch.float64) for shards in (difference, state.base_shards)]
-    squares = torch.stack([torch.stack(n).square().sum() for n in norms])
+    difference = subtract_each(state.base_shards, state.momentum_shards)
+    squares = torch.stack([norm_each(shards).square().sum() for shards in (difference, state.base_shards)])
     dist.all_reduce(squares, group=state.group)  # copies of a shard count in both alike
     return (squares[0] / squares[1]).sqrt().item()

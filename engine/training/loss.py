@@ -3,6 +3,7 @@
 Shapes: B queries of this rank, G keys of all ranks, P width of a query, C keys of one chunk.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,11 @@ def contrastive_loss(q_BP: Tensor, k_GP: Tensor, first: int, temperature: float,
         own_B = torch.arange(first, first + len(q_BP), device=q_BP.device)
     top1 = (nearest_B == own_B).to(accurate).mean()
     return ContrastiveLoss(2 * temperature * cross_entropy_B.mean(), top1, positive_B.mean(), negative_B.mean())
+
+
+def chance_level(temperature: float, global_batch: int) -> float:
+    """The loss of a step, of both views, whose queries tell no key from another: 4 T ln G."""
+    return 4 * temperature * math.log(global_batch)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

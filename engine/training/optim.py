@@ -11,6 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from engine.recipe.sections import Optimizer
+from engine.torch_internals import add_each, multiply_each, norm_each
+
 LARS_MOMENTUM = 0.9
 LARS_TRUST = 0.001
 
@@ -21,7 +24,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def build_optimizer(
-    name: str, parameters: Iterable[torch.nn.Parameter], weight_decay: float, shard_group: dist.ProcessGroup
+    section: Optimizer, parameters: Iterable[torch.nn.Parameter], shard_group: dist.ProcessGroup
 ) -> torch.optim.Optimizer:
     """The optimizer that a recipe names, over the trained parameters; the step sets `lr`.
 
@@ -30,9 +33,9 @@ def build_optimizer(
     Args:
         shard_group: the ranks over which one parameter is spread.
     """
-    if name == "lars":
-        return Lars(parameters, weight_decay, shard_group)
-    return adamw([{"params": list(parameters), "weight_decay": weight_decay}])
+    if section.name == "lars":
+        return Lars(parameters, section.weight_decay, shard_group)
+    return adamw([{"params": list(parameters), "weight_decay": section.weight_decay}])
 
 
 def adamw(groups: list[dict]) -> torch.optim.AdamW:
@@ -69,8 +72,8 @@ class Lars(torch.optim.Optimizer):
         scaled = [p for p in group["params"] if p.ndim > 1]
         plain = [p for p in group["params"] if p.ndim <= 1]
         weights, gradients = [local(p) for p in scaled], [local(p.grad) for p in scaled]
-        updates = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
-        updates = torch._foreach_mul(updates, self._trust_ratios(weights, updates))
+        updates = add_each(gradients, weights, group["weight_decay"])
+        updates = multiply_each(updates, self._trust_ratios(weights, updates))
         updates = [*updates, *(local(p.grad) for p in plain)]
         for parameter, update in zip(scaled + plain, updates, strict=True):
             self._apply(local(parameter), local(self.state[parameter]["mu"]), update, group["lr"])
@@ -85,7 +88,7 @@ class Lars(torch.optim.Optimizer):
         parameter.copy_(new_parameter)
 
     def _trust_ratios(self, parameters: Sequence[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
-        squares = torch.stack(torch._foreach_norm([*parameters, *updates], 2, dtype=torch.float64)).square()
+        squares = norm_each([*parameters, *updates]).square()
         dist.all_reduce(squares, group=self.shard_group)
         parameter_norms, update_norms = squares.sqrt().chunk(2)
         both = (parameter_norms > 0) & (update_norms > 0)

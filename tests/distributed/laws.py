@@ -12,12 +12,13 @@ from torch.distributed.tensor import DTensor
 
 from engine.distributed.world import World, make_mesh, process_group
 from engine.evaluation.online_probe import OnlineProbe
-from engine.training import step as step_module
-from engine.training.guard import check_gradients
+from engine.recipe.sections import Parallel
+from engine.training import update as update_module
 from engine.training.optim import LARS_TRUST, Lars, local
 from engine.training.parallelize import materialize, parallelize
 from engine.training.schedule import Schedule
 from engine.training.step import TrainState, train_step
+from engine.training.update import gradient_norm
 from models.architecture import Architecture
 from models.moco import MoCo, update_momentum
 from models.norm import GlobalBatchNorm, set_batch_norm_group
@@ -51,18 +52,19 @@ def bad_gradient_changes_nothing(world: World) -> None:
         expected = [shard.clone() for shard in state.momentum_shards]
         update_momentum(expected, state.base_shards, state.schedule.momentum_at(2))
 
-        def poisoned(trained, *rest, bad: float = (torch.nan, torch.inf)[number % 2]) -> tuple[Tensor, Tensor]:
+        def poisoned(trained, *rest, bad: float = (torch.nan, torch.inf)[number % 2]) -> Tensor:
             if world.rank == world.size - 1:
                 last = [p for p in trained.values() if local(p.grad).numel()][-1]
                 local(last.grad).view(-1)[0] = bad
-            return check_gradients(trained, *rest)
+            return gradient_norm(trained, *rest)
 
-        step_module.check_gradients = poisoned
+        update_module.gradient_norm = poisoned
         output = train_step(state, images(trace, world, 2))
-        step_module.check_gradients = check_gradients
+        update_module.gradient_norm = gradient_norm
 
-        assert output.skipped.item() == 1 and state.step == 3
-        assert state.skipped.item() == 1 and state.skipped_in_a_row.item() == 1
+        update = state.update
+        assert (output.applied.skipped.item(), update.step) == (1, 3)
+        assert (update.skipped.item(), update.skipped_in_a_row.item()) == (1, 1)
         after = snapshot(state)
         moved = {n for n in after if not torch.equal(after[n], before[n])} - {"skipped", "skipped_in_a_row"}
         assert all(n.startswith("model.momentum.") and n.removeprefix("model.") in state.parameters for n in moved), (
@@ -70,13 +72,13 @@ def bad_gradient_changes_nothing(world: World) -> None:
         )
         assert all(map(torch.equal, state.momentum_shards, expected))
 
-        assert train_step(state, images(trace, world, 3)).skipped.item() == 0
-        assert state.skipped_in_a_row.item() == 0
+        assert train_step(state, images(trace, world, 3)).applied.skipped.item() == 0
+        assert update.skipped_in_a_row.item() == 0
         again = snapshot(state)
         # A local shard may be empty; where it is not, every trained tensor has moved again.
         still = [
             n
-            for n in state.trained
+            for n in update.trained
             if after["model." + n].numel() and torch.equal(again["model." + n], after["model." + n])
         ]
         assert not still, still
@@ -154,7 +156,7 @@ def weights_depend_on_the_seed_alone(world: World) -> None:
     expected = dict(make().initial_values(seed=3))
     other_seed = dict(make().initial_values(seed=4))
     mesh = make_mesh(world, "full", 1)
-    parallelize(moco, mesh, world.group, shard="full", precision="float32", compile=False)
+    parallelize(moco, mesh, world.group, Parallel(compile=False, precision="float32"))
     materialize(moco, world.device, moco.initial_values(seed=3))
     for name, tensor in moco.state_dict().items():
         value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

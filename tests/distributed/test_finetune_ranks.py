@@ -6,8 +6,7 @@ import pytest
 
 from engine.weights.opening import open_weights
 from tests.distributed.launch import results
-from tests.evaluation.test_linear import VAL, rows
-from tests.runs.test_finetune import CHECKPOINT, EVERYTHING, RECIPE, SMALL, run, small_recipe
+from tests.runs.small import CHECKPOINT, EVERYTHING, FINETUNE, FOUR_STEPS, VAL, finetune_recipe, rows, run_finetune
 
 # 2 and 3 ranks divide the batch, and an epoch has three.
 OPTIONS = [*EVERYTHING, "train.global_batch_size=252", "train.max_steps=5"]
@@ -15,15 +14,15 @@ OPTIONS = [*EVERYTHING, "train.global_batch_size=252", "train.max_steps=5"]
 
 def launched(ranks: int, directory: Path, *overrides: str) -> dict:
     roots = ("--train", VAL, "--val", VAL, "--out", directory)
-    values = [*SMALL, *OPTIONS, *overrides]
-    (found,) = results(ranks, "engine.evaluate", "finetune", CHECKPOINT, *roots, "--recipe", RECIPE, *values)
+    values = [*FOUR_STEPS, *OPTIONS, *overrides]
+    (found,) = results(ranks, "engine.evaluate", "finetune", CHECKPOINT, *roots, "--recipe", FINETUNE, *values)
     return found
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> tuple[Path, dict]:
     directory = tmp_path_factory.mktemp("alone")
-    return directory, run(small_recipe(directory, *OPTIONS))
+    return directory, run_finetune(finetune_recipe(directory, *OPTIONS))
 
 
 def check_same(directory: Path, found: dict, alone: tuple[Path, dict]) -> None:
@@ -48,5 +47,5 @@ def test_two_ranks(alone, tmp_path):
 
 def test_three_ranks_go_on_from_the_checkpoint_of_one(alone, tmp_path):
     """The first and the last exchange what they mix with; the one in the middle mixes with its own."""
-    run(small_recipe(tmp_path, *OPTIONS, "train.max_steps=2"))
+    run_finetune(finetune_recipe(tmp_path, *OPTIONS, "train.max_steps=2"))
     check_same(tmp_path, launched(3, tmp_path, "parallel.shard=grad_op"), alone)

@@ -30,9 +30,9 @@ from engine.data.sources import open_source
 from engine.distributed.world import process_group
 from engine.errors import RunFailed, UserError
 from engine.recipe.load import load
-from engine.recipe.sections import Finetune, Linear
+from engine.recipe.sections import Finetune, FinetuneOptimizer, Linear
 from engine.runs import finetune as finetuning
-from engine.runs import linear as probes
+from engine.runs.linear import linear
 from engine.training.finetune_step import decaying_groups
 from engine.weights.card import model_card
 from engine.weights.export import export_classifier
@@ -44,35 +44,10 @@ from models.drop_path import ChosenDropPath
 from models.resnet import build_resnet
 from models.timm_trunk import build_timm
 from models.vit import build_vit
-from tests.evaluation.test_linear import CHECKPOINT, ROOT, VAL, rows
-from tests.test_house import recording
+from tests.runs.reading import unread_keys
+from tests.runs.small import CHECKPOINT, EVERYTHING, ROOT, VAL, finetune_recipe, rows, run_finetune
 
-RECIPE = ROOT / "recipes/finetune_quickstart.yaml"
-EVERYTHING = [  # every kind of regularization at once
-    "model.drop_path=0.3",
-    "train.ema_decay=0.9",
-    "augment.randaugment=rand-m9-mstd0.5-inc1",
-    "augment.erase_probability=0.5",
-    "augment.mixup=0.8",
-    "augment.cutmix=1.0",
-    "augment.repeats=3",
-    "augment.interpolation=bicubic",
-]
-
-
-SMALL = ["train.global_batch_size=100", "train.max_steps=4", "log.every_steps=1", "checkpoint.every_steps=2"]
-SMALL += ["optimizer.base_lr=1e-3", "parallel.precision=float64"]
-
-
-def small_recipe(directory: Path, *overrides: str) -> Finetune:
-    """1,000 images of the quickstart in batches of 100, four steps."""
-    values = [f"run.dir={directory}", f"data.root={VAL}", f"data.val_root={VAL}"]
-    return load(RECIPE, [*values, *SMALL, *overrides], Finetune)
-
-
-def run(recipe: Finetune, checkpoint: str = CHECKPOINT, baseline: str | None = None) -> dict:
-    with process_group() as world:
-        return finetuning.finetune(recipe, checkpoint, "base", baseline, world)
+RATES = FinetuneOptimizer(base_lr=1.0, min_lr=0.0, weight_decay=0.1, layer_decay=0.5)
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------
@@ -149,7 +124,7 @@ def test_rates_and_weight_decay_are_timms_of_the_whole_network(name):
     ours, theirs = (
         {named[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
         for groups in (
-            decaying_groups(classifier, 0.1, 0.5),
+            decaying_groups(classifier, RATES),
             param_groups_layer_decay(whole, 0.1, own, layer_decay=0.5),
         )
     )
@@ -163,7 +138,7 @@ def test_rates_and_weight_decay_are_timms_of_the_whole_network(name):
 
 
 def test_a_resnet_of_ours_has_layers_too():
-    scales = {group["lr_scale"] for group in decaying_groups(Classifier(build_resnet(), 3), 0.1, 0.5)}
+    scales = {group["lr_scale"] for group in decaying_groups(Classifier(build_resnet(), 3), RATES)}
     assert scales == {0.5**n for n in range(18)}  # classifier, 16 blocks, stem
 
 
@@ -173,7 +148,7 @@ def test_a_resnet_of_ours_has_layers_too():
 def test_the_run_against_plain_torch(tmp_path):
     """Loader's crops and flips; the rest is written anew: timm's ViT, groups, warm-up and cosine, AdamW, EMA."""
     options = ["optimizer.layer_decay=0.6", "train.ema_decay=0.9", "train.label_smoothing=0.1"]
-    run(small_recipe(tmp_path, *options, "train.epochs=2", "train.warmup_epochs=0.2"))
+    run_finetune(finetune_recipe(tmp_path, *options, "train.epochs=2", "train.warmup_epochs=0.2"))
     encoder, source = open_encoder(CHECKPOINT), open_source(Root("shards", VAL), "all")
     network = VisionTransformer(64, 16, embed_dim=48, depth=2, num_heads=12, num_classes=10).double()
     weights = open_weights(CHECKPOINT).trunk("base")
@@ -220,7 +195,9 @@ def test_the_run_against_plain_torch(tmp_path):
 def finished(tmp_path_factory) -> tuple[Path, dict]:
     """All that a run can do at once, over the end of an epoch."""
     directory = tmp_path_factory.mktemp("finetune")
-    return directory, run(small_recipe(directory, *EVERYTHING, "train.global_batch_size=250", "train.max_steps=6"))
+    return directory, run_finetune(
+        finetune_recipe(directory, *EVERYTHING, "train.global_batch_size=250", "train.max_steps=6")
+    )
 
 
 def test_the_result_is_the_last_evaluations_and_files_are_there(finished):
@@ -240,8 +217,8 @@ def test_the_result_is_the_last_evaluations_and_files_are_there(finished):
 
 def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path):
     options = [*EVERYTHING, "train.global_batch_size=250"]
-    run(small_recipe(tmp_path, *options, "train.max_steps=3"))
-    assert run(small_recipe(tmp_path, *options, "train.max_steps=6")) == finished[1]
+    run_finetune(finetune_recipe(tmp_path, *options, "train.max_steps=3"))
+    assert run_finetune(finetune_recipe(tmp_path, *options, "train.max_steps=6")) == finished[1]
     ours, theirs = (rows(directory, "loss") for directory in (tmp_path, finished[0]))
     assert [row["loss"] for row in ours] == [row["loss"] for row in theirs] and len(ours) == 6
     assert [row["lr"] for row in ours] == [row["lr"] for row in theirs]
@@ -251,9 +228,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path):
 def test_compiled_is_eager(tmp_path):
     """In bf16 too it runs; in float32 it is the eager run but for rounding, and each network compiles a few graphs."""
     options = [*EVERYTHING, "train.global_batch_size=250", "parallel.precision=float32"]
-    run(small_recipe(tmp_path / "eager", *options))
-    run(small_recipe(tmp_path / "compiled", *options, "parallel.compile=true"))
-    run(small_recipe(tmp_path / "bf16", *options, "parallel.compile=true", "parallel.precision=bf16"))
+    run_finetune(finetune_recipe(tmp_path / "eager", *options))
+    run_finetune(finetune_recipe(tmp_path / "compiled", *options, "parallel.compile=true"))
+    run_finetune(finetune_recipe(tmp_path / "bf16", *options, "parallel.compile=true", "parallel.precision=bf16"))
     eager, compiled, bf16 = (
         [row["loss"] for row in rows(tmp_path / name, "loss")] for name in ("eager", "compiled", "bf16")
     )
@@ -300,13 +277,7 @@ def test_timms_own_networks_too(tmp_path, name):
 
 
 def test_each_key_of_the_recipe_is_read(tmp_path):
-    recipe = small_recipe(tmp_path, *EVERYTHING, "train.max_steps=1")
-    sections = {n: part for n, part in vars(recipe).items() if dataclasses.is_dataclass(part)}
-    read = {name: set() for name in sections}
-    run(dataclasses.replace(recipe, **{n: recording(part, read[n]) for n, part in sections.items()}))
-    for name, part in sections.items():
-        unread = {leaf.name for leaf in dataclasses.fields(part)} - read[name]
-        assert not unread, (name, unread)
+    assert not unread_keys(finetune_recipe(tmp_path, *EVERYTHING, "train.max_steps=1"), run_finetune)
 
 
 def test_bad_gradients_change_nothing_and_many_end_the_run(tmp_path, monkeypatch):
@@ -314,7 +285,7 @@ def test_bad_gradients_change_nothing_and_many_end_the_run(tmp_path, monkeypatch
     plain = finetuning.finetune_step
 
     def poisoned(state, images, target_BC, uniform_BK):
-        if state.step < 2:
+        if state.update.step < 2:
             return plain(state, images, target_BC, uniform_BK)
         before = {name: tensor.clone() for name, tensor in state.tensors().items()}
         output = plain(state, images * float("nan"), target_BC, uniform_BK)
@@ -323,23 +294,23 @@ def test_bad_gradients_change_nothing_and_many_end_the_run(tmp_path, monkeypatch
         return output
 
     monkeypatch.setattr(finetuning, "finetune_step", poisoned)
-    recipe = small_recipe(tmp_path, "train.max_steps=15", "train.ema_decay=0.5", "checkpoint.every_steps=50")
+    recipe = finetune_recipe(tmp_path, "train.max_steps=15", "train.ema_decay=0.5", "checkpoint.every_steps=50")
     with pytest.raises(RunFailed, match="the last 10 steps up to 12 had gradients that are not finite"):
-        run(recipe)
+        run_finetune(recipe)
     assert len(rows(tmp_path, "loss")) == 11
 
 
 def test_a_share_of_the_labels_and_the_untrained_network(tmp_path):
-    few = small_recipe(tmp_path / "a", "data.labels=0.1", "train.max_steps=1")
-    run(few)
+    few = finetune_recipe(tmp_path / "a", "data.labels=0.1", "train.max_steps=1")
+    run_finetune(few)
     other = dataclasses.replace(few, run=dataclasses.replace(few.run, dir=str(tmp_path / "b")))
-    run(other, baseline="initial")
+    run_finetune(other, baseline="initial")
     assert rows(tmp_path / "a", "loss")[0]["epoch"] == 1  # a hundred images are one batch
     assert rows(tmp_path / "a", "loss")[0]["loss"] != rows(tmp_path / "b", "loss")[0]["loss"]
     with pytest.raises(
         UserError, match=r"train.global_batch_size \(100\) must be at most the number of images \(10 in"
     ):
-        run(small_recipe(tmp_path / "c", "data.labels=0.01"))
+        run_finetune(finetune_recipe(tmp_path / "c", "data.labels=0.01"))
     assert not (tmp_path / "c").exists()
 
 
@@ -414,49 +385,51 @@ def test_recipes_say_what_the_paper_says():
 )
 def test_a_recipe_that_cannot_be_is_refused(tmp_path, override, words):
     with pytest.raises(UserError, match=words):
-        small_recipe(tmp_path, override)
+        finetune_recipe(tmp_path, override)
 
 
 def test_a_resume_refuses_what_differs(finished):
     options = [*EVERYTHING, "train.global_batch_size=250", "train.max_steps=6"]
     with pytest.raises(UserError, match=r"augment.mixup \(0.8 -> 0.2\)"):
-        run(small_recipe(finished[0], *options, "augment.mixup=0.2"))
+        run_finetune(finetune_recipe(finished[0], *options, "augment.mixup=0.2"))
     with pytest.raises(UserError, match="holds a run on another network"):
-        run(small_recipe(finished[0], *options), baseline="initial")
+        run_finetune(finetune_recipe(finished[0], *options), baseline="initial")
 
 
 def test_what_timm_cannot_do_is_found_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match=r"augment.randaugment \(rand-tweights-n20\) must be what timm can do \(Cannot"):
-        run(small_recipe(tmp_path, "augment.randaugment=rand-tweights-n20"))
+        run_finetune(finetune_recipe(tmp_path, "augment.randaugment=rand-tweights-n20"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_runs_of_other_tasks_are_told_apart(finished, tmp_path):
     """Where they are looked for as a run to go on with, and as a CHECKPOINT."""
     data = ["data.workers=0", f"data.root={VAL}", f"data.val_root={VAL}", "data.source=shards", "train.max_steps=1"]
-    linear = load(
+    recipe = load(
         ROOT / "recipes/linear_vit.yaml", [f"run.dir={tmp_path}", "train.global_batch_size=500", *data], Linear
     )
     with process_group() as world:
-        probes.probe(linear, CHECKPOINT, "base", world)
-        wrong_place = dataclasses.replace(linear, run=dataclasses.replace(linear.run, dir=str(finished[0])))
+        linear(recipe, CHECKPOINT, "base", world)
+        wrong_place = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, dir=str(finished[0])))
         with pytest.raises(UserError, match="holds a run of task finetune, not linear; pass another"):
-            probes.probe(wrong_place, CHECKPOINT, "base", world)
+            linear(wrong_place, CHECKPOINT, "base", world)
     with pytest.raises(UserError, match="holds a run of task linear, not finetune; pass another"):
-        run(small_recipe(tmp_path))
+        run_finetune(finetune_recipe(tmp_path))
     with pytest.raises(UserError, match="a run of task linear has a classifier alone; pass the CHECKPOINT that it was"):
         open_weights(str(tmp_path))
 
 
 def test_a_diverged_run_says_how_to_start_anew(tmp_path):
     with pytest.raises(RunFailed, match=r"weights have diverged; start anew with a lower optimizer.base_lr"):
-        run(small_recipe(tmp_path, "optimizer.base_lr=1e30", "train.warmup_epochs=0", "parallel.precision=float32"))
+        run_finetune(
+            finetune_recipe(tmp_path, "optimizer.base_lr=1e30", "train.warmup_epochs=0", "parallel.precision=float32")
+        )
 
 
 def test_a_network_without_branches_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(finetuning, "open_trunk", lambda *_, **__: _resnet())
     with pytest.raises(UserError, match=r"model.drop_path \(0.1\) must be 0 for this trunk"):
-        run(small_recipe(tmp_path, "model.drop_path=0.1"))
+        run_finetune(finetune_recipe(tmp_path, "model.drop_path=0.1"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -35,4 +35,6 @@ def test_a_run_goes_on_where_an_earlier_version_stopped(name, tmp_path):
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for mine, former in zip(ours, theirs, strict=True):
         for key in former.keys() - {"images_per_second"}:
-            assert mine[key] == pytest.approx(former[key], rel=1e-9, abs=1e-9), (former["step"], key)
+            # The square roots of eigenvalues near zero magnify rounding.
+            tolerance = 1e-6 if key == "rankme" else 1e-9
+            assert mine[key] == pytest.approx(former[key], rel=tolerance, abs=1e-9), (former["step"], key)

@@ -58,7 +58,7 @@ def test_a_published_file_becomes_a_checkpoint_that_a_run_goes_on_from(tmp_path,
     assert "step_0000000 at step 0" in done.stdout + done.stderr
     trained = read_manifest(folder / "checkpoints" / "step_0000002")
     assert trained.state["licence"] == "CC-BY-NC-4.0"
-    assert trained.state["data"] is not None
+    assert trained.state["images"]["train"]
     after = dict(read_tensors(folder / "checkpoints" / "step_0000002"))
     name = "model.base.trunk.norm.weight"  # in two steps it moves by no more than two learning rates
     assert 0 < (after[name] - tensors[name]).abs().max() < 0.01

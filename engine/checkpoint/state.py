@@ -1,0 +1,67 @@
+"""What a checkpoint says beside its tensors: the run that it is of, and where that stands.
+
+One writer and one reader, the forms of earlier versions included.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint.manifest import Damaged, Manifest
+
+
+@dataclass(frozen=True)
+class RunState:
+    """
+    step: finished updates.
+    recipe: YAML.
+    images: {"train": fingerprint} and, where the result depends on them, "val"; of imported weights, which have seen
+        none, empty.
+    bad_images: unreadable ones that the run met.
+    licence: of imported weights, which binds what is made of them.
+    network: sha256 of the weights that supervised training began with.
+    about: JSON in which a fine-tuned network says what it is (engine.weights).
+    made_by: versions, device and number of ranks that wrote the checkpoint; for the reader.
+    """
+
+    step: int
+    recipe: str
+    images: dict[str, str]
+    bad_images: int = 0
+    licence: str | None = None
+    network: str | None = None
+    about: str | None = None
+    made_by: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def read(cls, checkpoint: Path, manifest: Manifest) -> "RunState":
+        """The state of a checkpoint whose manifest was read. Raises UserError (Damaged) where it is none of a run."""
+        found = dict(manifest.state)
+        if "images" not in found:  # until schema 2: {"data": train} of pre-training, {"train", "val"} of the others
+            former = {"train": found.get("data", found.get("train")), "val": found.get("val")}
+            found["images"] = {name: value for name, value in former.items() if value is not None}
+        known = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
+        try:
+            state = cls(**known)
+        except TypeError as error:
+            raise Damaged(checkpoint, f"its state is none of a run ({error})") from None
+        if problem := state._problem():
+            raise Damaged(checkpoint, f"its state is none of a run: {problem}")
+        return state
+
+    def _problem(self) -> str | None:
+        for name in ("step", "bad_images"):
+            if type(getattr(self, name)) is not int:
+                return f"{name} is no integer"
+        for name in ("recipe", "licence", "network", "about"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name == "recipe" or value is not None):
+                return f"{name} is no text"
+        for name in ("images", "made_by"):
+            value = getattr(self, name)
+            if not isinstance(value, dict) or not all(isinstance(part, str) for part in value.values()):
+                return f"{name} is no table of texts"
+        return None

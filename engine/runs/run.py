@@ -1,0 +1,127 @@
+"""The life of a run: a task in its run directory, from its newest checkpoint to the end of its plan."""
+
+import time
+from pathlib import Path
+
+from engine.checkpoint.layout import read_pointer
+from engine.checkpoint.load import newest_valid
+from engine.checkpoint.manifest import Manifest, read_manifest
+from engine.checkpoint.retain import clean
+from engine.checkpoint.state import RunState
+from engine.distributed.agreement import agreement, share
+from engine.errors import UserError
+from engine.files import read_rows
+from engine.logger import say
+from engine.recipe.identity import resume_differences
+from engine.recipe.load import loads
+from engine.recipe.sections import Linear, Recipe
+from engine.runs.directory import RunDirectory, check_same_task
+from engine.runs.log import MetricsLog
+from engine.runs.task import Row, Task
+from engine.runs.trainer import Plan, Trainer
+
+
+def run(task: Task, started: float) -> Row:
+    """Carry a task out to the end of its plan; a run that is found in its directory goes on.
+
+    All ranks call it together. `started`: on the performance counter. Returns the monitor's row that counts, on every
+    rank; {} where there is none.
+
+    Raises:
+        UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
+    """
+    recipe, world = task.recipe, task.world
+    with RunDirectory(Path(recipe.run.dir), world) as directory:
+        _say_opening(task)
+        found = _newest(directory, task)
+        task.build()
+        if found is not None:
+            task.resume(*found)
+            _say_resumed(found[0], task.step, task.plan())
+        directory.write_recipe(recipe)
+        with agreement(world.host_group):
+            kept = task.step if found else -1
+            log = MetricsLog(directory.path, kept, monitor=task.monitor, enabled=world.is_first)
+        trainer = Trainer(task, log, directory.checkpoints)
+        trainer.seconds["start-up"] = time.perf_counter() - started
+        trainer.run()
+        log.close()
+        left = task.finish(directory.path)
+        return _closing(task, directory, trainer, left)
+
+
+def _newest(directory: RunDirectory, task: Task) -> tuple[Path, Manifest, RunState] | None:
+    """The checkpoint that the run goes on from; None where it begins.
+
+    Raises:
+        UserError: on every rank, where the run was begun with other values, images or weights, or would be buried.
+    """
+    group = task.world.host_group
+    clean(directory.checkpoints, group)
+    checkpoint = newest_valid(directory.checkpoints, group)
+    with agreement(group):
+        if checkpoint is None:
+            directory.check_fresh(task.recipe)
+            return None
+        manifest = read_manifest(checkpoint)
+        state = RunState.read(checkpoint, manifest)
+        check_same_recipe(state, manifest, task.recipe)
+        task.check_resume(state)
+    return checkpoint, manifest, state
+
+
+def check_same_recipe(state: RunState, manifest: Manifest, recipe: Recipe) -> None:
+    """Raises UserError where a checkpoint was begun with values that a resume may not change."""
+    check_same_task(state.recipe, recipe)
+    begun = loads(state.recipe, f"recipe of the run in {recipe.run.dir}", kind=type(recipe))
+    differences = resume_differences(begun, recipe)
+    if differences:
+        raise UserError(
+            f"run.dir ({recipe.run.dir}) holds a run with other values: {', '.join(differences)}; "
+            "go on with its own, or pass another run.dir"
+        )
+    wide = any(tensor["dtype"] == "float64" for tensor in manifest.tensors.values())
+    precision = "float32" if isinstance(recipe, Linear) else recipe.parallel.precision
+    if wide != (precision == "float64"):
+        kept = "float64" if wide else "bf16 or float32"
+        raise UserError(
+            f"parallel.precision ({precision}) must be {kept}, in which the run in {recipe.run.dir} keeps its weights; "
+            "pass it, or another run.dir"
+        )
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def _say_opening(task: Task) -> None:
+    world, parallel = task.world, getattr(task.recipe, "parallel", None)
+    how = f", {parallel.precision}, shard {parallel.shard}, compile {parallel.compile}" if parallel else ""
+    say("\n".join([f"ranks     {world.size} on {world.device_name}{how}", *task.opening()]))
+
+
+def _say_resumed(checkpoint: Path, step: int, plan: Plan) -> None:
+    done = ": the run is finished" if step >= plan.last_step else f" of {plan.last_step:,}"
+    say(f"resumed   {checkpoint} at step {step:,}{done}")
+
+
+def _closing(task: Task, directory: RunDirectory, trainer: Trainer, left: list[str]) -> Row:
+    """Say result, where the time went, and where the files are; the row that counts, from rank 0, on every rank."""
+    row: Row = {}
+    with agreement(task.world.host_group):
+        if task.world.is_first:
+            rows = read_rows(directory.path / "metrics.jsonl")
+            if not rows:
+                raise UserError(f"{directory.path / 'metrics.jsonl'} must have the rows of the run; start it anew")
+            monitor_rows = [row for row in rows if task.monitor in row]
+            row = task.reported(monitor_rows) if monitor_rows else {}
+            say(f"result    {task.result(rows)}")
+            say(f"time      {', '.join(f'{what} {spent:.0f} s' for what, spent in trainer.seconds.items())}")
+            say(f"files     {directory.path}: {', '.join(_files(directory))}")
+            say("\n".join([f"next      tensorboard --logdir {directory.path}", *left]))
+    return share(row, task.world.host_group)
+
+
+def _files(directory: RunDirectory) -> list[str]:
+    newest = read_pointer(directory.checkpoints, "latest")
+    names = sorted(f"{p.name}/" if p.is_dir() else p.name for p in directory.path.iterdir() if p.name[0] != ".")
+    return [f"{name}{newest}/" if name == "checkpoints/" else name for name in names]

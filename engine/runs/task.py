@@ -1,0 +1,202 @@
+"""What a run trains: the common half of every recipe's task, and the questions on which tasks differ.
+
+Shapes: V views, B images of this rank, S side of an image.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint.load import load
+from engine.checkpoint.manifest import Manifest
+from engine.checkpoint.state import RunState
+from engine.data.bad_images import BadImages
+from engine.data.decode import Crops
+from engine.data.loader import Batch, train_batches
+from engine.data.order import Order
+from engine.data.splits import Splits
+from engine.distributed.world import World
+from engine.errors import UserError
+from engine.recipe.load import dump
+from engine.recipe.sections import Recipe
+from engine.runs.trainer import Plan
+from engine.training.update import Update
+
+PICTURED = 8  # images of which TensorBoard shows what the networks see
+
+Row = dict[str, Any]  # of metrics.jsonl
+
+
+class Task(ABC):
+    """A recipe's task on its images. Every method is called on all ranks together, unless it says otherwise.
+
+    The constructor does what can be refused cheaply; `build` makes weights, once the run directory has been found to
+    suit.
+
+    Args:
+        crops: what is cut out of an image.
+        mean, std: of the images that the networks take, per channel.
+        keep_partial: the last, partial batch of an epoch is used.
+        repeats: how often an image comes in a row.
+    """
+
+    monitor: ClassVar[str]  # the key by which a row of the monitor is known
+    optional: ClassVar[tuple[str, ...]] = ()  # how tensors begin that a checkpoint may have and the run not
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        world: World,
+        splits: Splits,
+        crops: Crops,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        keep_partial: bool = False,
+        repeats: int = 1,
+    ):
+        self.recipe, self.world, self.splits, self.crops = recipe, world, splits, crops
+        self.mean, self.std = mean, std
+        batch = recipe.train.global_batch_size
+        self.order = Order(recipe.run.seed, len(splits.train), batch, keep_partial, repeats)
+        self.bad_images = BadImages(recipe.data.max_bad_fraction, world)
+        self.licence: str | None = None  # of imported weights, which binds what is made of them
+
+    # ---- on which tasks differ
+
+    @abstractmethod
+    def build(self) -> None:
+        """Make the weights with which the run begins, and what trains them."""
+
+    @property
+    @abstractmethod
+    def update(self) -> Update:
+        """What moves the weights, and counts the steps."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a checkpoint holds, by name; loading fills them in place."""
+
+    @abstractmethod
+    def images(self, batch: Batch) -> Tensor:
+        """What the networks see of a batch: normalised [V*B, 3, S, S] on the device."""
+
+    @abstractmethod
+    def train_step(self, batch: Batch) -> Any:
+        """One update; returns what `metrics` reads. Does not wait for the device."""
+
+    @abstractmethod
+    def metrics(self, output: Any) -> Row:
+        """Of a step, `loss` and `lr` among them; equal on all ranks. May raise RunFailed."""
+
+    @abstractmethod
+    def evaluate(self) -> Row | None:
+        """The monitor's row; None where there is nothing to evaluate with."""
+
+    @property
+    @abstractmethod
+    def evaluate_every(self) -> int:
+        """Steps between evaluations; 0: none."""
+
+    @abstractmethod
+    def opening(self) -> list[str]:
+        """Lines: what is derived from the recipe, the data and the launch."""
+
+    @abstractmethod
+    def result(self, rows: list[Row]) -> str:
+        """The rows of the run in words. Called on rank 0."""
+
+    def images_bound(self) -> dict[str, tuple[str, str]]:
+        """The images that a resume must find as they were: {split: (fingerprint, what the user calls them)}."""
+        return {"train": (self.splits.train.fingerprint, f"data.root ({self.recipe.data.root})")}
+
+    def reported(self, monitor_rows: list[Row]) -> Row:
+        """The monitor's row that counts. Called on rank 0."""
+        return monitor_rows[-1]
+
+    def shown(self) -> Mapping[str, bytes]:
+        """Files for the run directory that show the newest evaluation, where that is the one that counts. On rank 0."""
+        return {}
+
+    def finish(self, directory: Path) -> list[str]:
+        """After the last step: what is still to be checked and left behind, and lines about it."""
+        return []
+
+    # ---- what they share
+
+    @property
+    def step(self) -> int:
+        """Updates so far."""
+        return self.update.step
+
+    @property
+    def epoch(self) -> float:
+        return self.step / self.order.steps_per_epoch
+
+    def plan(self) -> Plan:
+        recipe, total = self.recipe, self.recipe.train.epochs * self.order.steps_per_epoch
+        return Plan(
+            last_step=min(total, recipe.train.max_steps or total),
+            log_every=recipe.log.every_steps,
+            checkpoint_every=recipe.checkpoint.every_steps,
+            keep=recipe.checkpoint.keep,
+            evaluate_every=self.evaluate_every,
+        )
+
+    def batches(self, last_step: int) -> Iterator[Batch]:
+        """This rank's batches from the present step up to, not including, `last_step`."""
+        return train_batches(
+            self.splits.train,
+            self.order,
+            self.crops,
+            range(self.step, last_step),
+            rank=self.world.rank,
+            world_size=self.world.size,
+            workers=self.recipe.data.workers,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    def describe(self, output: Any) -> Row:
+        """The loss row of a step. May raise RunFailed."""
+        begun = -(-self.step // self.order.steps_per_epoch)  # epochs
+        bad_images = self.bad_images.check(begun * len(self.splits.train))
+        return {"epoch": self.epoch} | self.metrics(output) | {"bad_images": bad_images}
+
+    def picture(self, batch: Batch) -> Tensor:
+        """uint8 [3, H, W]: what the networks see, one column per image, view 1 above view 2."""
+        # The whole batch again: another shape would be compiled anew.
+        views = self.images(batch).float().cpu().unflatten(0, (self.crops.views, -1))[:, :PICTURED]
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        pixels = ((views * std + mean) * 255).clamp(0, 255).byte()  # [V, N, 3, S, S]
+        return pixels.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+
+    # ---- checkpoints
+
+    def state(self) -> RunState:
+        return RunState(
+            step=self.step,
+            recipe=dump(self.recipe),
+            images={split: fingerprint for split, (fingerprint, _) in self.images_bound().items()},
+            bad_images=self.bad_images.count(),
+            licence=self.licence,
+            made_by=self.world.made_by(),
+        )
+
+    def check_resume(self, state: RunState) -> None:
+        """Raises UserError where the run was begun with other images; on this rank alone."""
+        for split, (fingerprint, name) in self.images_bound().items():
+            if state.images.get(split, fingerprint) != fingerprint:  # imported weights have seen none yet
+                raise UserError(
+                    f"{name} must hold the images that the run in {self.recipe.run.dir} began with; give it those, or "
+                    "pass another run.dir"
+                )
+
+    def resume(self, checkpoint: Path, manifest: Manifest, state: RunState) -> None:
+        """Go on from a checkpoint that suits."""
+        load(checkpoint, self.tensors(), ignore=self.optional, group=self.world.host_group)
+        self.update.step = state.step
+        self.bad_images.total, self.licence = state.bad_images, state.licence

@@ -1,0 +1,130 @@
+"""The second half of every step: from gradients to new weights, or to the old ones where a gradient is not finite.
+
+Nothing here waits for the device: whether a step counts is decided on it, on all ranks alike.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.errors import RunFailed
+from engine.torch_internals import copy_each_, norm_each
+from engine.training.optim import local
+
+SKIPS_IN_A_ROW = 10  # steps without update after which a run has failed
+
+
+class Applied(NamedTuple):
+    """What an update did, on the device."""
+
+    lr: float
+    grad_norm: Tensor  # of all ranks
+    skipped: Tensor  # 1.0 where a gradient on any rank was not finite, else 0.0
+
+
+class Update:
+    """An optimizer, the parameters that it trains, and the counts of its steps.
+
+    A step calls `begin`, computes gradients, and calls `apply`. Where a gradient on any rank is not finite, parameters
+    and the optimizer's state stay as they are, and the tensors of `kept` return to what they were at `begin`.
+
+    Args:
+        optimizer: leaves its step out where its `found_inf` is 1; one that knows no `found_inf` has None there, and its
+            parameters and state are in `kept`. A group's `lr_scale` is its share of the learning rate.
+        trained: its parameters, by name.
+        kept: what else a step changes, as BatchNorm's buffers.
+        group: the ranks over which gradients are spread; None where each rank has the whole of them.
+        copies: of every shard in the group.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        trained: Mapping[str, Tensor],
+        kept: Sequence[Tensor],
+        *,
+        group: dist.ProcessGroup | None = None,
+        copies: int = 1,
+        knows_found_inf: bool = True,
+    ):
+        self.optimizer, self.trained, self.kept = optimizer, trained, kept
+        self.group, self.copies, self.knows_found_inf = group, copies, knows_found_inf
+        self.step = 0  # skipped ones count
+        device = next(iter(trained.values())).device
+        self.skipped = torch.zeros((), dtype=torch.long, device=device)
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state and the counts, by name; loading fills them in place."""
+        state = {
+            f"optimizer.{kind}.{name}": tensor
+            for name, parameter in self.trained.items()
+            for kind, tensor in self.optimizer.state[parameter].items()
+        }
+        return state | {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def begin(self) -> None:
+        self.before = Snapshot(self.kept)
+
+    def apply(self, lr: float) -> Applied:
+        """Move the parameters by their gradients, which are used up.
+
+        Raises:
+            RuntimeError: a trained parameter took no part in the loss.
+        """
+        grad_norm = gradient_norm(self.trained, self.group, self.copies)
+        skipped = (~grad_norm.isfinite()).float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        if self.knows_found_inf:
+            self.optimizer.found_inf = skipped
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.before.restore_where(skipped > 0)
+        self.skipped += skipped.long()
+        self.skipped_in_a_row.add_(1).mul_(skipped.long())
+        self.step += 1
+        return Applied(lr, grad_norm, skipped)
+
+    def check_skips(self) -> None:
+        """Raises RunFailed where too many steps in a row had bad gradients. Waits for the device."""
+        skips = int(self.skipped_in_a_row)
+        if skips >= SKIPS_IN_A_ROW:
+            raise RunFailed(
+                f"the last {skips} steps up to {self.step} had gradients that are not finite and changed nothing; no "
+                "weights were harmed: go on with parallel.precision=float32, or start anew with a lower "
+                "optimizer.base_lr or a longer train.warmup_epochs in another run.dir"
+            )
+
+
+@torch.no_grad()
+def gradient_norm(trained: Mapping[str, Tensor], group: dist.ProcessGroup | None, copies: int) -> Tensor:
+    """Of all gradients on all ranks, on every rank alike; not finite where one of them is not."""
+    unused = [name for name, parameter in trained.items() if parameter.grad is None]
+    if unused:
+        raise RuntimeError(f"{len(unused)} trained parameters took no part in the loss: {', '.join(unused[:5])}")
+    # In float64, where no square of a finite float32 number overflows: not finite means a bad gradient.
+    square = norm_each([local(p.grad) for p in trained.values()]).square().sum()
+    if group is not None:
+        dist.all_reduce(square, group=group)
+    return (square / copies).sqrt()
+
+
+class Snapshot:
+    """Tensors as they are now, to go back to without asking the device."""
+
+    @torch.no_grad()
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.kinds = [[t for t in tensors if t.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors)]
+        self.flat = [torch.cat([t.flatten() for t in kind]) for kind in self.kinds]
+
+    @torch.no_grad()
+    def restore_where(self, condition: Tensor) -> None:
+        """Put the old values back where `condition` (0-d) holds."""
+        for kind, old in zip(self.kinds, self.flat, strict=True):
+            values = torch.where(condition, old, torch.cat([t.flatten() for t in kind]))
+            parts = values.split([t.numel() for t in kind])
+            copy_each_(kind, [part.view_as(t) for part, t in zip(parts, kind, strict=True)])
