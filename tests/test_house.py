@@ -1,6 +1,7 @@
 """The house keeps its order: what may import what, and every recipe key is read."""
 
 import ast
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -58,6 +59,23 @@ def may_import(name: str, other: str) -> bool:
 def test_arrows_go_one_way(path):
     wrong = [other for other in imports(path) if not may_import(module_name(path), other)]
     assert not wrong, f"{module_name(path)} must not import {wrong}"
+
+
+ROOM_FOLDERS = sorted(path.parent for path in (ROOT / "engine").glob("*/**/__init__.py"))
+
+
+@pytest.mark.parametrize("folder", ROOM_FOLDERS, ids=lambda folder: folder.name)
+def test_a_rooms_table_names_its_files(folder):
+    """One line for each file, and nothing else."""
+    rows = re.findall(r"^\| `([\w./]+)` \|", (folder / "README.md").read_text(), re.MULTILINE)
+    files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+    assert sorted(rows) == sorted(files | {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")})
+
+
+def test_no_test_imports_another():
+    for path in (ROOT / "tests").rglob("*.py"):
+        others = [name for name in imports(path) if name.rpartition(".")[2].startswith("test_")]
+        assert not others, f"{module_name(path)} must not import {others}"
 
 
 @pytest.mark.parametrize("path", sorted(path for top in TOPS for path in (ROOT / top).rglob("*.py")), ids=module_name)
