@@ -26,14 +26,16 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
 def test_every_kind_of_file_becomes_rgb(kind):
     image = decode(encoded(picture(9, 7), kind))
-    assert image.mode == "RGB" and image.size == (9, 7)
+    assert image.mode == "RGB"
+    assert image.size == (9, 7)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
 def test_every_mode_becomes_rgb(mode):
     grey = Image.fromarray(np.full((2, 2), 200, np.uint16)) if mode == "I;16" else None
     image = to_rgb(grey or picture(2, 2).convert(mode))
-    assert image.mode == "RGB" and image.size == (2, 2)
+    assert image.mode == "RGB"
+    assert image.size == (2, 2)
 
 
 def test_16_bit_grey_is_scaled_and_not_clipped():
@@ -85,7 +87,10 @@ unit = st.floats(0, 1, exclude_max=True)
 @given(st.lists(unit, min_size=DRAWS, max_size=DRAWS), st.integers(1, 900), st.integers(1, 900), st.floats(0.01, 1))
 def test_a_crop_lies_inside_the_image(draw_D, height, width, crop_min):
     top, left, h, w = crop_box(draw_D, height, width, crop_min)
-    assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h > 0 and w > 0
+    assert 0 <= top <= top + h <= height
+    assert 0 <= left <= left + w <= width
+    assert h > 0
+    assert w > 0
 
 
 @pytest.mark.parametrize("size", [(60, 60), (500, 375), (100, 400), (400, 100)])

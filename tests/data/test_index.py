@@ -139,9 +139,11 @@ def test_where_the_folder_cannot_be_written_the_cache_serves(tmp_path, cache):
     tar = write(tmp_path / "x.tar", pack(MEMBERS))
     (tmp_path / "x.tar.index").mkdir()  # stands in the way of any user, even the one who may write everywhere
     assert contents(tar) == MEMBERS
-    assert len(names_in(cache)) == 1 and names_in(tmp_path) == ["cache", "x.tar", "x.tar.index"]
+    assert len(names_in(cache)) == 1
+    assert names_in(tmp_path) == ["cache", "x.tar", "x.tar.index"]
     before = next(cache.iterdir()).stat().st_ino
-    assert contents(tar) == MEMBERS and next(cache.iterdir()).stat().st_ino == before
+    assert contents(tar) == MEMBERS
+    assert next(cache.iterdir()).stat().st_ino == before
 
 
 def test_where_nothing_can_be_written_it_is_said(tmp_path, monkeypatch, capsys):
@@ -216,6 +218,7 @@ def test_a_reader_can_be_sent_to_another_process(tmp_path):
     reader = TarReader()
     assert reader.read(str(path), 2, 3) == b"234"
     copy = pickle.loads(pickle.dumps(reader))
-    assert copy._open == {} and copy.read(str(path), 0, 1) == b"0"
+    assert copy._open == {}
+    assert copy.read(str(path), 0, 1) == b"0"
     with pytest.raises(OSError, match="5 bytes expected at byte 8, found 2"):
         reader.read(str(path), 8, 5)

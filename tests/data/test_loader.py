@@ -79,8 +79,11 @@ def globally(source, world, **options) -> list[tuple]:
 def test_a_batch_is_what_sampler_and_decode_say(source):
     batch = list(batches(source))[3]
     samples = Order(1, IMAGES, 8).epoch(1)[8:16]
-    assert (batch.step, batch.epoch) == (3, 1) and batch.sample_B.tolist() == samples.tolist()
-    assert batch.crops.shape == (2, 8, 3, SIZE, SIZE) and batch.crops.dtype == torch.uint8 and batch.bad == []
+    assert (batch.step, batch.epoch) == (3, 1)
+    assert batch.sample_B.tolist() == samples.tolist()
+    assert batch.crops.shape == (2, 8, 3, SIZE, SIZE)
+    assert batch.crops.dtype == torch.uint8
+    assert batch.bad == []
     assert batch.sample_B.dtype == torch.int64
     for b, sample in enumerate(samples):
         expected = np.empty((2, 3, SIZE, SIZE), np.uint8)
@@ -94,7 +97,8 @@ def test_a_batch_is_what_sampler_and_decode_say(source):
 def test_batches_are_the_same_for_any_workers_ranks_and_start(data, request):
     source = request.getfixturevalue(data)
     expected = rows(batches(source))
-    assert len(expected) == 5 and len({crops for _, _, crops, _, _ in expected}) == 5
+    assert len(expected) == 5
+    assert len({crops for _, _, crops, _, _ in expected}) == 5
     assert rows(batches(source, workers=1)) == expected
     assert rows(batches(source, workers=3)) == expected
     assert globally(source, 2) == expected
@@ -119,7 +123,8 @@ def test_an_unreadable_image_is_replaced_by_the_next_and_nothing_else_shifts(sou
                 CROPS.cut(source.read(instead[sample]), draw_2D, step // 2, sample, expected)
             assert np.array_equal(other.crops[:, b], expected)
     reasons = dict(reported)
-    assert set(reasons) == {"a/03.png", "a/04.png", "b/21.png"} and all(reasons.values())
+    assert set(reasons) == {"a/03.png", "a/04.png", "b/21.png"}
+    assert all(reasons.values())
     assert reasons["a/04.png"].startswith("ValueError: not an image of the kinds")
 
 
@@ -162,7 +167,8 @@ def test_fake_data():
     options = {"size": 10, "image_size": [3, 20, 20], "num_classes": 3}
     source = open_source(Root("torchvision", Path(), dataset="FakeData", dataset_options=options), "train")
     expected = rows(batches(source, last=3))
-    assert rows(batches(source, last=3, workers=1)) == expected and not any(bad for *_, bad in expected)
+    assert rows(batches(source, last=3, workers=1)) == expected
+    assert not any(bad for *_, bad in expected)
 
 
 # ---- worker processes ------------------------------------------------------------------------------------------------
@@ -225,7 +231,8 @@ def run_out_of_memory():
 def test_a_worker_that_fails_shows_why_and_none_is_left():
     with pytest.raises(MemoryError, match="no memory for this image") as error:
         list(batches(Slow(run_out_of_memory), workers=2))
-    assert multiprocessing.active_children() == [] and error.traceback  # which still refers to their iterator
+    assert multiprocessing.active_children() == []
+    assert error.traceback
 
 
 def test_signals_that_stop_the_run_do_not_stop_workers():
@@ -345,7 +352,8 @@ def test_evaluation_pads_to_one_shape(source, workers):
     rest = ids.tolist()
     for images, ids_B, labels_B, valid, bad in found:
         here, rest = rest[:valid], rest[valid:]
-        assert ids_B.tolist() == here + [-1] * (4 - valid) and bad == []
+        assert ids_B.tolist() == here + [-1] * (4 - valid)
+        assert bad == []
         assert labels_B.tolist() == source.labels[here].tolist() + [-1] * (4 - valid)
         assert all(torch.equal(images[b], CenterCrop(SIZE)(source.read(i))) for b, i in enumerate(here))
         assert not images[valid:].any()
@@ -355,7 +363,8 @@ def test_evaluation_pads_to_one_shape(source, workers):
 
 def test_evaluation_leaves_out_what_it_cannot_read_and_says_so(broken):
     (batch,) = eval_batches(broken, [2, 3, 5], CenterCrop(SIZE), batch_size=4, workers=0)
-    assert batch.valid == 2 and batch.ids_B.tolist() == [2, 5, -1, -1]
+    assert batch.valid == 2
+    assert batch.ids_B.tolist() == [2, 5, -1, -1]
     assert batch.bad == [Bad("a/03.png", batch.bad[0].reason)]
 
 
@@ -363,6 +372,7 @@ def test_evaluation_of_unlabelled_images_and_of_too_few_batches(tmp_path):
     Image.new("L", (5, 5)).save(tmp_path / "1.png")
     source = open_source(Root("folder", tmp_path), "train")
     (batch,) = eval_batches(source, [0], CenterCrop(SIZE), batch_size=2, workers=0)
-    assert batch.valid == 1 and batch.labels_B.tolist() == [-1, -1]
+    assert batch.valid == 1
+    assert batch.labels_B.tolist() == [-1, -1]
     with pytest.raises(ValueError, match="3 images do not fit into 1 batches of 2"):
         eval_batches(source, [0, 0, 0], CenterCrop(SIZE), batch_size=2, workers=0, batches=1)

@@ -39,7 +39,8 @@ def test_ranks_divide_the_global_batch_in_order(world, share, extra):
     batch = world * share
     order = Order(0, 2 * batch + extra, batch)
     parts = [samples for rank in range(world) for _, _, samples in order.share(range(1, 2), rank, world)]
-    assert len(parts) == world and all(len(part) == share for part in parts)
+    assert len(parts) == world
+    assert all(len(part) == share for part in parts)
     assert np.array_equal(np.concatenate(parts), order.epoch(0)[batch : 2 * batch])
 
 
@@ -67,7 +68,8 @@ def test_with_the_partial_batch_an_epoch_is_every_image_dealt_out_evenly(images,
     seen = []
     for parts in zip(*ranks, strict=True):
         sizes = [len(samples) for _, _, samples in parts]
-        assert max(sizes) - min(sizes) <= 1 and {epoch for _, epoch, _ in parts} == {0}
+        assert max(sizes) - min(sizes) <= 1
+        assert {epoch for _, epoch, _ in parts} == {0}
         seen += [sample for _, _, samples in parts for sample in samples.tolist()]
     assert seen == order.epoch(0).tolist()
 

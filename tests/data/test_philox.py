@@ -80,7 +80,8 @@ def test_a_sample_draws_the_same_in_any_batch_and_from_any_kind_of_epoch():
 
 def test_numbers_are_uniform():
     u = uniform(11, 0, torch.arange(2**14), 0, ORDER, 16)
-    assert u.min() >= 0 and u.max() < 1
+    assert u.min() >= 0
+    assert u.max() < 1
     bins = torch.histc(u.float(), 256, 0, 1)
     expected = u.numel() / 256
     chi_squared = ((bins - expected) ** 2 / expected).sum().item()

@@ -18,7 +18,9 @@ def test_a_folder_in_the_order_of_its_paths(tmp_path):
     source = open_source(Root("folder", fill(tmp_path, FILES)), "train")
     assert [source.name(i) for i in range(3)] == ["a/1.png", "a/x/deep.PNG", "b/2.png"]
     assert shades(source) == [1, 3, 2]
-    assert source.classes == ("a", "b") and source.labels.tolist() == [0, 0, 1] and source.labels.dtype == np.int64
+    assert source.classes == ("a", "b")
+    assert source.labels.tolist() == [0, 0, 1]
+    assert source.labels.dtype == np.int64
     assert open_source(Root("folder", tmp_path), "val") is None
 
 
@@ -48,7 +50,9 @@ def test_val_without_train_is_not_taken_for_training_data(tmp_path):
 
 def test_images_without_folders_are_unlabelled(tmp_path):
     source = open_source(Root("folder", fill(tmp_path, {"1.png": 1, "a/2.png": 2})), "train")
-    assert len(source) == 2 and source.labels is None and source.classes is None
+    assert len(source) == 2
+    assert source.labels is None
+    assert source.classes is None
 
 
 def test_hidden_and_other_files_are_left_out(tmp_path):
@@ -73,7 +77,8 @@ def test_a_link_to_nowhere_is_an_image_that_cannot_be_read(tmp_path):
     fill(tmp_path, {"a/1.png": 1})
     (tmp_path / "a/0.png").symlink_to(tmp_path / "gone.png")
     source = open_source(Root("folder", tmp_path), "train")
-    assert source.name(0) == "a/0.png" and len(source) == 2
+    assert source.name(0) == "a/0.png"
+    assert len(source) == 2
     with pytest.raises(FileNotFoundError):
         source.read(0)
 
@@ -81,8 +86,11 @@ def test_a_link_to_nowhere_is_an_image_that_cannot_be_read(tmp_path):
 def test_names_that_are_not_text_can_be_read_and_printed_on_one_line(tmp_path):
     fill(tmp_path, {os.fsdecode(b"a\xff\n/\xc3\xbc.png"): 9, "b/ü.png": 8})
     source = open_source(Root("folder", tmp_path), "train")
-    assert shades(source) == [9, 8] and source.name(1) == "b/ü.png"
-    assert source.name(0).isascii() and source.name(0).isprintable() and source.classes[0].isprintable()
+    assert shades(source) == [9, 8]
+    assert source.name(1) == "b/ü.png"
+    assert source.name(0).isascii()
+    assert source.name(0).isprintable()
+    assert source.classes[0].isprintable()
 
 
 def test_shards_are_read_in_place_one_tar_after_the_other(tmp_path):
@@ -90,7 +98,9 @@ def test_shards_are_read_in_place_one_tar_after_the_other(tmp_path):
     (tmp_path / "train-0.tar").write_bytes(pack({"a/3.png": png(3)}))
     (tmp_path / "val.tar").write_bytes(pack({"a/4.png": png(4)}))
     train, val = (open_source(Root("shards", tmp_path), split) for split in ("train", "val"))
-    assert shades(train) == [3, 2, 1] and train.classes == ("a", "b") and train.labels.tolist() == [0, 1, 0]
+    assert shades(train) == [3, 2, 1]
+    assert train.classes == ("a", "b")
+    assert train.labels.tolist() == [0, 1, 0]
     assert [train.name(i) for i in (0, 1)] == ["train-0.tar:a/3.png", "train-1.tar:b/2.png"]
     assert shades(val) == [4]
     assert shades(open_source(Root("shards", tmp_path), "all")) == [3, 2, 1, 4]
@@ -99,7 +109,8 @@ def test_shards_are_read_in_place_one_tar_after_the_other(tmp_path):
 def test_one_tar_as_the_root(tmp_path):
     (tmp_path / "x.tar").write_bytes(pack({"1.png": png(1), "a/2.png": png(2)}))
     source = open_source(Root("shards", tmp_path / "x.tar"), "train")
-    assert shades(source) == [1, 2] and source.labels is None
+    assert shades(source) == [1, 2]
+    assert source.labels is None
     assert open_source(Root("shards", tmp_path / "x.tar"), "val") is None
     assert shades(open_source(Root("shards", tmp_path / "x.tar"), "all")) == [1, 2]
     assert shades(open_source(Root("shards", tmp_path), "train")) == [1, 2]
@@ -148,12 +159,15 @@ def test_labels_are_matched_by_name(tmp_path):
     train = open_source(Root("folder", fill(tmp_path / "t", {"a/1.png": 1, "b/1.png": 1, "c/1.png": 1})), "all")
     val = open_source(Root("folder", fill(tmp_path / "v", {"b/1.png": 5, "c/1.png": 6})), "all")
     aligned = align_labels(train, val)
-    assert aligned.labels.tolist() == [1, 2] and aligned.classes == ("a", "b", "c") and shades(aligned) == [5, 6]
+    assert aligned.labels.tolist() == [1, 2]
+    assert aligned.classes == ("a", "b", "c")
+    assert shades(aligned) == [5, 6]
     assert val.labels.tolist() == [0, 1]
     with pytest.raises(UserError, match=r"classes \(a\) must be among the 2 classes of the training data"):
         align_labels(val, train)
     bare = open_source(Root("folder", fill(tmp_path / "u", {"1.png": 1})), "all")
-    assert align_labels(train, bare).labels is None and align_labels(bare, val).labels is None
+    assert align_labels(train, bare).labels is None
+    assert align_labels(bare, val).labels is None
 
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])

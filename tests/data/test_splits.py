@@ -61,7 +61,8 @@ def test_labels_are_needed_on_both_sides_and_of_two_classes(data, world, tmp_pat
     split, whole = (Root("folder", tmp_path / name, "--train") for name in ("split", "whole"))
     flat = Root("folder", fill(tmp_path / "flat", {"1.png": 1}), "--val")
     one = Root("folder", fill(tmp_path / "one", {"a/1.png": 1}), "--train")
-    assert seen(open_labelled(split, whole, world)) == ([1, 2], [4, 5]) and not capsys.readouterr().err
+    assert seen(open_labelled(split, whole, world)) == ([1, 2], [4, 5])
+    assert not capsys.readouterr().err
     assert seen(open_labelled(whole, whole, world)) == ([4, 5], [4, 5])
     assert "are the same images: the result says nothing of new ones" in capsys.readouterr().err
     for train, val in ((split, flat), (flat, split)):
@@ -69,7 +70,8 @@ def test_labels_are_needed_on_both_sides_and_of_two_classes(data, world, tmp_pat
             open_labelled(train, val, world)
     with pytest.raises(UserError, match=r"--train \(.*one\) must hold two classes or more; it has one, a"):
         open_labelled(one, whole, world)
-    assert shades(open_unlabelled(flat, world)) == [1] and shades(open_unlabelled(split, world)) == [1, 2]
+    assert shades(open_unlabelled(flat, world)) == [1]
+    assert shades(open_unlabelled(split, world)) == [1, 2]
 
 
 def test_ranks_that_find_other_images_say_so(data, world, monkeypatch):

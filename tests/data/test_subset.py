@@ -48,13 +48,16 @@ def test_a_subset_follows_its_source(tmp_path):
     files = {f"{name}/{i}.png": 10 * c + i for c, name in enumerate("abc") for i in range(4)}
     whole = open_source(Root("folder", fill(tmp_path, files)), "train")
     subset = Subset(whole, np.array([1, 5, 6]))
-    assert len(subset) == 3 and shades(subset) == [1, 11, 12]
-    assert subset.labels.tolist() == [0, 1, 1] and subset.labels.dtype == np.int64
+    assert len(subset) == 3
+    assert shades(subset) == [1, 11, 12]
+    assert subset.labels.tolist() == [0, 1, 1]
+    assert subset.labels.dtype == np.int64
     assert subset.classes == ("a", "b", "c")  # with images or not
     assert [subset.name(i) for i in range(3)] == ["a/1.png", "b/1.png", "b/2.png"]
     assert align_labels(subset, whole).labels.tolist() == whole.labels.tolist()
     inner = Subset(subset, np.array([2, 0]))
-    assert shades(inner) == [12, 1] and inner.labels.tolist() == [1, 0]
+    assert shades(inner) == [12, 1]
+    assert inner.labels.tolist() == [1, 0]
 
 
 def test_fingerprints_are_of_source_and_choice():
@@ -69,7 +72,8 @@ def test_fingerprints_are_of_source_and_choice():
 @pytest.mark.parametrize(("share", "each"), [(0.01, 1), (0.1, 10), (0.001, 1), (0.5, 50), (0.126, 13), (0.124, 12)])
 def test_every_class_has_as_many(share, each):
     subset = take_labels(EVEN, share, 3)
-    assert per_class(subset) == [each] * 4 and subset.classes == EVEN.classes
+    assert per_class(subset) == [each] * 4
+    assert subset.classes == EVEN.classes
     assert chosen(subset) == sorted(set(chosen(subset)))
     assert subset.labels.tolist() == [i % 4 for i in chosen(subset)]
 

@@ -126,8 +126,11 @@ def fake(split, **options):
 
 def test_fake_data():
     train, val = fake("train"), fake("val")
-    assert len(train) == 6 and train.read(0).size == (8, 8) and train.read(0).mode == "RGB"
-    assert train.name(4) == "FakeData 4" and set(train.classes) <= {"0", "1", "2"}
+    assert len(train) == 6
+    assert train.read(0).size == (8, 8)
+    assert train.read(0).mode == "RGB"
+    assert train.name(4) == "FakeData 4"
+    assert set(train.classes) <= {"0", "1", "2"}
     assert train.labels.tolist() == [train._dataset[i][1] for i in range(6)]
     assert np.array_equal(np.asarray(train.read(3)), np.asarray(fake("train").read(3)))
     assert not any(
@@ -142,7 +145,8 @@ def test_a_dataset_with_a_train_flag(tmp_path):
     write_fashion_mnist(tmp_path)
     train, val = (opened(tmp_path, "FashionMNIST", side) for side in ("train", "val"))
     assert (len(train), len(val)) == (5, 3)
-    assert train.labels.tolist() == [0, 1, 2, 3, 4] and train.classes[0] == "T-shirt/top"
+    assert train.labels.tolist() == [0, 1, 2, 3, 4]
+    assert train.classes[0] == "T-shirt/top"
     assert align_labels(train, val).labels.tolist() == [0, 1, 2]
     assert len(opened(tmp_path, "FashionMNIST", "val", train=True)) == 3
 
@@ -156,21 +160,26 @@ def test_training_on_what_is_not_flagged_train_leaves_no_validation_split(tmp_pa
 def test_a_dataset_with_named_splits(tmp_path):
     fill(tmp_path / "country211", {"train/AD/1.png": 1, "valid/AD/2.png": 2, "valid/AE/3.png": 3, "test/AD/4.png": 4})
     train, val = (opened(tmp_path, "Country211", side) for side in ("train", "val"))
-    assert shades(train) == [1] and shades(val) == [2, 3]
-    assert val.classes == ("AD", "AE") and val.labels.tolist() == [0, 1]
+    assert shades(train) == [1]
+    assert shades(val) == [2, 3]
+    assert val.classes == ("AD", "AE")
+    assert val.labels.tolist() == [0, 1]
     assert shades(opened(tmp_path, "Country211", split="test")) == [4]
 
 
 def test_a_dataset_without_splits_is_training_data(tmp_path):
     fill(tmp_path / "eurosat/2750", {"Forest/1.png": 1, "River/2.png": 2})
     train, val = (opened(tmp_path, "EuroSAT", side) for side in ("train", "val"))
-    assert shades(train) == [1, 2] and train.classes == ("Forest", "River") and val is None
+    assert shades(train) == [1, 2]
+    assert train.classes == ("Forest", "River")
+    assert val is None
 
 
 def test_classes_of_one_name_stay_apart(cifar10):
     root = cifar10([0, 1, 2, 1], [2, 0], ["crane", "dog", "crane"])
     train, val = opened(root, "CIFAR10"), opened(root, "CIFAR10", "val")
-    assert train.labels.tolist() == [0, 1, 2, 1] and shades(train) == [0, 1, 2, 3]
+    assert train.labels.tolist() == [0, 1, 2, 1]
+    assert shades(train) == [0, 1, 2, 3]
     assert align_labels(train, val).labels.tolist() == [2, 0]
 
 
@@ -193,9 +202,12 @@ def test_fingerprints_stay_as_they_are_so_that_runs_go_on(cifar10, flowers, tmp_
 
 def test_a_joined_split_holds_its_parts_one_after_the_other(flowers):
     train = opened(flowers, "Flowers102", split="train+val")
-    assert shades(train) == [1, 4, 3, 2, 5] and len(train) == 5
-    assert train.labels.tolist() == [0, 101, 2, 1, 4] and train.labels.dtype == np.int64
-    assert train.classes == opened(flowers, "Flowers102").classes and len(train.classes) == 102
+    assert shades(train) == [1, 4, 3, 2, 5]
+    assert len(train) == 5
+    assert train.labels.tolist() == [0, 101, 2, 1, 4]
+    assert train.labels.dtype == np.int64
+    assert train.classes == opened(flowers, "Flowers102").classes
+    assert len(train.classes) == 102
     assert [train.name(i) for i in (0, 2, 3, 4)] == [
         f"Flowers102 {n}" for n in ("train 0", "train 2", "val 0", "val 1")
     ]
@@ -230,8 +242,11 @@ def test_pets_validate_on_test(tmp_path):
     write_pets(tmp_path, ["Abyssinian_7 1 1 1", "pug_8 2 2 1"], ["pug_9 2 2 1", "Abyssinian_1 1 1 1"])
     for options in ({}, {"split": "trainval"}):
         train, val = (opened(tmp_path, "OxfordIIITPet", side, **options) for side in ("train", "val"))
-        assert shades(train) == [7, 8] and train.labels.tolist() == [0, 1] and train.classes == ("Abyssinian", "Pug")
-        assert shades(val) == [9, 1] and val.labels.tolist() == [1, 0]
+        assert shades(train) == [7, 8]
+        assert train.labels.tolist() == [0, 1]
+        assert train.classes == ("Abyssinian", "Pug")
+        assert shades(val) == [9, 1]
+        assert val.labels.tolist() == [1, 0]
     assert shades(opened(tmp_path, "OxfordIIITPet", split="trainval+test")) == [7, 8, 9, 1]
     assert opened(tmp_path, "OxfordIIITPet", "val", split="trainval+test") is None
     assert opened(tmp_path, "OxfordIIITPet", "val", split="test") is None
@@ -257,26 +272,35 @@ def test_a_split_that_holds_everything_leaves_no_validation_split(tmp_path, data
 
 def test_a_joined_split_that_torchvision_knows_is_torchvisions(stl10):
     train = opened(stl10, "STL10", split="train+unlabeled")
-    assert shades(train) == [1, 2, 3] and train.labels is None and train.name(2) == "STL10 2"
+    assert shades(train) == [1, 2, 3]
+    assert train.labels is None
+    assert train.name(2) == "STL10 2"
     assert shades(opened(stl10, "STL10", "val", split="train+unlabeled")) == [4]
     joined = opened(stl10, "STL10", split="train+test")
-    assert shades(joined) == [1, 2, 4] and joined.labels.tolist() == [0, 9, 0] and joined.name(2) == "STL10 test 0"
+    assert shades(joined) == [1, 2, 4]
+    assert joined.labels.tolist() == [0, 9, 0]
+    assert joined.name(2) == "STL10 test 0"
     half = opened(stl10, "STL10", split="unlabeled+test")
-    assert shades(half) == [3, 4] and half.labels is None and half.classes is None
+    assert shades(half) == [3, 4]
+    assert half.labels is None
+    assert half.classes is None
 
 
 def test_parts_with_other_classes_are_joined_by_name(tmp_path):
     fill(tmp_path / "country211", {"train/B/1.png": 1, "valid/A/2.png": 2, "valid/B/3.png": 3, "test/B/4.png": 4})
     train = opened(tmp_path, "Country211", split="train+valid")
-    assert shades(train) == [1, 2, 3] and [train.classes[label] for label in train.labels] == ["B", "A", "B"]
+    assert shades(train) == [1, 2, 3]
+    assert [train.classes[label] for label in train.labels] == ["B", "A", "B"]
     val = align_labels(train, opened(tmp_path, "Country211", "val", split="train+valid"))
-    assert shades(val) == [4] and [val.classes[label] for label in val.labels] == ["B"]
+    assert shades(val) == [4]
+    assert [val.classes[label] for label in val.labels] == ["B"]
 
 
 def test_parts_whose_classes_have_no_names_are_joined_by_number(svhn):
     root = svhn(train=[1, 2], extra=[10, 3, 1], test=[3, 1])  # SVHN's label of the digit 0 is 10
     train = opened(root, "SVHN", split="train+extra")
-    assert train.labels.tolist() == [1, 2, 0, 3, 1] and train.classes == ("0", "1", "2", "3")
+    assert train.labels.tolist() == [1, 2, 0, 3, 1]
+    assert train.classes == ("0", "1", "2", "3")
     assert opened(root, "SVHN").classes == ("0", "1", "2")
     assert align_labels(train, opened(root, "SVHN", "val")).labels.tolist() == [3, 1]
 

@@ -162,7 +162,8 @@ def weights_depend_on_the_seed_alone(world: World) -> None:
         value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         assert torch.equal(value.cpu().double(), expected[name].double()), name
     matrices = [n for n in expected if n.endswith(".weight") and expected[n].ndim > 1]
-    assert matrices and all(not torch.equal(expected[n], other_seed[n]) for n in matrices)
+    assert matrices
+    assert all(not torch.equal(expected[n], other_seed[n]) for n in matrices)
 
 
 def lars_takes_norms_of_whole_parameters(world: World) -> None:

@@ -162,7 +162,8 @@ def disk_full_on_one_rank(checkpoints: Path, tensors: dict[str, torch.Tensor]) -
         save(checkpoints, 3, tensors, STATE, recipe_sha256=SHA)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     text = str(caught.value)
-    assert "rank 1: [Errno 27] File too large" in text and "\n" not in text
+    assert "rank 1: [Errno 27] File too large" in text
+    assert "\n" not in text
     assert "step_0000003) was not saved, the previous checkpoint, step_0000002, is intact" in text
     dist.barrier()
     assert not list(checkpoints.glob("step_0000003*"))
@@ -216,10 +217,12 @@ def test_any_number_of_ranks_to_any_other(launch, tmp_path):
     assert launch(1, one_rank_saves, checkpoints) == [0]
     assert launch(2, two_ranks, checkpoints) == [0, 0]
     first, second = launch(2, a_rank_is_killed_while_it_saves, checkpoints)
-    assert second == -signal.SIGXFSZ and first != 0
+    assert second == -signal.SIGXFSZ
+    assert first != 0
     assert launch(4, four_ranks_after_the_kill, checkpoints) == [0, 0, 0, 0]
     assert launch(2, two_ranks_load_what_four_saved, checkpoints) == [0, 0]
     for name in ("step_0000004", "step_0000005"):
         tensors = dict(read_tensors(checkpoints / name))
-        assert "model.0.weight" in tensors and "optimizer.3.bias.exp_avg" in tensors
+        assert "model.0.weight" in tensors
+        assert "optimizer.3.bias.exp_avg" in tensors
         check(tensors)

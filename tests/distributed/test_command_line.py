@@ -261,7 +261,7 @@ def mistakes(stories, pictures, tmp_path_factory) -> dict[str, tuple[Ended, Path
 
 
 @pytest.mark.parametrize(
-    "name, line",
+    ("name", "line"),
     [
         ("key", "train.epoch is no key of the recipe; did you mean train.epochs?"),
         ("root", "data.root (no/such/place) must exist; pass data.root=/path/to/images"),

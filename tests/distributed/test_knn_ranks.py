@@ -117,7 +117,8 @@ def load(folder: Path, world: int, rank: int) -> dict:
 def test_features_and_predictions_are_the_same_bits_on_any_ranks(results):
     one = results[1][0]
     for result in (result for world in WORLDS for result in results[world]):
-        assert torch.equal(result["query"], one["query"]) and torch.equal(result["bank"], one["bank"])
+        assert torch.equal(result["query"], one["query"])
+        assert torch.equal(result["bank"], one["bank"])
         for way in ("predictions", "other_tiles", "one_holder"):
             assert result[way].keys() == one["predictions"].keys()
             assert all(torch.equal(result[way][k], one["predictions"][k]) for k in one["predictions"])
@@ -126,7 +127,8 @@ def test_features_and_predictions_are_the_same_bits_on_any_ranks(results):
 def test_accuracy_is_the_same_on_all_ranks_and_tells_something(results):
     assert len({str(result["accuracy"]) for world in WORLDS for result in results[world]}) == 1
     accuracy = results[1][0]["accuracy"]
-    assert accuracy["k"] == 20 and 1 / CLASSES < accuracy["top1"] < accuracy["top5"] <= 1
+    assert accuracy["k"] == 20
+    assert 1 / CLASSES < accuracy["top1"] < accuracy["top5"] <= 1
     assert all(result["training"] for world in WORLDS for result in results[world])
 
 
@@ -134,7 +136,8 @@ def test_all_ranks_refuse_what_one_rank_holds(results):
     for result in (result for world in WORLDS for result in results[world]):
         assert result["refusals"] == results[1][0]["refusals"]
     not_finite, strange, k = results[1][0]["refusals"]
-    assert f"1 of {BANK}" in not_finite and f"of {BANK} for training, 1 have" in strange
+    assert f"1 of {BANK}" in not_finite
+    assert f"of {BANK} for training, 1 have" in strange
     assert k.startswith(f"k ({BANK + 1}) must be at most {BANK}, ")
 
 

@@ -66,10 +66,13 @@ def test_three_ranks_train_the_classifier_of_one_and_go_on_from_its_checkpoint(a
 )
 def test_measurements_have_the_same_digits_on_any_ranks(worlds, name, options):
     found = [output(ranks, name, CHECKPOINT, *options, "--workers", 0) for ranks in worlds]
-    assert len(set(found)) == 1 and json.loads(found[0].splitlines()[-1])
+    assert len(set(found)) == 1
+    assert json.loads(found[0].splitlines()[-1])
 
 
 def test_a_mistake_is_one_line_from_one_rank():
     done = torchrun(2, "engine.evaluate", "knn", CHECKPOINT, *ROOTS, "--k", "5000")
-    assert done.returncode == 1 and done.stderr.count("error: --k (5000) must be at most 1000") == 1
-    assert 'File "engine' not in done.stderr and done.stdout == ""
+    assert done.returncode == 1
+    assert done.stderr.count("error: --k (5000) must be at most 1000") == 1
+    assert 'File "engine' not in done.stderr
+    assert done.stdout == ""

@@ -51,7 +51,8 @@ def test_golden_trace_through_the_real_step():
 
 def test_the_classifier_starts_from_the_papers_distribution():
     classifier = LinearClassifier(500, 400, peak_lr=1, epochs=1, steps_per_epoch=1, seed=3)
-    assert classifier.weight_CD.std().item() == pytest.approx(0.01, rel=0.01) and not classifier.bias_C.any()
+    assert classifier.weight_CD.std().item() == pytest.approx(0.01, rel=0.01)
+    assert not classifier.bias_C.any()
     other = LinearClassifier(500, 400, peak_lr=1, epochs=1, steps_per_epoch=1, seed=4)
     assert not torch.equal(classifier.weight_CD, other.weight_CD)
 
@@ -90,7 +91,8 @@ def test_candidates_trained_together_are_those_trained_alone():
     assert len({score.top1 for score in scores}) > 1
     for score in scores[::3]:
         (alone,) = fast_linear.train_group([score.candidate], train, val, **options)
-        assert alone.top1 == pytest.approx(score.top1, abs=1.5 / 300) and alone.candidate == score.candidate
+        assert alone.top1 == pytest.approx(score.top1, abs=1.5 / 300)
+        assert alone.candidate == score.candidate
 
 
 def test_fast_is_as_good_as_scikit_learn():
@@ -99,7 +101,8 @@ def test_fast_is_as_good_as_scikit_learn():
     (ours,) = fast_linear.train_group(group, train, val, classes=6)
     regression = LogisticRegression(C=1 / (1e-3 * 700), max_iter=2000).fit(train.feature_ND, train.label_N)
     theirs = regression.score(val.feature_ND, val.label_N)
-    assert ours.top1 == pytest.approx(theirs, abs=0.01) and theirs > 0.6
+    assert ours.top1 == pytest.approx(theirs, abs=0.01)
+    assert theirs > 0.6
 
 
 def test_ranks_share_all_candidates_in_groups_of_one_size():
@@ -112,7 +115,8 @@ def test_ranks_share_all_candidates_in_groups_of_one_size():
 def test_constant_columns_become_zero_and_divergence_scores_nothing():
     train_ND = torch.cat([torch.randn(50, 2), torch.full((50, 1), 3.0)], 1)
     standard_ND, _ = fast_linear.standardise(train_ND, train_ND)
-    assert not standard_ND[:, 2].any() and standard_ND[:, :2].std(0, correction=0).tolist() == pytest.approx([1, 1])
+    assert not standard_ND[:, 2].any()
+    assert standard_ND[:, :2].std(0, correction=0).tolist() == pytest.approx([1, 1])
     rows = Features(standard_ND, torch.arange(50), torch.arange(50) % 2)
     wild = [fast_linear.Candidate(1e30, 1.0)]
     (score,) = fast_linear.train_group(wild, rows, rows, classes=2, epochs=9)
@@ -127,7 +131,8 @@ def test_feature_choices_of_a_vit():
     trunk, images = subject.network, torch.rand(2, 3, subject.image_size, subject.image_size)
     tokens = trunk.forward_features(images)
     cls, mean, last = (readout(trunk, choice)(images) for choice in ("cls", "mean", "last2"))
-    assert torch.equal(cls, trunk(images)) and readout(trunk, "own") is trunk
+    assert torch.equal(cls, trunk(images))
+    assert readout(trunk, "own") is trunk
     torch.testing.assert_close(mean, tokens[:, 1:].mean(1))
     assert last.shape == (2, 2 * cls.shape[1])
     torch.testing.assert_close(last[:, cls.shape[1] :], cls)

@@ -52,7 +52,7 @@ def test_initial_weights_have_the_reference_statistics(name):
         if parameter not in expected:
             continue
         wanted = expected[parameter]
-        assert list(value.shape) == wanted["shape"] and trained[parameter] == wanted["trained"], parameter
+        assert (list(value.shape), trained[parameter]) == (wanted["shape"], wanted["trained"]), parameter
         tolerance = 0.03 if value.numel() > 10_000 else 0.15
         assert value.std(correction=0).item() == pytest.approx(wanted["std"], rel=tolerance, abs=1e-9), parameter
         if value.numel() > 10_000 and wanted["largest"] > 1e-5:  # near the bound of a uniform draw, never above
@@ -77,19 +77,20 @@ def test_every_recipe_builds_on_the_meta_device(path):
     size = recipe.model.image_size
     with torch.device("meta"):
         features, queries = moco.queries(torch.empty(4, 3, size, size))
-    assert features.shape == (4, moco.width) and queries.shape == (4, recipe.model.output_dim)
+    assert features.shape == (4, moco.width)
+    assert queries.shape == (4, recipe.model.output_dim)
     named = VIT_SHAPES.get(recipe.model.name)
     if named:
         assert (trunk.embed_dim, len(trunk.blocks)) == (named["dim"], named["depth"])
-        assert (
-            trunk.blocks[0].attn.num_heads == named["heads"] and trunk.patch_embed.patch_size[0] == named["patch_size"]
-        )
+        assert trunk.blocks[0].attn.num_heads == named["heads"]
+        assert trunk.patch_embed.patch_size[0] == named["patch_size"]
     frozen = {n for n, p in trunk.named_parameters() if not p.requires_grad}
     projection = {"patch_embed.proj.weight", "patch_embed.proj.bias"} if recipe.model.freeze_patch_projection else set()
     assert frozen == projection | ({"pos_embed"} if recipe.model.name != "resnet50" else set())
     linears = [m for m in moco.base.projector if isinstance(m, torch.nn.Linear)]
     norms = [m for m in moco.base.projector if isinstance(m, GlobalBatchNorm)]
-    assert len(linears) == (2 if recipe.model.name == "resnet50" else 3) and norms[-1].weight is None
+    assert len(linears) == (2 if recipe.model.name == "resnet50" else 3)
+    assert norms[-1].weight is None
     last = moco.predictor[-1]
     assert isinstance(last, torch.nn.Linear) if recipe.model.name == "resnet50" else last.weight is None
 
@@ -110,7 +111,8 @@ def test_resnet_is_torchvisions():
     theirs = resnet50(weights=None).eval()
     ours = build_resnet().module.eval()
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
-    assert not missing and set(unexpected) == {"fc.weight", "fc.bias"}
+    assert not missing
+    assert set(unexpected) == {"fc.weight", "fc.bias"}
     theirs.fc = torch.nn.Identity()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -163,7 +165,8 @@ def test_impossible_trunks_say_why():
 def test_update_moves_towards_the_base_encoder():
     base, momentum = [torch.full((3,), 2.0)], [torch.zeros(3)]
     update_momentum(momentum, base, 0.75)
-    assert momentum[0].tolist() == [0.5] * 3 and base[0].tolist() == [2.0] * 3
+    assert momentum[0].tolist() == [0.5] * 3
+    assert base[0].tolist() == [2.0] * 3
     update_momentum(base, base, 0.3)
     assert base[0].tolist() == [2.0] * 3  # equal encoders stay as they are, to the bit
 

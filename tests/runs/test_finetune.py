@@ -81,7 +81,8 @@ def test_a_branch_is_dropped_for_the_samples_chosen_and_grows_for_the_others():
     torch.testing.assert_close(scales, torch.tensor([[0, 4 / 3], [4 / 3, 0]]))
     path.scale_B = torch.tensor([0.0, 2.0])
     branch = torch.randn(2, 3, 4)
-    assert not path(branch)[0].any() and torch.equal(path(branch)[1], 2 * branch[1])
+    assert not path(branch)[0].any()
+    assert torch.equal(path(branch)[1], 2 * branch[1])
     assert path.eval()(branch) is branch
 
 
@@ -101,7 +102,8 @@ def test_batch_norm_takes_the_batch_as_one():
 def test_other_trunks_drop_paths_too_or_say_that_they_cannot():
     trunk = build_timm("convnext_atto", image_size=32)
     paths = Classifier(trunk, 3, 0.2).drop_paths
-    assert len(paths) == 11 and paths[-1].probability == pytest.approx(0.2)
+    assert len(paths) == 11
+    assert paths[-1].probability == pytest.approx(0.2)
     with pytest.raises(ValueError, match=r"model.drop_path \(0.2\) must be 0 for this trunk, which has no stochastic"):
         Classifier(build_resnet(), 3, 0.2)
     mixer = build_timm("mixer_s32_224", image_size=224)
@@ -203,16 +205,19 @@ def finished(tmp_path_factory) -> tuple[Path, dict]:
 def test_the_result_is_the_last_evaluations_and_files_are_there(finished):
     directory, result = finished
     found = rows(directory, "finetune_top1")
-    assert [row["step"] for row in found] == [6] and found[0]["epoch"] == 1.5
+    assert [row["step"] for row in found] == [6]
+    assert found[0]["epoch"] == 1.5
     assert result == {
         "top1": found[0]["finetune_top1"],
         "top5": found[0]["finetune_top5"],
         "ema_top1": found[0]["ema_top1"],
         "ema_top5": found[0]["ema_top5"],
     }
-    assert result["top1"] != result["ema_top1"] and 0 < result["top1"] <= result["top5"] <= 1
+    assert result["top1"] != result["ema_top1"]
+    assert 0 < result["top1"] <= result["top5"] <= 1
     assert len((directory / "classes.csv").read_text().splitlines()) == 11
-    assert (directory / "confusion.png").exists() and read_pointer(directory / "checkpoints", "best") == "step_0000006"
+    assert (directory / "confusion.png").exists()
+    assert read_pointer(directory / "checkpoints", "best") == "step_0000006"
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path):
@@ -220,7 +225,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path):
     run_finetune(finetune_recipe(tmp_path, *options, "train.max_steps=3"))
     assert run_finetune(finetune_recipe(tmp_path, *options, "train.max_steps=6")) == finished[1]
     ours, theirs = (rows(directory, "loss") for directory in (tmp_path, finished[0]))
-    assert [row["loss"] for row in ours] == [row["loss"] for row in theirs] and len(ours) == 6
+    assert [row["loss"] for row in ours] == [row["loss"] for row in theirs]
+    assert len(ours) == 6
     assert [row["lr"] for row in ours] == [row["lr"] for row in theirs]
 
 
@@ -234,13 +240,17 @@ def test_compiled_is_eager(tmp_path):
     eager, compiled, bf16 = (
         [row["loss"] for row in rows(tmp_path / name, "loss")] for name in ("eager", "compiled", "bf16")
     )
-    assert compiled == pytest.approx(eager, rel=1e-4) and bf16 == pytest.approx(eager, rel=2e-2) and len(eager) == 4
+    assert compiled == pytest.approx(eager, rel=1e-4)
+    assert bf16 == pytest.approx(eager, rel=2e-2)
+    assert len(eager) == 4
 
 
 def test_a_finetuned_run_is_a_checkpoint_for_every_front_door(finished, capsys):
     """Its trunk is opened from the shards, and is not the one that it began with."""
     trunk, about = open_encoder(str(finished[0])).trunk, open_weights(str(finished[0])).known()
-    assert about.licence == "CC-BY-NC-4.0" and about.image_size == 64 and "task: finetune" in about.finetuned
+    assert about.licence == "CC-BY-NC-4.0"
+    assert about.image_size == 64
+    assert "task: finetune" in about.finetuned
     assert "fine-tuned on labels" in model_card(about, "timm", "base", "")
     average = open_encoder(str(finished[0]), "momentum").trunk
     images = torch.rand(2, 3, 64, 64)
@@ -344,7 +354,9 @@ def test_the_transfer_recipes_train_on_files_of_cifar_10(cifar10, tmp_path, monk
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found.keys() == {"top1", "top5"}
     (row,) = (row for row in rows(tmp_path / "run", "loss") if row["step"] == 5)
-    assert row["epoch"] == 2.5 and math.isfinite(row["loss"]) and row["lr"] == pytest.approx(3e-4 * 20 / 512 * 2 / 3)
+    assert row["epoch"] == 2.5
+    assert math.isfinite(row["loss"])
+    assert row["lr"] == pytest.approx(3e-4 * 20 / 512 * 2 / 3)
 
 
 def test_recipes_say_what_the_paper_says():

@@ -30,7 +30,8 @@ def test_recipes_say_what_the_paper_says():
         recipe = load(ROOT / f"recipes/{name}.yaml", kind=Linear)
         assert (recipe.optimizer.base_lr, recipe.train.global_batch_size, recipe.train.epochs) == (lr, 1024, 90)
         assert (recipe.augment.crop_min, recipe.augment.flip_probability) == (0.08, 0.5)
-        assert recipe.evaluate.crop_fraction == 224 / 256 and recipe.train.max_steps is None
+        assert recipe.evaluate.crop_fraction == 224 / 256
+        assert recipe.train.max_steps is None
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -82,7 +83,8 @@ def test_the_result_is_the_best_epochs(finished):
     assert result == {"top1": best["linear_top1"], "top5": best["linear_top5"], "learning_rate": 0.5 * 300 / 256}
     assert 0.1 < result["top1"] < result["top5"] < 1
     table = (directory / "classes.csv").read_text().splitlines()
-    assert table[0] == "class,images,top1" and len(table) == 11
+    assert table[0] == "class,images,top1"
+    assert len(table) == 11
     assert sum(float(row.split(",")[2]) for row in table[1:]) / 10 == pytest.approx(result["top1"], abs=1e-6)
     assert (directory / "confusion.png").read_bytes()[:4] == b"\x89PNG"
     assert run_linear(linear_recipe(directory)) == result  # a finished run says it again
@@ -91,7 +93,8 @@ def test_the_result_is_the_best_epochs(finished):
 def test_an_early_end_inside_an_epoch_is_no_epoch():
     rows = [{"epoch": 0.5, "linear_top1": 0.9}, {"epoch": 1.0, "linear_top1": 0.3}, {"epoch": 2.0, "linear_top1": 0.3}]
     reported = LinearTask.reported
-    assert reported(None, rows) is rows[1] and reported(None, rows[:1]) is rows[0]
+    assert reported(None, rows) is rows[1]
+    assert reported(None, rows[:1]) is rows[0]
 
 
 def test_every_key_of_the_recipe_is_read(tmp_path):
@@ -105,7 +108,8 @@ def test_an_unreadable_image_is_shown_with_the_label_of_the_one_in_its_place(tmp
     source = open_source(Root("folder", tmp_path), "train")
     order, crops = Order(0, 2, 2), Crops(8, 1, views=1)
     (batch,) = train_batches(source, order, crops, range(1), rank=0, world_size=1, workers=0)
-    assert sorted(batch.sample_B.tolist()) == [0, 1] and batch.shown_B.tolist() == [1, 1]
+    assert sorted(batch.sample_B.tolist()) == [0, 1]
+    assert batch.shown_B.tolist() == [1, 1]
     assert batch.crops.shape == (1, 2, 3, 8, 8)
 
 
@@ -114,7 +118,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path):
     result = run_linear(linear_recipe(tmp_path))
     assert result == finished[1]
     losses = [[row["loss"] for row in rows(directory, "loss")] for directory in (tmp_path, finished[0])]
-    assert losses[0] == losses[1] and len(losses[0]) == 8
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 8
 
 
 def test_a_resume_refuses_what_differs(finished):

@@ -81,7 +81,8 @@ def test_a_knn_row_lost_between_checkpoint_and_log_is_made_once(tmp_path):
     log.close()
     for expected in (False, True):
         log = MetricsLog(tmp_path, 4)
-        assert log.has_monitor_row(2) and log.has_monitor_row(4) is expected
+        assert log.has_monitor_row(2)
+        assert log.has_monitor_row(4) is expected
         log.monitor_row(4, {"knn_top1": 0.5})
         log.sync()
         log.close()

@@ -67,7 +67,8 @@ def test_unreadable_images_are_borne_up_to_their_share(world, tmp_path):
     few = [*folder, "train.max_steps=10", "train.epochs=4"]
     # One of 40 is a fortieth, also in the first steps, where it is one of 8.
     rows = train(world, tmp_path / "borne", *few, "data.max_bad_fraction=0.03")
-    assert rows[-1]["step"] == 10 and rows[-1]["bad_images"] == 2  # two epochs
+    assert rows[-1]["step"] == 10
+    assert rows[-1]["bad_images"] == 2
     with pytest.raises(RunFailed, match=r"data.max_bad_fraction \(0.02\) was exceeded: 1 of 40"):
         train(world, tmp_path / "not_borne", *few, "data.max_bad_fraction=0.02")
 
@@ -93,8 +94,10 @@ def test_the_online_probe_is_told_of_and_may_come_and_go(world, tmp_path, capfd)
         return [row for row in rows if row["step"] == step], said
 
     (loss, monitor), said = train_to(3, "true")
-    assert 0 <= loss["probe_loss"] < 9 and 0 <= monitor["probe_top1"] <= monitor["probe_top5"] == 1  # of four classes
-    assert f"probe top-1 {monitor['probe_top1']:.1%}, loss " in said and "fresh" not in said
+    assert 0 <= loss["probe_loss"] < 9
+    assert 0 <= monitor["probe_top1"] <= monitor["probe_top5"] == 1
+    assert f"probe top-1 {monitor['probe_top1']:.1%}, loss " in said
+    assert "fresh" not in said
     for step, on, fresh in ((5, "true", False), (6, "false", False), (8, "true", True)):
         (loss, monitor), said = train_to(step, on)
         assert ("probe_loss" in loss) == ("probe_top1" in monitor) == (on == "true")
@@ -108,5 +111,6 @@ def test_the_online_probe_is_off_without_labels(world, tmp_path, capfd):
         Image.fromarray(np.full((20, 24, 3), number, dtype=np.uint8)).save(images / f"{number:02}.png")
     folder = ["data.source=folder", f"data.root={images}", "data.dataset=null", "data.dataset_options={}"]
     rows = train(world, tmp_path / "run", *folder, "train.max_steps=1", "evaluate.online_probe=true")
-    assert len(rows) == 1 and "probe_loss" not in rows[0]
+    assert len(rows) == 1
+    assert "probe_loss" not in rows[0]
     assert capfd.readouterr().out.count("probe     the online probe is off: it needs labelled validation images") == 1
