@@ -84,7 +84,7 @@ def test_features_that_are_not_finite_change_nothing_but_the_count(world, bad):
     probe.learn(features, torch.arange(BATCH))
     assert not np.isfinite(probe.describe()["probe_loss"])
     assert all(torch.equal(tensor, before[name]) for name, tensor in probe.tensors().items())
-    assert probe.classifier.step == 4
+    assert probe.classifier.update.step == 4
     train(probe, 8, steps=1)
     moved = [name for name, tensor in probe.tensors().items() if not torch.equal(tensor, before[name])]
     assert len(moved) == len(before)
