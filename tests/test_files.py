@@ -1,5 +1,6 @@
 """Files that are there completely or not at all, locks, and the reader of metrics.jsonl."""
 
+import ast
 import errno
 import fcntl
 import os
@@ -126,3 +127,10 @@ def test_a_damaged_row_is_named(tmp_path, line):
     file.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl line 2 .* must be a JSON object with a step"):
         read_rows(file)
+
+
+def test_no_other_file_flushes_or_locks():
+    engine = Path(__file__).parents[1] / "engine"
+    for path in sorted(engine.rglob("*.py")):
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert not names & {"fsync", "fdatasync", "flock", "lockf"} or path == engine / "files.py", path

@@ -1,9 +1,11 @@
 """One voice: who speaks, where, and what a line in a log file begins with."""
 
+import ast
 import io
 import logging
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from tqdm import tqdm
@@ -11,6 +13,7 @@ from tqdm import tqdm
 from engine import logger
 from engine.logger import note, say, warn
 
+ENGINE = Path(__file__).parents[1] / "engine"
 LEAD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d r(\d+)  (.*)")
 
 
@@ -82,3 +85,12 @@ def test_a_program_may_take_the_lines_over(foreign, capsys):
     warn("full")
     assert [(r.levelname, r.getMessage()) for r in foreign] == [("INFO", "step 1/2"), ("WARNING", "warning: full")]
     assert capsys.readouterr() == ("", "")
+
+
+def test_there_is_no_other_voice():
+    """But engine.cli, which prints results and the one line of an error bare."""
+    speaks = re.compile(r"^(print|warnings\.warn|tqdm\.write|sys\.(__)?std(out|err)(__)?\.write)$")
+    for path in sorted(ENGINE.rglob("*.py")):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        said = [name for name in map(ast.unparse, calls) if speaks.match(name)]
+        assert not said or path in (ENGINE / "cli.py", ENGINE / "logger.py"), (path, said)
