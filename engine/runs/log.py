@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +81,7 @@ class MetricsLog:
     def sync(self) -> None:
         """Returns when the lines so far would survive a power failure."""
         if self.enabled:
-            os.fsync(self._file.fileno())
+            sync(self._directory / "metrics.jsonl")
             sync(self._directory)  # the file's name is an entry of its own
 
     def close(self) -> None:
