@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from engine.checkpoint import dcp, layout
 from engine.checkpoint.manifest import Damaged, Manifest, read_manifest, verify
 from engine.checkpoint.metadata import entry, read_metadata
-from engine.distributed.agreement import agreement, rank, share, size
+from engine.distributed.agreement import agreement, broadcast, rank, size
 from engine.errors import UserError
 from engine.logger import warn
 
@@ -28,7 +28,7 @@ def newest_valid(checkpoints: Path, group: dist.ProcessGroup | None = None) -> P
     with agreement(group):
         if rank(group) == 0:
             found = _search(checkpoints)
-    return share(found, group)
+    return broadcast(found, group)
 
 
 def _search(checkpoints: Path) -> Path | None:

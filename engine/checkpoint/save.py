@@ -12,7 +12,7 @@ import torch.distributed as dist
 from engine.checkpoint import dcp, layout
 from engine.checkpoint.manifest import Damaged, Manifest, checksum, read_manifest, verify, write_manifest
 from engine.checkpoint.metadata import entry
-from engine.distributed.agreement import agreement, gather, rank, share, size
+from engine.distributed.agreement import agreement, all_gather, broadcast, rank, size
 from engine.errors import UserError
 from engine.files import aside, publish, remove
 from engine.logger import warn
@@ -53,7 +53,7 @@ def save(
                 if rank(group) == 0:
                     held.enter_context(layout.writing(final.parent))
                     draft = _begin(final, recipe_sha256)
-            draft = share(draft, group)
+            draft = broadcast(draft, group)
             if draft is not None:
                 _write(draft, final, tensors, content, group)
         except UserError as error:
@@ -84,7 +84,7 @@ def _check_json(state: dict[str, Any]) -> None:
 
 def _check_same(contents: dict[str, dict], group: dist.ProcessGroup | None) -> None:
     """Ranks that save different things would write a checkpoint that fits none of them."""
-    first = share(contents, group)
+    first = broadcast(contents, group)
     with agreement(group):
         different = [name for name in sorted(contents.keys() | first) if contents.get(name) != first.get(name)]
         if different:
@@ -123,7 +123,7 @@ def _checksums(draft: Path, group: dist.ProcessGroup | None) -> dict[str, dict]:
     """Size and checksum of every file: each rank reads those that it wrote, rank 0 also what no rank claims."""
     with agreement(group):
         mine = {file.name: checksum(file) for file in sorted(draft.glob(f"__{rank(group)}_*"))}
-    files = {name: value for part in gather(mine, group) for name, value in part.items()}
+    files = {name: value for part in all_gather(mine, group) for name, value in part.items()}
     with agreement(group):
         if rank(group) == 0:
             there = {file.name for file in draft.iterdir()}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from engine.data.source import Root, Source
 from engine.data.sources import align_labels, open_source
 from engine.data.subset import take_labels
-from engine.distributed.agreement import gather
+from engine.distributed.agreement import all_gather
 from engine.distributed.world import World, in_turn
 from engine.errors import UserError
 from engine.logger import warn
@@ -108,7 +108,7 @@ def _check_batch(batch: int, train: Source, root: str | Path) -> None:
 def _open_together(find: Callable[[], Splits], world: World, name: str) -> Splits:
     """What `find` opens, on rank 0 first; `name` begins the error's line where ranks found different images."""
     splits = in_turn(world, find)
-    fingerprints = gather(tuple(s.fingerprint for s in splits if s is not None), world.host_group)
+    fingerprints = all_gather(tuple(s.fingerprint for s in splits if s is not None), world.host_group)
     if len(set(fingerprints)) > 1:
         raise UserError(f"{name} must hold the same images on every node; copy them anew")
     return splits

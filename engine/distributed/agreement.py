@@ -17,7 +17,7 @@ def size(group: dist.ProcessGroup | None) -> int:
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
-def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+def all_gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
     values = [value] * size(group)
     if dist.is_initialized():
@@ -25,7 +25,7 @@ def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     return values
 
 
-def share(value: Any, group: dist.ProcessGroup | None) -> Any:
+def broadcast(value: Any, group: dist.ProcessGroup | None) -> Any:
     """Rank 0's value, on every rank."""
     box = [value]
     if dist.is_initialized():
@@ -46,7 +46,7 @@ def agreement(group: dist.ProcessGroup | None) -> Iterator[None]:
     except Exception as caught:
         error = caught
     theirs = isinstance(error, UserError | OSError)
-    found = gather(error and (theirs, describe(error)), group)
+    found = all_gather(error and (theirs, describe(error)), group)
     if error is not None and not theirs:
         raise error
     failures = {number: failure for number, failure in enumerate(found) if failure is not None}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from engine.data import bad_images
 from engine.data.loader import EvalBatch, eval_batches
 from engine.data.source import Source
-from engine.distributed.agreement import gather
+from engine.distributed.agreement import all_gather
 from engine.distributed.world import World
 from engine.errors import RunFailed
 from engine.evaluation.subject import Subject
@@ -58,7 +58,7 @@ def features(
         RunFailed: on every rank, where no image can be read or a feature is not finite.
     """
     found = unchecked_features(subject, source, what, world, workers)
-    ranks = gather((len(found.id_N), bool(found.feature_ND.isfinite().all())), world.host_group)
+    ranks = all_gather((len(found.id_N), bool(found.feature_ND.isfinite().all())), world.host_group)
     if not sum(rows for rows, _ in ranks):
         raise RunFailed(f"none of {len(source)} images could be read, {source.name(0)} and others; mend them")
     if not all(finite for _, finite in ranks):

@@ -9,7 +9,7 @@ from typing import Unpack
 
 from engine.data.source import Root
 from engine.data.splits import open_labelled, open_unlabelled
-from engine.distributed.agreement import gather
+from engine.distributed.agreement import all_gather
 from engine.distributed.world import World
 from engine.evaluation import fast_linear
 from engine.evaluation.fast_linear import Score
@@ -67,5 +67,5 @@ def measure_fast_linear(
     groups = fast_linear.groups_of_rank(world.rank, world.size)
     for group in progress(groups, len(groups), "linear classifiers", "group", world):
         mine += fast_linear.train_group(group, *sides, classes=len(splits.train.classes))
-    scores = {score.candidate: score for part in gather(mine, world.host_group) for score in part}
+    scores = {score.candidate: score for part in all_gather(mine, world.host_group) for score in part}
     return [scores[candidate] for candidate in fast_linear.candidates()]

@@ -5,7 +5,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from engine.distributed.agreement import agreement, share
+from engine.distributed.agreement import agreement, broadcast
 from engine.distributed.world import World
 from engine.errors import UserError
 from engine.files import lock, replace_file
@@ -71,7 +71,7 @@ class RunDirectory:
             ) from error
 
     def _check_visible(self) -> None:
-        token = self.path / f".visible-{share(secrets.token_hex(8), self.world.host_group)}"
+        token = self.path / f".visible-{broadcast(secrets.token_hex(8), self.world.host_group)}"
         with agreement(self.world.host_group):
             if self.world.is_first:
                 token.touch()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine.data.decode import Crops
 from engine.data.loader import Batch
 from engine.data.splits import Splits, open_labelled_splits
-from engine.distributed.agreement import gather
+from engine.distributed.agreement import all_gather
 from engine.distributed.world import World
 from engine.errors import RunFailed
 from engine.evaluation.linear import LinearClassifier, linear_step
@@ -122,7 +122,7 @@ class LinearTask(Supervised):
 
     def finish(self, directory: Path) -> list[str]:
         """Raises RunFailed, on every rank, where the trunk is not what it was."""
-        if any(gather(digest(own_tensors(self.subject.network)) != self.weights_digest, self.world.host_group)):
+        if any(all_gather(digest(own_tensors(self.subject.network)) != self.weights_digest, self.world.host_group)):
             raise RunFailed("the frozen trunk's weights or buffers changed, so the result is not reported")
         return []
 

@@ -8,7 +8,7 @@ from engine.checkpoint.load import newest_valid
 from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.retain import clean
 from engine.checkpoint.state import RunState
-from engine.distributed.agreement import agreement, share
+from engine.distributed.agreement import agreement, broadcast
 from engine.errors import UserError
 from engine.files import read_rows
 from engine.logger import say
@@ -118,7 +118,7 @@ def _closing(task: Task, directory: RunDirectory, trainer: Trainer, left: list[s
             say(f"time      {', '.join(f'{what} {spent:.0f} s' for what, spent in trainer.seconds.items())}")
             say(f"files     {directory.path}: {', '.join(_files(directory))}")
             say("\n".join([f"next      tensorboard --logdir {directory.path}", *left]))
-    return share(row, task.world.host_group)
+    return broadcast(row, task.world.host_group)
 
 
 def _files(directory: RunDirectory) -> list[str]:

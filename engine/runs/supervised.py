@@ -17,7 +17,7 @@ from engine.data.augment import Flip
 from engine.data.decode import Crops
 from engine.data.loader import Batch
 from engine.data.splits import Splits
-from engine.distributed.agreement import gather
+from engine.distributed.agreement import all_gather
 from engine.distributed.world import World
 from engine.errors import UserError
 from engine.evaluation.features import features
@@ -95,7 +95,7 @@ class Supervised(Task):
 
     def gathered(self, predictions: dict[str, Tensor], label_N: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The rows of all ranks, of one."""
-        parts, labels = zip(*gather((predictions, label_N), self.world.host_group), strict=True)
+        parts, labels = zip(*all_gather((predictions, label_N), self.world.host_group), strict=True)
         return {name: torch.cat([part[name] for part in parts]) for name in predictions}, torch.cat(labels)
 
     def shown(self) -> Mapping[str, bytes]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from engine.checkpoint.layout import point, step_name
 from engine.checkpoint.retain import retain
 from engine.checkpoint.save import save
-from engine.distributed.agreement import agreement, share
+from engine.distributed.agreement import agreement, broadcast
 from engine.distributed.signals import StopSignal
 from engine.errors import Interrupted
 from engine.logger import say
@@ -99,7 +99,7 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         step = self.task.step
         # Only the rank that writes the log knows what is in it.
-        if not self.plan.evaluates_after(step) or share(self.log.has_monitor_row(step), self.world.host_group):
+        if not self.plan.evaluates_after(step) or broadcast(self.log.has_monitor_row(step), self.world.host_group):
             return
         with self._time("evaluation"):
             row = self.task.evaluate()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.distributed.agreement import agreement, by_rank, describe, gather, rank, share, size
+from engine.distributed.agreement import agreement, all_gather, broadcast, by_rank, describe, rank, size
 from engine.errors import UserError
 
 
@@ -29,7 +29,7 @@ def test_an_error_is_one_line():
 
 def test_a_process_alone_is_the_only_rank():
     assert (rank(None), size(None)) == (0, 1)
-    assert (gather("x", None), share("x", None)) == (["x"], "x")
+    assert (all_gather("x", None), broadcast("x", None)) == (["x"], "x")
 
 
 def test_errors_of_the_user_become_one_and_faults_stay():
