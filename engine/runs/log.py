@@ -114,15 +114,15 @@ class MetricsLog:
             self._loss_steps.add(row["step"])
 
     def _keep_rows(self, path: Path) -> None:
-        rows = [row for row in read_rows(path) if row["step"] <= self._resume_step] if path.exists() else []
-        for row in rows:
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        found = zip(read_rows(path), content.split(b"\n")[:-1], strict=True)
+        kept = [(row, line) for row, line in found if row["step"] <= self._resume_step]
+        for row, _ in kept:
             self._note(row)
-        content = path.read_bytes() if path.exists() else b""
-        kept = b"".join(
-            line + b"\n" for line in content.split(b"\n")[:-1] if json.loads(line)["step"] <= self._resume_step
-        )
-        if kept != content:
-            replace_file(path, kept)
+        if (lines := b"".join(line + b"\n" for _, line in kept)) != content:
+            replace_file(path, lines)
 
 
 def _is_text_or_finite(value: float | str) -> bool:
