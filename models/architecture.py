@@ -12,7 +12,7 @@ from torch import nn
 from models.moco import MoCo
 from models.resnet import build_resnet
 from models.shapes import RESNET_SHAPES, TIMM, VIT_SHAPES
-from models.timm_trunk import build_timm
+from models.timm_trunk import build_timm, check_step
 from models.trunk import Trunk
 from models.vit import build_vit
 
@@ -61,6 +61,11 @@ class Architecture:
                 )
             trunk.module.get_submodule("patch_embed.proj").requires_grad_(False)
         return trunk
+
+    def check_step(self, *, bf16: bool) -> None:
+        """Raises ValueError where a run, in bf16 or not, cannot train the trunk alike on any ranks."""
+        if self.kind == "timm":
+            check_step(**self.arguments, bf16=bf16)
 
     @property
     def has_conv_stem(self) -> bool:

@@ -109,9 +109,9 @@ def replace_batch_norm(module: nn.Module) -> None:
 def _from_torch(norm: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
     fused = isinstance(norm, BatchNormAct2d)
     if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not fused:
-        raise ValueError(f"a trunk's BatchNorm ({type(norm).__name__}) must be torch's or timm's BatchNormAct2d")
+        raise ValueError(f"its BatchNorm ({type(norm).__name__}) must be torch's or timm's BatchNormAct2d")
     if norm.momentum is None or not norm.track_running_stats:
-        raise ValueError("a trunk's BatchNorm must keep running statistics with a fixed momentum")
+        raise ValueError("its BatchNorm must keep running statistics with a fixed momentum")
     activation = norm.act if fused else None
     new = GlobalBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, activation=activation)
     if norm.affine:

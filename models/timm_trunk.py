@@ -1,18 +1,21 @@
 """timm's networks as trunks, where they can be trained on any ranks."""
 
 import copy
+import math
 from functools import partial
+from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
+from timm.optim._param_groups import auto_group_layers
 from torch import nn
 
 from models.drop_path import drop_path_places
 from models.initial import Draw
 from models.norm import replace_batch_norm
 from models.shapes import TIMM
+from models.trial import fault
 from models.trunk import Trunk
 
 
@@ -25,32 +28,55 @@ def build_timm(name: str, image_size: int) -> Trunk:
     if not timm.is_model(name):
         raise ValueError(f"model.name ({TIMM}{name}) must be a timm model; do `timm.list_models()` to see them")
     module = _create(name, image_size)
-    for path, part in module.named_modules():
-        if (isinstance(part, nn.Dropout) and part.p > 0) or (isinstance(part, DropPath) and part.drop_prob > 0):
-            raise ValueError(f"model.name ({TIMM}{name}) must have no dropout, for one run on any ranks; {path} has")
-    replace_batch_norm(module)
+    try:
+        replace_batch_norm(module)
+    except ValueError as error:
+        raise ValueError(f"model.name ({TIMM}{name}) must be another network: {error}") from error
     return Trunk(
         module,
         _output_width(module, name, image_size),
         is_vit=isinstance(module, VisionTransformer),
         initial_values=partial(_initial_values, name, image_size),
         drop_paths=partial(_drop_paths, name, image_size),
-        layers=module.group_matcher(coarse=False) if hasattr(module, "group_matcher") else None,
+        layers=_layers(module),
         no_weight_decay=frozenset(module.no_weight_decay() if hasattr(module, "no_weight_decay") else ()),
     )
 
 
+def check_step(name: str, image_size: int, *, bf16: bool) -> None:
+    """Raises ValueError where no run on any ranks can train the network, told by a step on the meta device."""
+
+    def found(dtype: torch.dtype) -> str | None:
+        with torch.device("meta"):
+            return fault(build_timm(name, image_size).module, image_size, dtype)
+
+    why = found(torch.bfloat16 if bf16 else torch.float32)
+    if why and bf16 and not found(torch.float32):
+        raise ValueError(f"parallel.precision (bf16) must be float32 for {TIMM}{name}: {why}")
+    if why:
+        raise ValueError(f"model.name ({TIMM}{name}) must be a network that trains alike on any ranks: {why}")
+
+
 def _create(name: str, image_size: int, drop_path: float = 0.0) -> nn.Module:
-    # Only networks with fixed positions take an image size. Some drop paths unless they are told not to.
-    size, rate = {"img_size": image_size}, {"drop_path_rate": drop_path}
-    for options in (size | rate, rate, size):
+    # Only networks with fixed positions take an image size. Some drop paths or features unless they are told not to.
+    size, paths, features = ("img_size", image_size), ("drop_path_rate", drop_path), ("drop_rate", 0.0)
+    options = (size, paths, features)
+    for some in (options, (paths, features), (size, features), (size, paths), (features,), (paths,), (size,)):
         try:
-            return timm.create_model(name, num_classes=0, **options)
-        except TypeError:
+            return timm.create_model(name, num_classes=0, **dict(some))
+        except TypeError:  # it does not take one of them
             continue
         except RuntimeError as error:  # an unknown tag, say
             raise ValueError(f"model.name ({TIMM}{name}) must be a timm model: {_words(error)}") from error
     return timm.create_model(name, num_classes=0)
+
+
+def _layers(module: nn.Module) -> Any:
+    if hasattr(module, "group_matcher"):
+        return module.group_matcher(coarse=False)
+    # As timm does for a network that does not say: every 12 parameters are a layer.
+    places = auto_group_layers(module)
+    return lambda name: places.get(name, math.inf)
 
 
 def _output_width(module: nn.Module, name: str, image_size: int) -> int:
@@ -58,9 +84,13 @@ def _output_width(module: nn.Module, name: str, image_size: int) -> int:
     twin = copy.deepcopy(module).to("meta")
     try:
         with torch.no_grad():
-            return twin(torch.empty(2, 3, image_size, image_size, device="meta")).shape[-1]
-    except RuntimeError as error:
+            output = twin(torch.empty(2, 3, image_size, image_size, device="meta"))
+    except Exception as error:  # timm asserts, divides and looks up without saying what was wrong
         raise ValueError(f"model.image_size ({image_size}) must suit {TIMM}{name}: {_words(error)}") from error
+    if not isinstance(output, torch.Tensor) or output.ndim != 2:
+        found = list(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+        raise ValueError(f"model.name ({TIMM}{name}) must give one row of features for an image; 2 images give {found}")
+    return output.shape[1]
 
 
 def _words(error: Exception) -> str:

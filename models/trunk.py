@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from models.initial import Draw
@@ -17,7 +18,7 @@ class Trunk:
     is_vit: whether it takes the heads of the ViTs (all others take the ResNet's).
     initial_values: from a seed to the value of every parameter and buffer before training.
     drop_paths: from a highest probability to that of every place of stochastic depth, by path; empty where it has none.
-    layers: how timm tells a parameter's layer by its name (what `group_matcher(coarse=False)` gives); None: it cannot.
+    layers: how timm tells a parameter's layer by its name (what `group_matcher(coarse=False)` gives).
     no_weight_decay: parameters that its authors leave out, beside biases and norms.
     """
 
@@ -37,6 +38,18 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     bottlenecks of a ResNet's stages); a trunk without such lists has none.
     """
     return [unit for group in _lists_of_units(module) for unit in group.children()]
+
+
+def cast_constants(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give tables and masks (floating buffers that no file holds) the type in which the trunk computes.
+
+    FSDP casts parameters and inputs alone; statistics, which files hold, stay as they are.
+    """
+    lasting = module.state_dict().keys()
+    for path, part in module.named_modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if f"{path}.{name}".lstrip(".") not in lasting and buffer.is_floating_point():
+                setattr(part, name, buffer.to(dtype))
 
 
 def _lists_of_units(module: nn.Module) -> list[nn.Module]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,10 @@ from safetensors.torch import load_file
 
 from engine.recipe.load import load
 from engine.runs.pretrain import make_networks
-from models.architecture import of_name
-from models.moco import MoCo, update_momentum
+from models.moco import update_momentum
 from models.norm import GlobalBatchNorm
 from models.resnet import build_resnet
 from models.shapes import VIT_SHAPES
-from models.timm_trunk import build_timm
-from models.trunk import blocks
 from models.vit import build_vit, sincos_position
 from tests.replay import our_name
 
@@ -117,49 +113,6 @@ def test_resnet_is_torchvisions():
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_resnet", "test_efficientnet"])
-def test_any_timm_model_is_a_trunk(name):
-    """Global BatchNorm takes the place of timm's, names and function in evaluation stay, initial values are timm's."""
-    import timm
-
-    build = partial(build_timm, name, image_size=64)
-    with torch.device("meta"):
-        moco = MoCo(build, 32, 16)
-    moco.to_empty(device="cpu")
-    tensors = {**dict(moco.named_parameters()), **dict(moco.named_buffers())}
-    values = dict(moco.initial_values(seed=2))
-    assert values.keys() == tensors.keys()
-    for tensor_name, value in values.items():
-        tensors[tensor_name].data.copy_(value)
-    moco.eval()
-    assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in moco.modules())
-    size = {"img_size": 64} if "vit" in name else {}
-    theirs = timm.create_model(name, num_classes=0, **size).eval()
-    theirs.load_state_dict(moco.base.trunk.state_dict())
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(moco.base.trunk(x), theirs(x), rtol=1e-4, atol=1e-5)
-    layers = [m for m in moco.base.projector if isinstance(m, torch.nn.Linear)]
-    assert len(layers) == (3 if name == "test_vit" else 2)
-    assert blocks(moco.base.trunk)
-
-
-def test_the_width_of_a_timm_trunk_is_that_of_its_output():
-    """timm's `num_features` leaves out a last layer that some networks have."""
-    with torch.device("meta"):
-        trunk = build_timm("mobilenetv3_small_050", image_size=64)
-        assert trunk.width == trunk.module(torch.empty(2, 3, 64, 64)).shape[1] == 1024
-
-
-def test_impossible_trunks_say_why():
-    with pytest.raises(ValueError, match=r"model.name \(timm/resnet18.no_such_tag\) must be a timm model: Invalid"):
-        build_timm("resnet18.no_such_tag", image_size=64)
-    with pytest.raises(ValueError, match=r"model.name \(timm/no_such_net\) must be a timm model"):
-        build_timm("no_such_net", image_size=64)
-    with pytest.raises(ValueError, match=r"freeze_patch_projection \(true\) must be false"):
-        of_name("timm/test_convnext", 64, None).build(freeze_patch_projection=True)
 
 
 def test_update_moves_towards_the_base_encoder():

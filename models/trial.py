@@ -1,0 +1,79 @@
+"""A training step of a trunk on the meta device, without memory: what it would meet shows before a run begins."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models.norm import GlobalBatchNorm
+from models.trunk import blocks, cast_constants
+
+ONE_TYPE = {  # operations whose floating inputs must be of one type
+    *("mm", "addmm", "bmm", "baddbmm", "convolution", "native_layer_norm", "native_group_norm"),
+    *("_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_flash_attention"),
+    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention"),
+}
+
+
+def fault(module: nn.Module, image_size: int, dtype: torch.dtype) -> str | None:
+    """Why a trunk cannot be trained on any ranks alike with parameters of this type; None where it can.
+
+    Args:
+        module: on the meta device; not to be used afterwards.
+    """
+    module.train()
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    cast_constants(module, dtype)
+    for block in blocks(module):  # as FSDP does
+        block.register_forward_pre_hook(lambda _, inputs, named: _cast((inputs, named), dtype), with_kwargs=True)
+    moving = {name: buffer for name, buffer in module.named_buffers() if not _is_of_batch_norm(module, name)}
+    versions = {name: buffer._version for name, buffer in moving.items()}
+    watch = _Watch()
+    try:
+        with watch:
+            module(torch.empty(2, 3, image_size, image_size, device="meta", dtype=dtype)).sum().backward()
+    except RuntimeError as error:
+        return f"its step fails ({' '.join(str(error).split())[:200]})"
+    unused = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    moved = [name for name, buffer in moving.items() if buffer._version != versions[name]]
+    if unused:
+        return f"parameters take no part in its features: {', '.join(unused[:3])}"
+    if moved:
+        return f"it keeps statistics of a rank's own batch: {', '.join(moved[:3])}"
+    return f"it draws random numbers of a rank's own: {', '.join(sorted(watch.draws))}" if watch.draws else None
+
+
+def _is_of_batch_norm(module: nn.Module, buffer: str) -> bool:
+    return isinstance(module.get_submodule(buffer.rpartition(".")[0]), GlobalBatchNorm)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _cast(inner, dtype) for key, inner in value.items()}
+    return tuple(_cast(inner, dtype) for inner in value) if isinstance(value, tuple) else value
+
+
+class _Watch(TorchDispatchMode):
+    """Notes every operation that draws random numbers, and refuses mixed types, which the meta device lets pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        found = {value.dtype for value in args if isinstance(value, Tensor) and value.is_floating_point()}
+        if name in ONE_TYPE and len(found) > 1:
+            mixed = sorted(str(dtype).removeprefix("torch.") for dtype in found)
+            raise RuntimeError(f"{name} of {' and '.join(mixed)}")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            arguments = [argument.name for argument in func._schema.arguments]
+            # Attention has the tag, and draws only where it drops.
+            if "dropout_p" not in arguments or (dict(zip(arguments, args, strict=False)) | kwargs).get("dropout_p"):
+                self.draws.add(name)
+        return func(*args, **kwargs)
