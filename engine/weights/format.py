@@ -14,8 +14,6 @@ from models.architecture import Architecture
 PICKLES = (".pth.tar", ".pt", ".pth")
 SAFETENSORS = (".safetensors",)
 
-Features = Callable[[Path, Architecture, Tensor], Tensor | None]
-
 
 def read_by_us(path: Path, architecture: Architecture, images: Tensor) -> None:
     """`Format.features` of a form that no other library loads."""
@@ -45,7 +43,7 @@ class Format:
     write: Callable[[Weights, Path], None]
     use: str
     config: Callable[[Weights, Path], None] = nothing
-    features: Features = read_by_us
+    features: Callable[[Path, Architecture, Tensor], Tensor | None] = read_by_us
     namings: tuple[Naming, ...] = ()
     libraries: tuple[str, ...] = ()
     whole: bool = False

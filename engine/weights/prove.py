@@ -4,11 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn.functional import linear
 
 from engine.errors import RunFailed, one_line
-from engine.weights.format import Format
 from engine.weights.formats.table import page
 from engine.weights.read import read_weights
 from engine.weights.weights import EncoderName, Weights, fill_trunk
@@ -37,7 +35,9 @@ def prove(
     if source.head is not None:
         ours_ND = linear(ours_ND, source.head.weight.float(), source.head.bias.float())
     try:
-        theirs_ND = _loaded(page(name), path, architecture, images)
+        theirs_ND = page(name).features(path, architecture, images)
+        if theirs_ND is None:
+            theirs_ND = fill_trunk(read_weights(path).trunk("base"))(images)
         if page(name).whole:
             _check_bits(source, read_weights(path), keep_dtype=name == "safetensors")
     except Exception as error:  # whatever a library has to say against a file
@@ -49,11 +49,6 @@ def prove(
             f"of the largest feature, where {TOLERANCE} is allowed; nothing was written"
         )
     return difference
-
-
-def _loaded(form: Format, path: Path, architecture: Architecture, images: Tensor) -> Tensor:
-    theirs_ND = form.features(path, architecture, images)
-    return fill_trunk(read_weights(path).trunk("base"))(images) if theirs_ND is None else theirs_ND
 
 
 def _check_bits(source: Weights, written: Weights, keep_dtype: bool) -> None:

@@ -1,4 +1,4 @@
-"""The export formats: a row for each page of this folder. Loads nothing until a page is asked for."""
+"""The export formats, a name for each page of this folder. Loads nothing until a page is asked for."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -6,15 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from engine.weights.format import Format
 
-NAMES = (
-    "timm",
-    "torchvision",
-    "moco_v3",
-    "deit",
-    "safetensors",
-    "transformers",
-    "onnx",
-)
+NAMES = ("timm", "torchvision", "moco_v3", "deit", "safetensors", "transformers", "onnx")
 
 
 def page(name: str) -> "Format":
