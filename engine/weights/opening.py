@@ -1,11 +1,10 @@
-"""Any CHECKPOINT opened, for every front door: as named weights, or as a trunk ready to use.
+"""Any CHECKPOINT opened, for every front door, as named weights.
 
 A CHECKPOINT is a run directory, a checkpoint directory, an exported file or folder, a published .pth.tar or
 `timm/<name>`.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,33 +16,17 @@ from engine.checkpoint.layout import POINTERS, read_pointer
 from engine.checkpoint.load import read_tensors
 from engine.checkpoint.manifest import NAME as MANIFEST
 from engine.checkpoint.manifest import Manifest, read_manifest
+from engine.checkpoint.state import RunState
 from engine.errors import UserError, one_line
 from engine.files import read_rows
 from engine.logger import note
 from engine.recipe.load import loads, shape, task_of
 from engine.weights.read import own_words, read_weights
-from engine.weights.weights import BASE, About, EncoderName, Weights, base_shapes, check_names, fill_trunk, renaming
+from engine.weights.weights import BASE, About, EncoderName, Weights, base_shapes, check_names, renaming
 from models.architecture import Architecture, moco_shapes, of_name, trunk_shapes
 from models.shapes import TIMM
 
 MODEL = "model."  # how the networks' tensors begin in a sharded checkpoint
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A trunk to take features from, and what is known about it (the images that it takes, its recipe).
-
-    trunk: [B, 3, S, S] -> [B, D], in eval mode, float32, on the CPU, without gradients.
-    """
-
-    trunk: nn.Module
-    about: About
-
-
-def open_encoder(checkpoint: str, encoder: EncoderName = "base") -> Encoder:
-    """The trunk of a CHECKPOINT's base or momentum encoder. Raises UserError."""
-    weights = open_trunk(checkpoint, encoder)
-    return Encoder(fill_trunk(weights), weights.known())
 
 
 def open_trunk(checkpoint: str, encoder: EncoderName = "base", *, untrained: bool = False) -> Weights:
@@ -105,15 +88,15 @@ def _sharded_folder(path: Path) -> Path | None:
 
 def _from_shards(folder: Path) -> Weights:
     manifest = read_manifest(folder)
-    if (finetuned := own_words(manifest.state.get("about"))) is not None:
+    state = RunState.read(folder, manifest)
+    if (finetuned := own_words(state.about)) is not None:
         return _from_finetuned(folder, manifest, finetuned)
-    text = manifest.state.get("recipe")
-    if task_of(text) == "linear":
+    if task_of(state.recipe) == "linear":
         raise UserError(
             f"CHECKPOINT ({folder}) must have a network, and a run of task linear has a classifier alone; "
             "pass the CHECKPOINT that it was made on"
         )
-    recipe = loads(text if isinstance(text, str) else "", f"recipe of {folder}")
+    recipe = loads(state.recipe, f"recipe of {folder}")
     architecture = of_name(recipe.model.name, recipe.model.image_size, shape(recipe.model))
     expected = moco_shapes(architecture, recipe.model.projector_hidden_dim, recipe.model.output_dim)
     names = {name.removeprefix(MODEL): name for name in manifest.tensors if name.startswith(MODEL)}
@@ -123,11 +106,11 @@ def _from_shards(folder: Path) -> Weights:
         recipe.model.image_size,
         recipe.augment.mean,
         recipe.augment.std,
-        recipe=text,
+        recipe=state.recipe,
         step=manifest.step,
         epoch=int(rows["epoch"]) if "epoch" in rows else None,
         knn_top1=rows.get("knn_top1"),
-        licence=manifest.state.get("licence"),
+        licence=state.licence,
     )
     return _stored(folder, manifest, about, names, expected)
 

@@ -36,7 +36,7 @@ from engine.runs.linear import linear
 from engine.training.finetune_step import decaying_groups
 from engine.weights.card import model_card
 from engine.weights.export import export_classifier
-from engine.weights.opening import open_encoder, open_trunk, open_weights
+from engine.weights.opening import open_trunk, open_weights
 from engine.weights.weights import About, Head, Weights, fill_trunk
 from models.architecture import Architecture
 from models.classifier import Classifier
@@ -151,10 +151,11 @@ def test_the_run_against_plain_torch(tmp_path):
     """Loader's crops and flips; the rest is written anew: timm's ViT, groups, warm-up and cosine, AdamW, EMA."""
     options = ["optimizer.layer_decay=0.6", "train.ema_decay=0.9", "train.label_smoothing=0.1"]
     run_finetune(finetune_recipe(tmp_path, *options, "train.epochs=2", "train.warmup_epochs=0.2"))
-    encoder, source = open_encoder(CHECKPOINT), open_source(Root("shards", VAL), "all")
+    source = open_source(Root("shards", VAL), "all")
     network = VisionTransformer(64, 16, embed_dim=48, depth=2, num_heads=12, num_classes=10).double()
     weights = open_weights(CHECKPOINT).trunk("base")
-    fresh = Classifier(weights.known().architecture.build(), 10)
+    about = weights.known()
+    fresh = Classifier(about.architecture.build(), 10)
     start = dict(fresh.initial_values(finetuning.trunk_values(weights), seed=0))
     network.load_state_dict({name.removeprefix("trunk."): tensor for name, tensor in start.items()})
     for norm in (module for module in network.modules() if isinstance(module, nn.LayerNorm)):
@@ -162,7 +163,7 @@ def test_the_run_against_plain_torch(tmp_path):
     groups = param_groups_layer_decay(network, 0.05, ("cls_token", "pos_embed"), layer_decay=0.6)
     assert sorted({group["lr_scale"] for group in groups}) == pytest.approx([0.6**3, 0.6**2, 0.6, 1])
     adamw, average = torch.optim.AdamW(groups, lr=0.0), [p.detach().clone() for p in network.parameters()]
-    augment = Flip(0.5, encoder.about.mean, encoder.about.std, seed=0, dtype=torch.float64)
+    augment = Flip(0.5, about.mean, about.std, seed=0, dtype=torch.float64)
     losses, rates = [], []
     order, crops = Order(0, len(source), 100), Crops(64, 0.5, views=1)
     batches = train_batches(source, order, crops, range(4), rank=0, world_size=1, workers=0)
@@ -247,14 +248,14 @@ def test_compiled_is_eager(tmp_path):
 
 def test_a_finetuned_run_is_a_checkpoint_for_every_front_door(finished, capsys):
     """Its trunk is opened from the shards, and is not the one that it began with."""
-    trunk, about = open_encoder(str(finished[0])).trunk, open_weights(str(finished[0])).known()
+    run, about = str(finished[0]), open_weights(str(finished[0])).known()
     assert about.licence == "CC-BY-NC-4.0"
     assert about.image_size == 64
     assert "task: finetune" in about.finetuned
     assert "fine-tuned on labels" in model_card(about, "timm", "base", "")
-    average = open_encoder(str(finished[0]), "momentum").trunk
+    opened = [open_trunk(run), open_trunk(run, "momentum"), open_trunk(CHECKPOINT)]
     images = torch.rand(2, 3, 64, 64)
-    features = [network(images) for network in (trunk, average, open_encoder(CHECKPOINT).trunk)]
+    features = [fill_trunk(weights)(images) for weights in opened]
     assert not any(torch.allclose(*pair, atol=1e-3) for pair in itertools.combinations(features, 2))
     evaluate.main(["rankme", str(finished[0]), "--data", str(VAL), "--workers", "0"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rankme"] > 1

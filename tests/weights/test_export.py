@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint.save import save
+from engine.checkpoint.state import RunState
 from engine.errors import RunFailed, UserError
 from engine.export import main
 from engine.recipe.identity import fingerprint
@@ -185,8 +186,8 @@ def fresh_checkpoint(folder: Path, *overrides: str) -> Path:
             tensor += 0.5
         if name.endswith(("running_mean", "running_var")):
             tensor += 0.1 * torch.rand(tensor.shape)
-    state = {"step": 0, "recipe": dump(recipe), "data": None, "bad_images": 0}
-    save(folder / "checkpoints", 0, tensors, state, recipe_sha256=fingerprint(recipe))
+    state = RunState(0, dump(recipe), images={})
+    save(folder / "checkpoints", 0, tensors, state.to_json(), recipe_sha256=fingerprint(recipe))
     return folder
 
 
