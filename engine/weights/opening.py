@@ -37,7 +37,7 @@ def open_trunk(checkpoint: str, encoder: EncoderName = "base", *, untrained: boo
     weights = open_weights(checkpoint)
     for line in weights.notes:
         note(line)
-    return _untrained(weights.known()) if untrained else weights.trunk(encoder)
+    return _untrained(weights) if untrained else weights.trunk(encoder)
 
 
 def open_weights(checkpoint: str) -> Weights:
@@ -56,12 +56,12 @@ def open_weights(checkpoint: str) -> Weights:
         raise UserError(f"CHECKPOINT ({checkpoint}) must hold a network that can be built: {error}") from error
 
 
-def _untrained(about: About) -> Weights:
+def _untrained(weights: Weights) -> Weights:
     """The trunk before training, as a run of its recipe begins."""
+    about, shapes = weights.known(), weights.trunk("base").shapes
     seed = loads(about.recipe, "recipe of the checkpoint").run.seed if about.recipe else 0
     with torch.device("meta"):
         trunk = about.architecture.build()
-    shapes = base_shapes(about.architecture)
 
     def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         draw = trunk.initial_values(seed)
