@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from engine.errors import UserError
 from engine.weights.export import fitting_architecture
 from engine.weights.formats import moco_v3, transformers
-from engine.weights.formats.table import page
+from engine.weights.formats.table import NAMES, page
 from engine.weights.formats.timm import create_arguments
 from engine.weights.names import TRUNK
 from engine.weights.opening import open_weights
@@ -25,7 +25,7 @@ from engine.weights.read import read_weights
 from engine.weights.weights import MARK, About, Weights, fill_trunk
 from models.architecture import Architecture, by_shape, of_shapes, trunk_shapes, vit
 from models.moco import MoCo
-from tests.weights.files import GOLDEN, PUBLISHED, assert_same, state_dict, trunk_of, write
+from tests.weights.files import GOLDEN, PUBLISHED, ROOT, assert_same, state_dict, trunk_of, write
 
 TOLERANCE = 1e-5  # of the largest value
 
@@ -178,6 +178,11 @@ def test_renaming_there_and_back_is_the_identity(naming):
     theirs = [other for name in names for other in naming.theirs(name)]
     assert len(set(theirs)) == len(theirs)
     assert all(name == naming.ours(other) for name in names for other in naming.theirs(name))
+
+
+def test_every_page_of_formats_is_in_the_table():
+    pages = {path.stem for path in (ROOT / "engine" / "weights" / "formats").glob("*.py")}
+    assert pages == {*NAMES, "table", "__init__"}
 
 
 def test_timm_s_small_vit_is_not_ours():
