@@ -1,8 +1,8 @@
 """Every private name of torch that engine touches, each behind a function with a plain name and with a test.
 
 torch promises nothing of these names: after an update, tests/test_torch_internals.py says which of them is gone or
-means something else. `models`, which knows nothing of engine, keeps its own: `torch._foreach_lerp_` in moco.py, and
-`_functional_collectives` and `_BatchNorm` in norm.py.
+means something else. `models`, which knows nothing of engine, keeps its own in moco.py, norm.py and trial.py; the same
+test lists them.
 """
 
 from collections.abc import Iterator, Sequence
