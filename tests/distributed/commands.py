@@ -1,6 +1,7 @@
 """A command as a user starts it, watched from outside: its words, its processes and what they leave behind."""
 
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 from tests.distributed.launch import ROOT, TIMEOUT, environment
 
+LEAD = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d r\d+  ", re.MULTILINE)
 GONE = 30  # seconds after which a process that nobody waits for counts as left behind
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 ONE_PROCESS = (sys.executable, "-m", "engine.run")
@@ -60,9 +62,9 @@ class Command:
             file.close()
 
     def said(self) -> tuple[str, str]:
-        """What it wrote so far to stdout and to stderr."""
+        """What it wrote so far to stdout and to stderr, without the time and the rank at the head of a line."""
         out, err = (os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode() for file in self.files)
-        return out, err
+        return LEAD.sub("", out), LEAD.sub("", err)
 
     def processes(self) -> set[int]:
         """Those of the command that are alive now."""

@@ -293,7 +293,7 @@ def test_a_mistake_under_torchrun_is_said_once(mistakes):
     assert "engine/" not in ended.err, "torchrun's own traceback, and none of ours"
 
 
-@pytest.mark.parametrize("name", ["key", "batch", "timm", "compiler"])
+@pytest.mark.parametrize("name", ["key", "batch", "timm", "compiler", "root", "few"])
 def test_a_wrong_recipe_leaves_no_folder(mistakes, name):
     assert not mistakes[name][1].exists()
 
