@@ -22,6 +22,9 @@ def fault(module: nn.Module, image_size: int, dtype: torch.dtype) -> str | None:
     Args:
         module: on the meta device; not to be used afterwards.
     """
+    hidden = [f"{path}.{name}".lstrip(".") for path, part in module.named_modules() for name in _hidden_tensors(part)]
+    if hidden:  # these would stay on the meta device, or hold what was before the weights were laid over ranks
+        return f"it keeps tensors that are neither parameters nor buffers: {', '.join(hidden[:3])}"
     module.train()
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -43,6 +46,11 @@ def fault(module: nn.Module, image_size: int, dtype: torch.dtype) -> str | None:
     if moved:
         return f"it keeps statistics of a rank's own batch: {', '.join(moved[:3])}"
     return f"it draws random numbers of a rank's own: {', '.join(sorted(watch.draws))}" if watch.draws else None
+
+
+def _hidden_tensors(part: nn.Module) -> list[str]:
+    held = {name: value if isinstance(value, list | tuple) else [value] for name, value in vars(part).items()}
+    return [name for name, values in held.items() if any(isinstance(value, Tensor) for value in values)]
 
 
 def _is_of_batch_norm(module: nn.Module, buffer: str) -> bool:

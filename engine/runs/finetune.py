@@ -94,9 +94,11 @@ def make_networks(recipe: Finetune, weights: Weights, classes: int) -> tuple[Cla
     Raises:
         UserError: the network does not suit the recipe.
     """
-    build = weights.known().architecture.build
+    architecture = weights.known().architecture
+    build = architecture.build
     with torch.device("meta"):
         try:
+            architecture.check_step(bf16=recipe.parallel.precision == "bf16")
             classifier = Classifier(build(), classes, recipe.model.drop_path)
             ema = None if recipe.train.ema_decay is None else Classifier(build(), classes).requires_grad_(False)
         except ValueError as error:

@@ -59,6 +59,7 @@ def make_networks(recipe: Pretrain) -> MoCo:
     with torch.device("meta"):
         try:
             architecture = of_name(model.name, model.image_size, shape(model))
+            architecture.check_step(bf16=recipe.parallel.precision == "bf16")
             build = partial(architecture.build, freeze_patch_projection=model.freeze_patch_projection)
             return MoCo(build, model.projector_hidden_dim, model.output_dim)
         except ValueError as error:

@@ -16,7 +16,7 @@ from engine.recipe.sections import Parallel, Precision
 from engine.torch_internals import allow_variants, forget_forwards, has_cpp_compiler
 from models.norm import set_batch_norm_group
 from models.parts import Network
-from models.trunk import blocks
+from models.trunk import blocks, cast_constants
 
 P, T = ParamSpec("P"), TypeVar("T")
 
@@ -68,7 +68,9 @@ def parallelize(network: Network, mesh: DeviceMesh, group: ProcessGroup, paralle
 def _shard_trunk(trunk: nn.Module, layout: Layout, resting: bool) -> None:
     inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     outer = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    if layout.precision != "bf16":
+    if layout.precision == "bf16":
+        cast_constants(trunk, torch.bfloat16)
+    else:
         inner = outer = MixedPrecisionPolicy()
     for block in blocks(trunk):
         if layout.compile:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.distributed.world import process_group
+from engine.errors import UserError
 from engine.files import read_rows
 from engine.recipe.load import load
-from engine.runs.pretrain import pretrain
+from engine.runs.pretrain import make_networks, pretrain
 from models.architecture import of_name
 from models.moco import MoCo
 from models.norm import replace_batch_norm
@@ -108,6 +109,29 @@ def test_constants_of_a_network_take_the_type_of_its_step(name):
     of_name(f"timm/{name}", 224, None).check_step(bf16=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "precision", "words"),
+    [
+        (
+            "bat_resnext26ts",
+            "float32",
+            r"model.name \(timm/bat_resnext26ts\) must .*it draws random numbers of a",
+        ),
+        (
+            "csatv2",
+            "bf16",
+            r"parallel.precision \(bf16\) must be float32 for timm/csatv2: its step fails \(bmm of bfloat16 and float32\)",
+        ),
+        ("deepseek_vit_412m_enc", "float32", r"must give one row of features for an image; 2 images give \[2, 169, 51"),
+    ],
+)
+def test_a_network_that_does_not_train_is_refused_before_the_run(name, precision, words):
+    size = timm.get_pretrained_cfg(name).input_size[-1]
+    with pytest.raises(UserError, match=words) as error:
+        make_networks(recipe(name, size, f"parallel.precision={precision}"))
+    assert "\n" not in str(error.value)
+
+
 class Odd(nn.Module):
     """A trunk with one fault."""
 
@@ -117,6 +141,8 @@ class Odd(nn.Module):
         self.register_buffer("scale", torch.ones(4))
         if kind == "unused":
             self.spare = nn.Linear(2, 2)
+        if kind == "hidden":
+            self.weights = [self.linear.weight]
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.linear(images.mean((2, 3)))
@@ -132,6 +158,7 @@ class Odd(nn.Module):
     [
         ("plain", None),
         ("unused", "parameters take no part in its features: spare.weight, spare.bias"),
+        ("hidden", "it keeps tensors that are neither parameters nor buffers: weights"),
         ("statistic", "it keeps statistics of a rank's own batch: scale"),
         ("dropout", "it draws random numbers of a rank's own: bernoulli_"),
         ("type", "its step fails (mm of bfloat16 and float32)"),
