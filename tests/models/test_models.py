@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from engine.recipe.load import load
 from engine.runs.pretrain import make_networks
+from models.architecture import of_name, of_shapes
 from models.moco import update_momentum
 from models.norm import GlobalBatchNorm
 from models.resnet import build_resnet
-from models.shapes import VIT_SHAPES
+from models.shapes import RESNET_SHAPES, VIT_SHAPES
 from models.vit import build_vit, sincos_position
 from tests.replay import our_name
 
@@ -113,6 +114,18 @@ def test_resnet_is_torchvisions():
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RESNET_SHAPES)
+def test_every_resnet_of_a_name_is_torchvisions_and_may_be_trained(name):
+    import torchvision
+
+    recipe = load(ROOT / "recipes/resnet50_100ep.yaml", [f"model.name={name}"])
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, name)().state_dict()
+    found = {n: t.shape for n, t in make_networks(recipe).base.trunk.state_dict().items()}
+    assert found == {n: t.shape for n, t in theirs.items() if not n.startswith("fc.")}
+    assert of_shapes(found, None, None).name == of_name(name, 224, None).name == name
 
 
 def test_update_moves_towards_the_base_encoder():

@@ -1,4 +1,4 @@
-"""Fine-tuning: the classifier is timm's, the step is plain AdamW, and what a run does and refuses."""
+"""Fine-tuning: the step is plain AdamW, and what a run does and refuses."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -30,119 +29,17 @@ from engine.data.sources import open_source
 from engine.distributed.world import process_group
 from engine.errors import RunFailed, UserError
 from engine.recipe.load import load
-from engine.recipe.sections import Finetune, FinetuneOptimizer, Linear
+from engine.recipe.sections import Finetune, Linear
 from engine.runs import finetune as finetuning
 from engine.runs.linear import linear
-from engine.training.finetune_step import decaying_groups
 from engine.weights.card import model_card
 from engine.weights.export import export_classifier
 from engine.weights.opening import open_trunk, open_weights
 from engine.weights.weights import About, Head, Weights, fill_trunk
 from models.architecture import Architecture
 from models.classifier import Classifier
-from models.drop_path import ChosenDropPath
-from models.resnet import build_resnet
-from models.timm_trunk import build_timm
-from models.vit import build_vit
 from tests.runs.reading import unread_keys
 from tests.runs.small import CHECKPOINT, EVERYTHING, ROOT, VAL, finetune_recipe, rows, run_finetune
-
-RATES = FinetuneOptimizer(base_lr=1.0, min_lr=0.0, weight_decay=0.1, layer_decay=0.5)
-
-
-# ---- the network -----------------------------------------------------------------------------------------------------
-
-
-def test_the_classifier_is_timms():
-    """Weights moved over by name, the same logits; and its branches are dropped as often as timm drops them."""
-    shape = {"image_size": 32, "patch_size": 8, "dim": 24, "depth": 4, "heads": 3}
-    ours = Classifier(build_vit(**shape), classes=7, drop_path=0.3)
-    theirs = VisionTransformer(32, 8, embed_dim=24, depth=4, num_heads=3, num_classes=7, drop_path_rate=0.3)
-    for module in theirs.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = 1e-6
-    for parameter in ours.parameters():  # a ViT of ours is built without values
-        nn.init.normal_(parameter, std=0.2)
-    state = {name.removeprefix("trunk."): tensor for name, tensor in ours.state_dict().items()}
-    theirs.load_state_dict(state)
-    images = torch.randn(5, 3, 32, 32)
-    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
-    rates = [[block.drop_path1, block.drop_path2] for block in theirs.blocks]
-    expected = [path.drop_prob for pair in rates for path in pair if not isinstance(path, nn.Identity)]
-    assert [path.probability for path in ours.drop_paths] == pytest.approx(expected)
-    assert all(parameter.requires_grad for parameter in ours.parameters())
-
-
-def test_a_branch_is_dropped_for_the_samples_chosen_and_grows_for_the_others():
-    path = ChosenDropPath(0.25)
-    classifier = Classifier(build_vit(image_size=16, patch_size=8, dim=8, depth=2, heads=2), 3, 0.25)
-    classifier.choose_paths(torch.tensor([[0.2, 0.9], [0.25, 0.1]], dtype=torch.float64))
-    scales = torch.stack([path.scale_B for path in classifier.drop_paths])
-    torch.testing.assert_close(scales, torch.tensor([[0, 4 / 3], [4 / 3, 0]]))
-    path.scale_B = torch.tensor([0.0, 2.0])
-    branch = torch.randn(2, 3, 4)
-    assert not path(branch)[0].any()
-    assert torch.equal(path(branch)[1], 2 * branch[1])
-    assert path.eval()(branch) is branch
-
-
-def test_batch_norm_takes_the_batch_as_one():
-    """Not as two views: an odd batch passes, and the statistics move once."""
-    classifier = Classifier(build_vit(image_size=16, patch_size=8, dim=16, depth=1, heads=2, conv_stem=True), 3)
-    for parameter in classifier.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    images = torch.randn(5, 3, 16, 16)
-    first = classifier.trunk.patch_embed.proj[1]
-    classifier.train()(images)
-    assert first.num_batches_tracked == 1
-    mean_C = classifier.trunk.patch_embed.proj[0](images).mean((0, 2, 3))
-    torch.testing.assert_close(first.running_mean, 0.1 * mean_C)
-
-
-def test_other_trunks_drop_paths_too_or_say_that_they_cannot():
-    trunk = build_timm("convnext_atto", image_size=32)
-    paths = Classifier(trunk, 3, 0.2).drop_paths
-    assert len(paths) == 11
-    assert paths[-1].probability == pytest.approx(0.2)
-    with pytest.raises(ValueError, match=r"model.drop_path \(0.2\) must be 0 for this trunk, which has no stochastic"):
-        Classifier(build_resnet(), 3, 0.2)
-    mixer = build_timm("mixer_s32_224", image_size=224)
-    with pytest.raises(ValueError, match="is not of one branch"):  # it has one for the two branches of a block
-        Classifier(mixer, 3, 0.2)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["test_vit", "test_convnext", "test_resnet", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"],
-)
-def test_rates_and_weight_decay_are_timms_of_the_whole_network(name):
-    size = 160 if name.startswith("test") else 224
-    with torch.device("meta"):
-        trunk = build_timm(name, image_size=size)
-        classifier, whole = Classifier(trunk, 5, 0.2), timm.create_model(name, num_classes=5, drop_path_rate=0.2)
-    own = whole.no_weight_decay() if hasattr(whole, "no_weight_decay") else ()
-    named = {id(p): n.removeprefix("trunk.") for n, p in classifier.named_parameters()}
-    named |= {id(p): n for n, p in whole.named_parameters()}
-    ours, theirs = (
-        {named[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
-        for groups in (
-            decaying_groups(classifier, RATES),
-            param_groups_layer_decay(whole, 0.1, own, layer_decay=0.5),
-        )
-    )
-    trunks = dict(trunk.module.named_parameters()).keys()
-    assert {name: ours[name] for name in trunks} == {name: theirs[name] for name in trunks}
-    assert (ours["head.weight"], ours["head.bias"]) == ((1, 0.1), (1, 0))
-    paths = {path: module.drop_prob for path, module in whole.named_modules() if isinstance(module, DropPath)}
-    assert {p: m.probability for p, m in trunk.module.named_modules() if isinstance(m, ChosenDropPath)} == {
-        path: probability for path, probability in paths.items() if probability > 0
-    }
-
-
-def test_a_resnet_of_ours_has_layers_too():
-    scales = {group["lr_scale"] for group in decaying_groups(Classifier(build_resnet(), 3), RATES)}
-    assert scales == {0.5**n for n in range(18)}  # classifier, 16 blocks, stem
-
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
