@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -15,6 +16,7 @@ from typing import IO, Any
 from engine.errors import UserError
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_DRAFT = re.compile(r"\.tmp-[0-9a-f]{8}$")
 _RETRY_SECONDS = 0.2
 
 
@@ -52,6 +54,13 @@ def publish(place: Path, path: Path) -> None:
 def aside(path: Path, kind: str) -> Path:
     """A free name beside `path` for what is not to be taken for it: `name.tmp-0123abcd`, where kind is tmp."""
     return path.with_name(f"{path.name}.{kind}-{secrets.token_hex(4)}")
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what a killed process left of `draft`; for who knows that nobody else writes there. Raises OSError."""
+    for path in folder.iterdir():
+        if _DRAFT.search(path.name):
+            remove(path)
 
 
 def sync(path: Path) -> None:

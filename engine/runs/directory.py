@@ -8,7 +8,7 @@ from pathlib import Path
 from engine.distributed.agreement import agreement, broadcast
 from engine.distributed.world import World
 from engine.errors import UserError
-from engine.files import lock, replace_file
+from engine.files import lock, remove_drafts, replace_file
 from engine.logger import warn
 from engine.recipe.load import dump, task_of
 from engine.recipe.sections import Recipe
@@ -65,7 +65,9 @@ class RunDirectory:
         in_use = f"run.dir ({self.path}) must not be in use by another launch; stop it, or pass another run.dir"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not self.held.enter_context(lock(self.path / ".lock", in_use, LOCK_SECONDS)):
+            if self.held.enter_context(lock(self.path / ".lock", in_use, LOCK_SECONDS)):
+                remove_drafts(self.path)
+            else:
                 warn(f"no file locks in {self.path}: nothing keeps another launch from writing there")
         except OSError as error:
             raise UserError(

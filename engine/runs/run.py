@@ -17,8 +17,8 @@ from engine.recipe.load import loads
 from engine.recipe.sections import Linear, Recipe
 from engine.runs.directory import RunDirectory, check_same_task
 from engine.runs.log import MetricsLog
-from engine.runs.task import Row, Task
-from engine.runs.trainer import Plan, Trainer
+from engine.runs.task import Plan, Row, Task
+from engine.runs.trainer import Trainer
 
 
 def run(task: Task, started: float) -> Row:

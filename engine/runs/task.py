@@ -5,6 +5,7 @@ Shapes: V views, B images of this rank, S side of an image.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,12 +24,31 @@ from engine.distributed.world import World
 from engine.errors import UserError
 from engine.recipe.load import dump
 from engine.recipe.sections import Recipe
-from engine.runs.trainer import Plan
 from engine.training.update import Update
 
 PICTURED = 8  # images of which TensorBoard shows what the networks see
 
 Row = dict[str, Any]  # of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When things happen, in steps. `evaluate_every` 0: never. The run ends after `last_step` steps."""
+
+    last_step: int
+    log_every: int
+    checkpoint_every: int
+    keep: int
+    evaluate_every: int
+
+    def logs_after(self, step: int) -> bool:
+        return step in (1, self.last_step) or step % self.log_every == 0
+
+    def saves_after(self, step: int) -> bool:
+        return step == self.last_step or step % self.checkpoint_every == 0
+
+    def evaluates_after(self, step: int) -> bool:
+        return self.evaluate_every > 0 and (step in (0, self.last_step) or step % self.evaluate_every == 0)
 
 
 class Task(ABC):

@@ -8,9 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -23,35 +22,13 @@ from engine.errors import Interrupted
 from engine.logger import say
 from engine.recipe.identity import fingerprint
 from engine.runs.log import MetricsLog
-
-if TYPE_CHECKING:
-    from engine.runs.task import Task
-
-
-@dataclass(frozen=True)
-class Plan:
-    """When things happen, in steps. `evaluate_every` 0: never. The run ends after `last_step` steps."""
-
-    last_step: int
-    log_every: int
-    checkpoint_every: int
-    keep: int
-    evaluate_every: int
-
-    def logs_after(self, step: int) -> bool:
-        return step in (1, self.last_step) or step % self.log_every == 0
-
-    def saves_after(self, step: int) -> bool:
-        return step == self.last_step or step % self.checkpoint_every == 0
-
-    def evaluates_after(self, step: int) -> bool:
-        return self.evaluate_every > 0 and (step in (0, self.last_step) or step % self.evaluate_every == 0)
+from engine.runs.task import Task
 
 
 class Trainer:
     """Drives a task through its plan; checkpoints go below `checkpoints`, metrics to `log`."""
 
-    def __init__(self, task: "Task", log: MetricsLog, checkpoints: Path):
+    def __init__(self, task: Task, log: MetricsLog, checkpoints: Path):
         self.task, self.plan, self.world = task, task.plan(), task.world
         self.log, self.checkpoints = log, checkpoints
         self.seconds: Counter[str] = Counter()  # where the wall time went

@@ -49,3 +49,11 @@ def test_a_file_system_without_locks_is_told_from_a_broken_one(tmp_path, world, 
     else:
         with RunDirectory(tmp_path, world):
             assert f"warning: no file locks in {tmp_path}" in capsys.readouterr().err
+
+
+def test_what_a_killed_run_left_half_written_goes(tmp_path, world):
+    for name in ("metrics.jsonl.tmp-0123abcd", "recipe.yaml.tmp-ffffffff", "notes.tmp", "metrics.jsonl"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "timm.tmp-00000000").mkdir()
+    with RunDirectory(tmp_path, world):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "notes.tmp", "metrics.jsonl"}

@@ -1,6 +1,5 @@
-"""Schedules and the loss: golden numbers, and chunked = dense."""
+"""The loss: golden numbers, and chunked = dense."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,29 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from engine.runs.trainer import Plan
 from engine.training.loss import contrastive_loss
-from engine.training.schedule import Schedule
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-@pytest.mark.parametrize("golden", json.loads((GOLDEN / "F_schedules.json").read_text()), ids=lambda g: g["recipe"])
-def test_schedules(golden):
-    keys = ("base_lr", "global_batch", "epochs", "warmup_epochs", "steps_per_epoch", "momentum")
-    schedule = Schedule(**{key: golden[key] for key in keys})
-    assert schedule.steps_per_epoch == golden["images"] // golden["global_batch"]
-    assert schedule.total_steps == golden["total_steps"]
-    for step, lr, momentum in golden["rows"]:
-        assert schedule.learning_rate_at(step) == pytest.approx(lr, rel=1e-12)
-        assert schedule.momentum_at(step) == pytest.approx(momentum, rel=1e-12)
-
-
-def test_without_warmup_the_first_step_has_the_peak():
-    schedule = Schedule(0.1, 512, epochs=2, warmup_epochs=0, steps_per_epoch=5, momentum=0.9)
-    assert schedule.learning_rate_at(0) == schedule.peak_lr == 0.2
-    all_warmup = Schedule(0.1, 512, epochs=2, warmup_epochs=2, steps_per_epoch=5, momentum=0.9)
-    assert all_warmup.learning_rate_at(9) == pytest.approx(0.2 * 0.9)
 
 
 @pytest.mark.parametrize("chunk", [5, 8, 4096])
@@ -94,12 +73,3 @@ def test_the_graph_keeps_no_matrix_of_logits():
 def test_half_precision_queries_are_compared_in_float32():
     q, k = torch.randn(8, 16).bfloat16().requires_grad_(), torch.randn(8, 16).bfloat16()
     assert contrastive_loss(q, k, 0, 0.2).loss.dtype == torch.float32
-
-
-def test_plan():
-    plan = Plan(last_step=25, log_every=10, checkpoint_every=10, keep=2, evaluate_every=20)
-    assert [s for s in range(1, 26) if plan.logs_after(s)] == [1, 10, 20, 25]
-    assert [s for s in range(1, 26) if plan.saves_after(s)] == [10, 20, 25]
-    assert [s for s in range(26) if plan.evaluates_after(s)] == [0, 20, 25]
-    never = Plan(last_step=25, log_every=10, checkpoint_every=10, keep=2, evaluate_every=0)
-    assert not any(never.evaluates_after(s) for s in range(26))
