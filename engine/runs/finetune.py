@@ -150,7 +150,7 @@ class Finetuning(Supervised):
             steps_per_epoch=self.order.steps_per_epoch,
         )
 
-    def build(self) -> None:
+    def start(self) -> None:
         recipe, world = self.recipe, self.world
         mesh = make_mesh(world, recipe.parallel.shard, recipe.parallel.replicate)
         for network in (self.classifier, self.ema):

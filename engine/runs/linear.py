@@ -67,7 +67,7 @@ class LinearTask(Supervised):
             group=world.group,
         )
 
-    def build(self) -> None:
+    def start(self) -> None:
         """All is small enough to be there from the start."""
 
     @property

@@ -104,7 +104,7 @@ class Pretraining(Task):
         if recipe.parallel.compile:
             self.augment = compiled(self.augment.__call__)
 
-    def build(self) -> None:
+    def start(self) -> None:
         self.trained = build_state(self.recipe, self.moco, self.world, self.schedule)
         self.probe = make_probe(self.recipe, self.world, self.splits, self.trained, self.dtype)
 

@@ -34,7 +34,7 @@ def run(task: Task, started: float) -> Row:
     with RunDirectory(Path(recipe.run.dir), world) as directory:
         _say_opening(task)
         found = _newest(directory, task)
-        task.build()
+        task.start()
         if found is not None:
             task.resume(*found)
             _say_resumed(found[0], task.step, task.plan())

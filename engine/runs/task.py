@@ -54,7 +54,7 @@ class Plan:
 class Task(ABC):
     """A recipe's task on its images. Every method is called on all ranks together, unless it says otherwise.
 
-    The constructor does what can be refused cheaply; `build` makes weights, once the run directory has been found to
+    The constructor does what can be refused cheaply; `start` makes weights, once the run directory has been found to
     suit.
 
     Args:
@@ -89,7 +89,7 @@ class Task(ABC):
     # ---- on which tasks differ
 
     @abstractmethod
-    def build(self) -> None:
+    def start(self) -> None:
         """Make the weights with which the run begins, and what trains them."""
 
     @property
