@@ -94,7 +94,7 @@ def _output_width(module: nn.Module, name: str, image_size: int) -> int:
 
 
 def _words(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _initial_values(name: str, image_size: int, seed: int) -> Draw:

@@ -29,8 +29,14 @@ def fault(module: nn.Module, image_size: int, dtype: torch.dtype) -> str | None:
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     cast_constants(module, dtype)
-    for block in blocks(module):  # as FSDP does
-        block.register_forward_pre_hook(lambda _, inputs, named: _cast((inputs, named), dtype), with_kwargs=True)
+    idle = set(blocks(module))
+
+    def begin(block: nn.Module, inputs: Any, named: Any) -> Any:
+        idle.discard(block)
+        return _cast((inputs, named), dtype)  # as FSDP does
+
+    for block in blocks(module):
+        block.register_forward_pre_hook(begin, with_kwargs=True)
     moving = {name: buffer for name, buffer in module.named_buffers() if not _is_of_batch_norm(module, name)}
     versions = {name: buffer._version for name, buffer in moving.items()}
     watch = _Watch()
@@ -39,6 +45,8 @@ def fault(module: nn.Module, image_size: int, dtype: torch.dtype) -> str | None:
             module(torch.empty(2, 3, image_size, image_size, device="meta", dtype=dtype)).sum().backward()
     except RuntimeError as error:
         return f"its step fails ({' '.join(str(error).split())[:200]})"
+    if idle:  # FSDP gathers a block's parameters when it is called
+        return f"its forward passes by {len(idle)} of its blocks and takes what is in them"
     unused = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
     moved = [name for name, buffer in moving.items() if buffer._version != versions[name]]
     if unused:

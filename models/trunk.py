@@ -1,5 +1,6 @@
 """What a trunk is: any network that turns images into one feature vector each."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,9 +36,11 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     """The repeated units of a trunk's module, in order: what is sharded and compiled one by one.
 
     They are the children of the innermost lists whose members are all of one composite class (a ViT's `blocks`, the
-    bottlenecks of a ResNet's stages); a trunk without such lists has none.
+    bottlenecks of a ResNet's stages), but those that share parameters; a trunk without such lists has none.
     """
-    return [unit for group in _lists_of_units(module) for unit in group.children()]
+    places = Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
+    units = [unit for group in _lists_of_units(module) for unit in group.children()]
+    return [unit for unit in units if all(places[parameter] == 1 for parameter in unit.parameters())]
 
 
 def cast_constants(module: nn.Module, dtype: torch.dtype) -> None:

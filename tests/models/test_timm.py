@@ -133,6 +133,8 @@ class Odd(nn.Module):
         self.register_buffer("scale", torch.ones(4))
         if kind == "unused":
             self.spare = nn.Linear(2, 2)
+        if kind == "passed by":
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
         if kind == "hidden":
             self.weights = [self.linear.weight]
 
@@ -140,6 +142,8 @@ class Odd(nn.Module):
         x = self.linear(images.mean((2, 3)))
         if self.kind == "statistic":
             self.scale.copy_(x.detach().std(0))
+        if self.kind == "passed by":
+            x = self.blocks[1](self.blocks[0][0](x))
         if self.kind == "dropout":
             x = nn.functional.dropout(x, 0.1, self.training)
         return nn.functional.linear(x, torch.eye(4, dtype=torch.float32, device=x.device)) if self.kind == "type" else x
@@ -151,6 +155,7 @@ class Odd(nn.Module):
         ("plain", None),
         ("unused", "parameters take no part in its features: spare.weight, spare.bias"),
         ("hidden", "it keeps tensors that are neither parameters nor buffers: weights"),
+        ("passed by", "its forward passes by 1 of its blocks"),
         ("statistic", "it keeps statistics of a rank's own batch: scale"),
         ("dropout", "it draws random numbers of a rank's own: bernoulli_"),
         ("type", "its step fails (mm of bfloat16 and float32)"),
@@ -160,6 +165,13 @@ def test_faults_show_on_the_meta_device(kind, words):
     with torch.device("meta"):
         found = fault(Odd(kind), 8, torch.bfloat16)
     assert found is None if words is None else found and re.match(re.escape(words), found), found
+
+
+def test_blocks_that_share_a_part_are_no_units():
+    """FSDP would give the part to the first of them, and the others would run without it."""
+    shared = nn.Linear(4, 4)
+    assert not blocks(nn.ModuleList(nn.Sequential(nn.Linear(4, 4), shared) for _ in range(2)))
+    assert len(blocks(nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)))) == 2
 
 
 def test_a_batch_norm_of_another_kind_is_refused():
