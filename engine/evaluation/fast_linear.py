@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.evaluation.features import Features
+from engine.evaluation.knn import TOP
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 WEIGHT_DECAYS = (0.0, 1e-4, 1e-3, 1e-2)
@@ -24,7 +25,6 @@ GROUP = 8  # candidates in one product
 EPOCHS = 100
 BATCH = 1024
 MOMENTUM = 0.9
-TOP = 5
 
 
 class Candidate(NamedTuple):

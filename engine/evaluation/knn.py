@@ -20,33 +20,10 @@ from torch.nn import functional as F
 from engine.errors import UserError
 from engine.evaluation.features import Features
 
-TOP = 5
+TOP = 5  # guesses that are looked at
 _GRID = 2**23
 _MAX_TILE = 2**16  # a similarity has 47 bits and a sign: with a position in the tile it must fit into 64
 _NOBODY = torch.iinfo(torch.int64).min  # similarity of a candidate that fills up a list
-
-
-def knn_accuracy(
-    bank: Features,
-    query: Features,
-    *,
-    k: int = 20,
-    temperature: float = 0.07,
-    group: dist.ProcessGroup | None = None,
-    k_name: str = "k",
-) -> dict[str, float | int]:
-    """The share of queries, which have labels, that their k nearest rows of the bank classify rightly.
-
-    A collective, as `classify` is: the bank is this rank's part, the queries those of all ranks (`gather_rows`).
-
-    Returns {"top1", "top5", "k"}, fractions from 0 to 1, equal on all ranks.
-    Raises what `classify` and `accuracy` raise.
-    """
-    top_label = F.pad(bank.label_N, (0, 1), value=-1).max().to(query.feature_ND.device)
-    classes = int(_all_gather(top_label, group).max()) + 1
-    options = {"temperature": temperature, "group": group, "k_name": k_name}
-    predictions = classify(bank, query.feature_ND, classes=classes, ks=(k,), **options)
-    return {**accuracy(predictions[k], query.label_N), "k": k}
 
 
 def check_k(k: int, bank: int, name: str = "k") -> None:
@@ -84,7 +61,6 @@ def classify(
     group: dist.ProcessGroup | None = None,
     tile: int = 8192,
     chunk: int = 512,
-    k_name: str = "k",
 ) -> dict[int, Tensor]:
     """The classes that the k nearest bank rows vote for, each with weight exp(cosine similarity / temperature).
 
@@ -100,7 +76,7 @@ def classify(
     """
     if not 0 < tile <= _MAX_TILE:
         raise ValueError(f"tile ({tile}) must be from 1 to {_MAX_TILE}")
-    _check(bank, query_QD, classes, ks, group, k_name)
+    _check(bank, query_QD, classes, ks, group)
     most = max(ks)
     nearest = _search(bank, query_QD.split(chunk), most, tile)
     predictions: dict[int, list[Tensor]] = {k: [query_QD.new_empty(0, TOP, dtype=torch.int64)] for k in ks}
@@ -177,16 +153,14 @@ def _vote(candidate_CK3: Tensor, classes: int, ks: Sequence[int], temperature: f
     return predictions
 
 
-def _check(
-    bank: Features, query_QD: Tensor, classes: int, ks: Sequence[int], group: dist.ProcessGroup | None, k_name: str
-) -> None:
+def _check(bank: Features, query_QD: Tensor, classes: int, ks: Sequence[int], group: dist.ProcessGroup | None) -> None:
     """Counts over all ranks first, so that all raise, or none does."""
     not_finite = sum(int((~rows.isfinite()).any(dim=1).sum()) for rows in bank.feature_ND.split(_MAX_TILE))
     strange = int(((bank.label_N < 0) | (bank.label_N >= classes)).sum())
     counts = torch.tensor([len(bank.id_N), not_finite, strange], device=query_QD.device)
     images, not_finite, strange = _all_gather(counts, group).sum(0).tolist()
     for k in ks:
-        check_k(k, images, k_name)
+        check_k(k, images)
     queries = int((~query_QD.isfinite()).any(dim=1).sum())
     if not_finite or queries:
         raise FloatingPointError(

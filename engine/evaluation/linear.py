@@ -14,12 +14,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.evaluation.knn import TOP
 from engine.training.update import Update
 from models.initial import generator_for
 
 MOMENTUM = 0.9
 INITIAL_STD = 0.01
-TOP = 5
 
 
 class LinearClassifier:

@@ -24,7 +24,7 @@ def measure_knn(
 ) -> list[dict[str, float | int]]:
     """{"top1", "top5", "k"} for each k: the share of val that the k nearest images of train classify rightly.
 
-    The bank stays spread over the ranks. Raises UserError for a k that the bank has not, before any computing.
+    The bank stays spread over the ranks. Raises UserError for a k larger than the bank, before any computing.
     """
     splits = open_labelled(train, val, world)
     subject = open_subject_together(checkpoint, world, **choice)
@@ -33,7 +33,7 @@ def measure_knn(
     bank = features(subject, splits.train, "train", world, workers)
     query = gather_rows(features(subject, splits.val, "val", world, workers).to(world.device), world.group)
     classes = len(splits.train.classes)
-    predictions = classify(bank, query.feature_ND, classes=classes, ks=ks, group=world.group, k_name="--k")
+    predictions = classify(bank, query.feature_ND, classes=classes, ks=ks, group=world.group)
     return [{**accuracy(predictions[k], query.label_N), "k": k} for k in ks]
 
 

@@ -27,12 +27,13 @@ from engine.data.splits import Splits, open_labelled_splits
 from engine.distributed.agreement import agreement
 from engine.distributed.world import World, in_turn, make_mesh
 from engine.errors import RunFailed, UserError, one_line
+from engine.evaluation.knn import TOP
 from engine.evaluation.subject import Subject
 from engine.recipe.keys import wrong
 from engine.recipe.load import dump
 from engine.recipe.sections import Finetune
 from engine.runs.run import run
-from engine.runs.supervised import TOP, Supervised, digest
+from engine.runs.supervised import Supervised, digest
 from engine.runs.task import Row
 from engine.training.finetune_step import FinetuneOutput, FinetuneState, finetune_step
 from engine.training.parallelize import check_compiler, materialize, parallelize

@@ -6,7 +6,7 @@ from torch import nn
 from engine.data.splits import Splits
 from engine.distributed.world import World
 from engine.evaluation.features import unchecked_features
-from engine.evaluation.knn import gather_rows, knn_accuracy
+from engine.evaluation.knn import accuracy, classify, gather_rows
 from engine.evaluation.online_probe import OnlineProbe
 from engine.evaluation.subject import Subject
 from engine.recipe.sections import Pretrain
@@ -43,7 +43,7 @@ def monitor_row(
 ) -> dict[str, float]:
     """Top-1 and top-5 on the validation images, from 0 to 1, by kNN and by the probe; equal on all ranks.
 
-    All ranks call it together. The trunk computes in `dtype`. Raises what `knn.knn_accuracy` and `features.extract`
+    All ranks call it together. The trunk computes in `dtype`. Raises what `knn.classify` and `features.extract`
     raise, on all ranks alike.
     """
     augment, evaluate = recipe.augment, recipe.evaluate
@@ -53,6 +53,7 @@ def monitor_row(
         for source in splits
     )
     query = gather_rows(queries.to(world.device), world.group)
-    knn = knn_accuracy(bank, query, k=K, group=world.group)
-    row = {"knn_top1": knn["top1"], "knn_top5": knn["top5"]}
+    classes = len(splits.train.classes)
+    found = classify(bank, query.feature_ND, classes=classes, ks=(K,), group=world.group)
+    row = {f"knn_{top}": share for top, share in accuracy(found[K], query.label_N).items()}
     return row if probe is None else row | probe.accuracy(query.feature_ND, query.label_N)

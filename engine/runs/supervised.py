@@ -27,8 +27,6 @@ from engine.pictures.confusion import by_class, confusion_picture
 from engine.recipe.sections import Finetune, Linear
 from engine.runs.task import Row, Task
 
-TOP = 5  # guesses that are looked at
-
 
 class Supervised(Task):
     """The common half of a task with labels.

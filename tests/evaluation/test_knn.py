@@ -13,7 +13,7 @@ from torch import nn
 
 from engine.errors import UserError
 from engine.evaluation.features import Features, extract
-from engine.evaluation.knn import accuracy, check_k, classify, knn_accuracy
+from engine.evaluation.knn import accuracy, check_k, classify
 from engine.evaluation.subject import Subject
 from tests.evaluation.batches import batches_of
 
@@ -123,8 +123,8 @@ def test_refuses_bad_features_labels_and_k():
         classify(unlabelled, query, classes=CLASSES)
     with pytest.raises(ValueError, match="tile"):
         classify(bank, query, classes=CLASSES, tile=2**16 + 1)
-    with pytest.raises(UserError, match=r"^--k \(31\) must be at most 30, .*; "):
-        classify(bank, query, classes=CLASSES, ks=(1, 31), k_name="--k")
+    with pytest.raises(UserError, match=r"^k \(31\) must be at most 30, .*; "):
+        classify(bank, query, classes=CLASSES, ks=(1, 31))
     with pytest.raises(UserError, match=r"^k \(0\) must be at least 1; "):
         check_k(0, 30)
 
@@ -138,7 +138,7 @@ def test_accuracy_counts_first_and_any_and_refuses_unlabelled_images():
         accuracy(predictions[:0], torch.tensor([], dtype=torch.int64))
 
 
-def test_knn_accuracy_finds_what_pixels_tell():
+def test_finds_what_pixels_tell():
     """Classes are colours: a trunk of pooled pixels gets all right, and with the labels exchanged all wrong."""
     generator = torch.Generator().manual_seed(2)
     labels = torch.arange(60) % 4
@@ -151,12 +151,12 @@ def test_knn_accuracy_finds_what_pixels_tell():
     def run(train_labels, k=5):
         train, val = batches_of(images[:40], train_labels, 0, 1, 16), batches_of(images[40:], labels[40:], 0, 1, 16)
         bank, query = (extract(subject, batches, "cpu") for batches in (train, val))
-        return knn_accuracy(bank, query, k=k, k_name="--k")
+        return accuracy(classify(bank, query.feature_ND, classes=4, ks=(k,))[k], query.label_N)
 
-    assert run(labels[:40]) == {"top1": 1.0, "top5": 1.0, "k": 5}
+    assert run(labels[:40]) == {"top1": 1.0, "top5": 1.0}
     assert run(labels[:40].roll(1))["top1"] == 0.0
     assert run(labels[:40].roll(1), k=40)["top5"] == 1.0
-    with pytest.raises(UserError, match=r"^--k \(41\) must be at most 40"):
+    with pytest.raises(UserError, match=r"^k \(41\) must be at most 40"):
         run(labels[:40], k=41)
     with pytest.raises(ValueError, match="of 40 for training, 40 have no class"):
         run(torch.full((40,), -1))
