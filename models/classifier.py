@@ -17,7 +17,7 @@ INITIAL_STD = 0.02  # of the classifier's weight
 
 
 class Classifier(Network):
-    """Images [B, 3, H, W] -> logits [B, C]. Every parameter is trained, whatever pre-training froze.
+    """Images [B, 3, H, W] -> logits [B, C]. What pre-training froze is trained too.
 
     Args:
         trunk: a fresh one (models.architecture).
@@ -35,6 +35,8 @@ class Classifier(Network):
     def __init__(self, trunk: Trunk, classes: int, drop_path: float = 0.0):
         super().__init__()
         self.trunk = trunk.module.requires_grad_(True)
+        for name in trunk.never_trained:
+            self.trunk.get_parameter(name).requires_grad_(False)
         self.head = nn.Linear(trunk.width, classes)
         self.drop_paths = _put_drop_paths(trunk, drop_path)
         self.layers, self.no_weight_decay = trunk.layers, trunk.no_weight_decay

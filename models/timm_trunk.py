@@ -40,6 +40,7 @@ def build_timm(name: str, image_size: int) -> Trunk:
         drop_paths=partial(_drop_paths, name, image_size),
         layers=_layers(module),
         no_weight_decay=frozenset(module.no_weight_decay() if hasattr(module, "no_weight_decay") else ()),
+        never_trained=frozenset(name for name, p in module.named_parameters() if not p.requires_grad),
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ class Trunk:
     drop_paths: from a highest probability to that of every place of stochastic depth, by path; empty where it has none.
     layers: how timm tells a parameter's layer by its name (what `group_matcher(coarse=False)` gives).
     no_weight_decay: parameters that its authors leave out, beside biases and norms.
+    never_trained: parameters that its authors leave as they are, with labels too.
     """
 
     module: nn.Module
@@ -29,7 +30,8 @@ class Trunk:
     initial_values: Callable[[int], Draw]
     drop_paths: Callable[[float], Mapping[str, float]]
     layers: Any
-    no_weight_decay: frozenset[str] = field(default=frozenset())
+    no_weight_decay: frozenset[str] = frozenset()
+    never_trained: frozenset[str] = frozenset()
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:

@@ -61,7 +61,7 @@ class FinetuneState:
             self.ema_shards = floating(ema)
         self.update = Update(
             adamw(decaying_groups(classifier, optimizer)),
-            dict(classifier.named_parameters()),
+            {name: p for name, p in classifier.named_parameters() if p.requires_grad},
             list(classifier.buffers()),
             group=group,
             copies=mesh["replicate"].size(),

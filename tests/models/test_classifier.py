@@ -68,3 +68,12 @@ def test_other_trunks_drop_paths_too_or_say_that_they_cannot():
     mixer = build_timm("mixer_s32_224", image_size=224)
     with pytest.raises(ValueError, match="is not of one branch"):  # it has one for the two branches of a block
         Classifier(mixer, 3, 0.2)
+
+
+def test_what_a_librarys_authors_never_train_stays_as_it_is():
+    """Weights of classifiers that the trunk does not have."""
+    with torch.device("meta"):
+        classifier = Classifier(build_timm("efficientvim_m1", image_size=64), 3)
+    assert [name for name, parameter in classifier.named_parameters() if not parameter.requires_grad] == [
+        "trunk.weights"
+    ]
