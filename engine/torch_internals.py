@@ -1,8 +1,8 @@
 """Every private name of torch that engine touches, each behind a function with a plain name and with a test.
 
 torch promises nothing of these names: after an update, tests/test_torch_internals.py says which of them is gone or
-means something else. `models`, which knows nothing of engine, keeps its own in moco.py, norm.py and trial.py; the same
-test lists them.
+means something else. `models`, which knows nothing of engine, keeps its own in moco.py, norm.py and dry_step.py; the
+same test lists them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 # ---- lists of tensors, by one kernel for all of them instead of one for each
 
 
-def add_each(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: float = 1.0) -> Sequence[Tensor]:
+def add_each(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: float) -> Sequence[Tensor]:
     """tensor + factor * other, for each pair."""
     return torch._foreach_add(tensors, others, alpha=factor)
 

@@ -4,6 +4,7 @@ Shapes: B images of this rank, S side of an image.
 """
 
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from timm.layers import DropPath
@@ -29,12 +30,15 @@ class ChosenDropPath(nn.Module):
         return branch * self.scale_B.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
 
 
-def drop_path_places(twin: nn.Module, image_size: int) -> dict[str, float]:
-    """Where a network on the meta device has timm's stochastic depth, by path, and each one's probability.
+def drop_path_places(make: Callable[[float], nn.Module], image_size: int, highest: float) -> dict[str, float]:
+    """Where the network that `make` builds with this highest probability has timm's stochastic depth: by path, the
+    probability of each.
 
     Raises:
         ValueError: one of them serves several branches, or a branch whose first dimension is not the batch.
     """
+    with torch.device("meta"):
+        twin = make(highest)
     found = {path: module for path, module in twin.named_modules() if isinstance(module, DropPath)}
     found = {path: module for path, module in found.items() if module.drop_prob > 0}
     calls: Counter[nn.Module] = Counter()
@@ -42,8 +46,8 @@ def drop_path_places(twin: nn.Module, image_size: int) -> dict[str, float]:
         module.register_forward_hook(
             lambda module, inputs, _: calls.update([module] if len(inputs[0]) == BATCH else [])
         )
-    with torch.no_grad():
-        twin.train()(torch.empty(BATCH, 3, image_size, image_size, device="meta"))
+    with torch.device("meta"), torch.no_grad():
+        twin.train()(torch.empty(BATCH, 3, image_size, image_size))
     odd = [path for path, module in found.items() if calls[module] != 1]
     if odd:
         raise ValueError(

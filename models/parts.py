@@ -1,6 +1,5 @@
 """What a network consists of, for whoever lays it over ranks."""
 
-from abc import abstractmethod
 from typing import NamedTuple
 
 from torch import nn
@@ -17,6 +16,6 @@ class Part(NamedTuple):
 class Network(nn.Module):
     """A whole network, that says what its parts are."""
 
-    @abstractmethod
     def parts(self) -> list[Part]:
         """In the order in which they are laid over ranks; together they hold every parameter and buffer."""
+        raise NotImplementedError

@@ -13,8 +13,8 @@ from models.trunk import Trunk
 LAYERS = {"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)\.(\d+)"}  # as timm tells them by a parameter's name
 
 
-def build_resnet(layers: Sequence[int] = (3, 4, 6, 3), width_per_group: int = 64) -> Trunk:
-    """torchvision's bottleneck ResNet (default: ResNet-50), [N, 3, H, W] -> [N, 2048], BatchNorm over all ranks."""
+def build_resnet(layers: Sequence[int], width_per_group: int) -> Trunk:
+    """torchvision's bottleneck ResNet, [N, 3, H, W] -> [N, 2048], BatchNorm over all ranks."""
     module = ResNet(Bottleneck, list(layers), width_per_group=width_per_group, norm_layer=GlobalBatchNorm)
     width = module.fc.in_features
     setattr(module, "fc", nn.Identity())  # noqa: B010 (typed as Linear)

@@ -12,10 +12,10 @@ from timm.optim._param_groups import auto_group_layers
 from torch import nn
 
 from models.drop_path import drop_path_places
+from models.dry_step import why_untrainable
 from models.initial import Draw
 from models.norm import replace_batch_norm
 from models.shapes import TIMM
-from models.trial import fault
 from models.trunk import Trunk
 
 
@@ -37,7 +37,7 @@ def build_timm(name: str, image_size: int) -> Trunk:
         _output_width(module, name, image_size),
         is_vit=isinstance(module, VisionTransformer),
         initial_values=partial(_initial_values, name, image_size),
-        drop_paths=partial(_drop_paths, name, image_size),
+        drop_paths=partial(drop_path_places, partial(_create, name, image_size), image_size),
         layers=_layers(module),
         no_weight_decay=frozenset(module.no_weight_decay() if hasattr(module, "no_weight_decay") else ()),
         never_trained=frozenset(name for name, p in module.named_parameters() if not p.requires_grad),
@@ -49,7 +49,7 @@ def check_step(name: str, image_size: int, *, bf16: bool) -> None:
 
     def found(dtype: torch.dtype) -> str | None:
         with torch.device("meta"):
-            return fault(build_timm(name, image_size).module, image_size, dtype)
+            return why_untrainable(build_timm(name, image_size).module, image_size, dtype)
 
     why = found(torch.bfloat16 if bf16 else torch.float32)
     if why and bf16 and not found(torch.float32):
@@ -105,8 +105,3 @@ def _initial_values(name: str, image_size: int, seed: int) -> Draw:
         values = _create(name, image_size)
     tensors = {**dict(values.named_parameters()), **dict(values.named_buffers())}
     return lambda tensor_name, _: tensors[tensor_name].detach()
-
-
-def _drop_paths(name: str, image_size: int, highest: float) -> dict[str, float]:
-    with torch.device("meta"):
-        return drop_path_places(_create(name, image_size, highest), image_size)

@@ -3,7 +3,6 @@
 Shapes: N images, D channels.
 """
 
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -42,15 +41,10 @@ def build_vit(*, image_size: int, patch_size: int, dim: int, depth: int, heads: 
         dim,
         is_vit=True,
         initial_values=seeded(initial_value, grid=module.patch_embed.grid_size),
-        drop_paths=partial(_drop_paths, make, image_size),
+        drop_paths=partial(drop_path_places, lambda highest: make(drop_path_rate=highest), image_size),
         layers=module.group_matcher(coarse=False),
         no_weight_decay=frozenset(module.no_weight_decay()),
     )
-
-
-def _drop_paths(make: Callable[..., nn.Module], image_size: int, highest: float) -> dict[str, float]:
-    with torch.device("meta"):
-        return drop_path_places(make(drop_path_rate=highest), image_size)
 
 
 class ConvStem(nn.Module):

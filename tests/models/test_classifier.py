@@ -64,7 +64,7 @@ def test_other_trunks_drop_paths_too_or_say_that_they_cannot():
     assert len(paths) == 11
     assert paths[-1].probability == pytest.approx(0.2)
     with pytest.raises(ValueError, match=r"model.drop_path \(0.2\) must be 0 for this trunk, which has no stochastic"):
-        Classifier(build_resnet(), 3, 0.2)
+        Classifier(build_resnet([3, 4, 6, 3], 64), 3, 0.2)
     mixer = build_timm("mixer_s32_224", image_size=224)
     with pytest.raises(ValueError, match="is not of one branch"):  # it has one for the two branches of a block
         Classifier(mixer, 3, 0.2)

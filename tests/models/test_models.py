@@ -106,7 +106,7 @@ def test_resnet_is_torchvisions():
     from torchvision.models import resnet50
 
     theirs = resnet50(weights=None).eval()
-    ours = build_resnet().module.eval()
+    ours = build_resnet(**RESNET_SHAPES["resnet50"]).module.eval()
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert not missing
     assert set(unexpected) == {"fc.weight", "fc.bias"}

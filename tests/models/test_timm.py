@@ -16,10 +16,10 @@ from engine.files import read_rows
 from engine.recipe.load import load
 from engine.runs.pretrain import make_networks, pretrain
 from models.architecture import of_name
+from models.dry_step import why_untrainable
 from models.moco import MoCo
 from models.norm import replace_batch_norm
 from models.timm_trunk import build_timm
-from models.trial import fault
 from models.trunk import blocks
 
 QUICKSTART = Path(__file__).parents[2] / "recipes/quickstart.yaml"
@@ -163,7 +163,7 @@ class Odd(nn.Module):
 )
 def test_faults_show_on_the_meta_device(kind, words):
     with torch.device("meta"):
-        found = fault(Odd(kind), 8, torch.bfloat16)
+        found = why_untrainable(Odd(kind), 8, torch.bfloat16)
     assert found is None if words is None else found and re.match(re.escape(words), found), found
 
 

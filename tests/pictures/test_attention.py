@@ -64,7 +64,8 @@ def test_attention_is_that_of_the_blocks_own_weights(trunk):
 def test_attention_wants_a_class_token():
     with torch.device("meta"):
         without = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg")
-        for trunk in (build_resnet().module, timm.create_model("swin_tiny_patch4_window7_224"), without):
+        resnet, swin = build_resnet([3, 4, 6, 3], 64).module, timm.create_model("swin_tiny_patch4_window7_224")
+        for trunk in (resnet, swin, without):
             with pytest.raises(UserError, match=r"CHECKPOINT \(runs/x\) must be of a ViT with a class token"):
                 check_attention(trunk, "runs/x")
 

@@ -52,5 +52,5 @@ def test_rates_and_weight_decay_are_timms_of_the_whole_network(name):
 
 
 def test_a_resnet_of_ours_has_layers_too():
-    scales = {group["lr_scale"] for group in decaying_groups(Classifier(build_resnet(), 3), RATES)}
+    scales = {group["lr_scale"] for group in decaying_groups(Classifier(build_resnet([3, 4, 6, 3], 64), 3), RATES)}
     assert scales == {0.5**n for n in range(18)}  # classifier, 16 blocks, stem

@@ -16,7 +16,7 @@ ONE_TYPE = {  # operations whose floating inputs must be of one type
 }
 
 
-def fault(module: nn.Module, image_size: int, dtype: torch.dtype) -> str | None:
+def why_untrainable(module: nn.Module, image_size: int, dtype: torch.dtype) -> str | None:
     """Why a trunk cannot be trained on any ranks alike with parameters of this type; None where it can.
 
     Args:
@@ -25,18 +25,7 @@ def fault(module: nn.Module, image_size: int, dtype: torch.dtype) -> str | None:
     hidden = [f"{path}.{name}".lstrip(".") for path, part in module.named_modules() for name in _hidden_tensors(part)]
     if hidden:  # these would stay on the meta device, or hold what was before the weights were laid over ranks
         return f"it keeps tensors that are neither parameters nor buffers: {', '.join(hidden[:3])}"
-    module.train()
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    cast_constants(module, dtype)
-    idle = set(blocks(module))
-
-    def begin(block: nn.Module, inputs: Any, named: Any) -> Any:
-        idle.discard(block)
-        return _cast((inputs, named), dtype)  # as FSDP does
-
-    for block in blocks(module):
-        block.register_forward_pre_hook(begin, with_kwargs=True)
+    idle = _as_under_fsdp(module.train(), dtype)
     moving = {name: buffer for name, buffer in module.named_buffers() if not _is_of_batch_norm(module, name)}
     versions = {name: buffer._version for name, buffer in moving.items()}
     watch = _Watch()
@@ -45,7 +34,7 @@ def fault(module: nn.Module, image_size: int, dtype: torch.dtype) -> str | None:
             module(torch.empty(2, 3, image_size, image_size, device="meta", dtype=dtype)).sum().backward()
     except Exception as error:  # whatever a library raises
         return f"its step fails ({' '.join(str(error).split())[:200]})"
-    if idle:  # FSDP gathers a block's parameters when it is called
+    if idle:  # FSDP gathers a block's parameters when the block is called
         return f"its forward passes by {len(idle)} of its blocks and takes what is in them"
     unused = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
     moved = [name for name, buffer in moving.items() if buffer._version != versions[name]]
@@ -54,6 +43,25 @@ def fault(module: nn.Module, image_size: int, dtype: torch.dtype) -> str | None:
     if moved:
         return f"it keeps statistics of a rank's own batch: {', '.join(moved[:3])}"
     return f"it draws random numbers of a rank's own: {', '.join(sorted(watch.draws))}" if watch.draws else None
+
+
+def _as_under_fsdp(module: nn.Module, dtype: torch.dtype) -> set[nn.Module]:
+    """Give parameters, and inputs of blocks, the type that FSDP gives them.
+
+    Returns the blocks; each leaves the set when it is called.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    cast_constants(module, dtype)
+    idle = set(blocks(module))
+
+    def begin(block: nn.Module, inputs: Any, named: Any) -> Any:
+        idle.discard(block)
+        return _cast((inputs, named), dtype)
+
+    for block in blocks(module):
+        block.register_forward_pre_hook(begin, with_kwargs=True)
+    return idle
 
 
 def _hidden_tensors(part: nn.Module) -> list[str]:
