@@ -215,7 +215,7 @@ def source_kind(options: Namespace, root: str | Path) -> str:
     kind = given_source(options)
     if kind == "torchvision":
         require(options, ["--dataset"], "a class of torchvision.datasets; pass it with --source torchvision")
-    from engine.data.sources import guess_kind  # loads PyTorch
+    from engine.data.opening import guess_kind  # loads PyTorch
 
     return kind or guess_kind(Path(root))
 

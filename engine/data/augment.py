@@ -144,6 +144,12 @@ def normalise(x_BCSS: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return torch.stack([(x_BCSS[:, c] - m) / s for c, (m, s) in enumerate(zip(mean, std, strict=True))], 1)
 
 
+def denormalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Undo `normalise` for images [..., 3, S, S]: values from 0 to 1, to look at."""
+    mean_311, std_311 = (torch.tensor(values, device=x.device)[:, None, None] for values in (mean, std))
+    return (x * std_311 + mean_311).clamp(0, 1)
+
+
 def blend(x_BCSS: Tensor, op_B1: Tensor, factor_B1: Tensor) -> Tensor:
     """Each image's own choice of BRIGHTNESS, CONTRAST or SATURATION, by its own factor: factor * x + (1 - factor) *
     target, clamped to [0, 1]; the target is black, the image's mean grey, or its grey at each pixel."""

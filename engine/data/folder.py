@@ -10,24 +10,20 @@ from PIL import Image
 
 from engine.data.decode import IMAGE_SUFFIXES, decode, is_image_name
 from engine.data.paths import FileSource, Names
-from engine.data.source import Root, Source, Split
+from engine.data.source import Root, Source, Split, part_of
 from engine.errors import UserError
 
 
 def open_folder(root: Root, split: Split) -> Source | None:
     """The folder `train` or `val` in the root; without `train` all of it is training data."""
-    train, val = root.path / "train", root.path / "val"
-    if split == "train" and val.is_dir() and not train.is_dir():
-        raise UserError(f"{root} must hold the folder train beside val; add it")
-    if split == "all" and train.is_dir() and not val.is_dir():
-        raise UserError(f"{root} must hold val beside train, or be the validation images' own root; add it")
-    if split == "val" and not val.is_dir():
-        root.path.stat()  # a root that is not there is no root without val
+    root.path.stat()  # a root that is not there is no root without val
+    train, val = (path if path.is_dir() else None for path in (root.path / "train", root.path / "val"))
+    folder = part_of(root, split, train, val, root.path)
+    if folder is None:
         return None
-    chosen = val if split == "val" else train if split == "train" and train.is_dir() else root.path
-    source = FolderSource(chosen)
+    source = FolderSource(folder)
     if not len(source):
-        raise UserError(f"{root} must hold images ({' '.join(IMAGE_SUFFIXES)}); {chosen} has none")
+        raise UserError(f"{root} must hold images ({' '.join(IMAGE_SUFFIXES)}); {folder} has none")
     return source
 
 
@@ -44,7 +40,7 @@ class FolderSource(FileSource):
 
 
 def _walk(root: Path) -> Iterator[tuple[bytes, int]]:
-    """Path below root and size in bytes of every image file, hidden ones apart; links are followed.
+    """Path below root and size in bytes of every image file except hidden ones; links are followed.
 
     A link that leads nowhere counts as an image of size -1, so that it is reported when it is read.
     """

@@ -38,9 +38,9 @@ class Order:
     def epoch(self, epoch: int) -> np.ndarray:
         """The samples of an epoch in their order: int64 [N], without repeats a permutation of the images.
 
-        Every image draws a random 64-bit number, and they go by size. So the order depends on no library's shuffle.
-        With repeats each comes that many times, as samples of their own, and the epoch stays as long: it visits the
-        first of the permutation alone.
+        Every image draws a random 64-bit number and the images are sorted by it: no library's shuffle decides.
+        With repeats each image comes that many times in a row, each time as a sample of its own; the epoch keeps its
+        length, so only the first images of the permutation are visited.
         """
         order_N = np.argsort(random_64(self.seed, epoch, self.images, ORDER), kind="stable")
         if self.repeats == 1:
@@ -50,8 +50,8 @@ class Order:
     def share(self, steps: range, rank: int, world_size: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """(step, epoch, one rank's samples [B]) of each step; steps and epochs count from 0.
 
-        Rank r of W takes rows r*G/W to (r+1)*G/W, rounded down. Of a partial batch ranks may so have one sample more
-        or fewer than others, or none.
+        Rank r of W takes rows r*G/W to (r+1)*G/W, rounded down. With a partial batch some ranks may have one sample
+        more than others, or none.
         """
         current, order_N = None, np.empty(0, np.int64)
         for step in steps:

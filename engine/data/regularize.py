@@ -48,7 +48,7 @@ def generators_at(seed: int, epoch: int, sample: int, stream: int) -> Iterator[N
 class RandAugment:
     """timm's RandAugment of a crop, in the loader's worker.
 
-    config: in timm's words, as `rand-m9-mstd0.5-inc1`. fill: the colour, from 0 to 1, of what a turn uncovers.
+    config: in timm's words, such as `rand-m9-mstd0.5-inc1`. fill: the colour, from 0 to 1, of what a turn uncovers.
     """
 
     config: str

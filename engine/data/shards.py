@@ -10,7 +10,7 @@ from PIL import Image
 from engine.data.decode import IMAGE_SUFFIXES, decode
 from engine.data.index import TarReader, open_index
 from engine.data.paths import FileSource, Names
-from engine.data.source import Root, Source, Split
+from engine.data.source import Root, Source, Split, part_of
 from engine.errors import UserError
 
 _TAR = re.compile(r"[^.].*\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz)")
@@ -21,13 +21,9 @@ def open_shards(root: Root, split: Split) -> Source | None:
     one = root.path.is_file()
     tars = [root.path] if one else sorted(path for path in root.path.iterdir() if _TAR.fullmatch(path.name))
     train, val = ([tar for tar in tars if tar.name.startswith(name) and not one] for name in ("train", "val"))
-    if split == "train" and val and not train:
-        raise UserError(f"{root} must hold train*.tar beside val*.tar; add them")
-    if split == "all" and train and not val:
-        raise UserError(f"{root} must hold val beside train, or be the validation images' own root; add it")
-    if split == "val" and not val:
+    chosen = part_of(root, split, train, val, tars)
+    if split == "val" and not chosen:
         return None
-    chosen = {"train": train or tars, "val": val, "all": tars}[split]
     source = ShardSource(chosen) if chosen else None
     if not source or not len(source):
         lack = "its tars have none" if chosen else "it has no *.tar"

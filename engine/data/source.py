@@ -7,10 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
+
+from engine.errors import UserError
+
+T = TypeVar("T")
 
 Split = Literal["train", "val", "all"]
 
@@ -20,7 +24,7 @@ class Root:
     """Where images are to be found, before anything is looked at.
 
     Args:
-        kind: which of the sources (engine.data.sources).
+        kind: which of the sources (engine.data.opening).
         key: what messages call the path.
         dataset: the class of torchvision.datasets, for that source alone; dataset_options: its arguments.
     """
@@ -33,6 +37,20 @@ class Root:
 
     def __str__(self) -> str:
         return f"{self.key} ({self.path})"
+
+
+def part_of(root: Root, split: Split, train: T, val: T, everything: T) -> T:
+    """What makes up a split of a root that holds `everything`, and some of it under the names `train` and `val` (each
+    falsy where there is none): without `train` all of it is training data.
+
+    Raises:
+        UserError: one of the two is missing, and the other must not stand for it.
+    """
+    if split == "train" and val and not train:
+        raise UserError(f"{root} must hold train beside val; add it")
+    if split == "all" and train and not val:
+        raise UserError(f"{root} must hold val beside train, or be the validation images' own root; add it")
+    return {"train": train or everything, "val": val, "all": everything}[split]
 
 
 class Source(ABC):

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.data.opening import align_labels, open_source
 from engine.data.source import Root, Source
-from engine.data.sources import align_labels, open_source
 from engine.data.subset import take_labels
 from engine.distributed.agreement import all_gather
 from engine.distributed.world import World, in_turn
@@ -22,10 +22,10 @@ class Splits(NamedTuple):
     val: Source | None
 
 
-def open_splits(data: Data, recipe_file: Path, world: World, *, batch: int = 1) -> Splits:
+def open_splits(data: Data, recipe_file: Path, world: World, *, batch: int) -> Splits:
     """The images of pre-training, labelled or not.
 
-    batch: train.global_batch_size where each batch must be full. Rank 0 opens first: it alone builds a missing index.
+    batch: train.global_batch_size, which they must fill. Rank 0 opens first: it alone builds a missing index.
 
     Raises:
         UserError: on every rank, where data is missing, differs between ranks, or is less than a batch.
@@ -46,10 +46,9 @@ def open_splits(data: Data, recipe_file: Path, world: World, *, batch: int = 1) 
 
 def open_labelled_splits(data: LabelledData, world: World, *, seed: int, batch: int = 1) -> Splits:
     """The labelled images that a recipe names: `open_labelled` of its roots, of which train must fill a batch."""
-    train, val = Path(data.root), Path(data.val_root or data.root)
-    return open_labelled(
-        _root(data, train, "--train"), _root(data, val, "--val"), world, share=data.labels, seed=seed, batch=batch
-    )
+    train = _root(data, Path(data.root), "data.root")
+    val = train if data.val_root is None else _root(data, Path(data.val_root), "data.val_root")
+    return open_labelled(train, val, world, share=data.labels, seed=seed, batch=batch)
 
 
 def open_labelled(train: Root, val: Root, world: World, *, share: float = 1.0, seed: int = 0, batch: int = 1) -> Splits:
@@ -74,12 +73,12 @@ def open_labelled(train: Root, val: Root, world: World, *, share: float = 1.0, s
         if len(found.train.classes) < 2:
             raise UserError(f"{train} must hold two classes or more; it has one, {found.train.classes[0]}")
         if world.is_first and found.train.fingerprint == found.val.fingerprint:
-            warn(f"{train.key} and {val.key} are the same images: the result says nothing of new ones")
+            warn("the images of training and validation are the same: the result says nothing of new ones")
         splits = Splits(take_labels(found.train, share, seed), align_labels(*found))
         _check_batch(batch, splits.train, train.path)
         return splits
 
-    return _open_together(find, world, f"{train} and {val}")
+    return _open_together(find, world, " and ".join(dict.fromkeys((str(train), str(val)))))
 
 
 def open_unlabelled(root: Root, world: World) -> Source:
@@ -88,7 +87,7 @@ def open_unlabelled(root: Root, world: World) -> Source:
 
 
 def _open_val(root: Root) -> Source:
-    """The validation images of a root that was named for them: its own, or all of it."""
+    """A validation root's val images where it has any, else all of its images."""
     val = open_source(root, "val")
     return open_source(root, "all") if val is None else val
 
@@ -110,5 +109,5 @@ def _open_together(find: Callable[[], Splits], world: World, name: str) -> Split
     splits = in_turn(world, find)
     fingerprints = all_gather(tuple(s.fingerprint for s in splits if s is not None), world.host_group)
     if len(set(fingerprints)) > 1:
-        raise UserError(f"{name} must hold the same images on every node; copy them anew")
+        raise UserError(f"{name} must hold the same images on every node; copy them again")
     return splits

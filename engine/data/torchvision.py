@@ -205,5 +205,5 @@ def _classes(dataset: torchvision.datasets.VisionDataset, labels_N: np.ndarray, 
     wrong = np.flatnonzero((labels_N < 0) | (labels_N >= count))
     if len(wrong):
         i = int(wrong[0])
-        raise UserError(f"{root} must have labels 0 to {count - 1}; {title} {i} has {labels_N[i]}; download it anew")
+        raise UserError(f"{root} must have labels 0 to {count - 1}; {title} {i} has {labels_N[i]}; download it again")
     return names or tuple(map(str, range(int(labels_N.max()) + 1)))

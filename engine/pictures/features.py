@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.data.opening import open_source
 from engine.data.source import Root, Source
-from engine.data.sources import open_source
 from engine.errors import UserError
 from engine.evaluation.features import batches_for, extract
 from engine.evaluation.subject import Subject, open_subject

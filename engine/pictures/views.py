@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from engine.data import bad_images
-from engine.data.augment import Augment
+from engine.data.augment import Augment, denormalise
 from engine.data.decode import Crops, crop_box
 from engine.data.loader import Batch, train_batches
 from engine.data.order import Order
@@ -51,7 +50,7 @@ def show_views(recipe: Pretrain, recipe_file: Path, out: Path) -> None:
 
 
 def first_samples(recipe: Pretrain, source: Source) -> list[Sample]:
-    """The first images of epoch 0 that can be read; of the others is said which they are."""
+    """The first images of epoch 0 that can be read; the others are named in a warning."""
     size, seed = recipe.model.image_size, recipe.run.seed
     # An epoch's order does not depend on the batch, so these are the first of the run's first batch.
     order, crops = Order(seed, len(source), min(SHOWN, len(source))), Crops(size, recipe.augment.crop_min)
@@ -70,10 +69,9 @@ def first_samples(recipe: Pretrain, source: Source) -> list[Sample]:
 
 def _views(recipe: Pretrain, batch: Batch) -> np.ndarray:
     """[B, 2, S, S, 3] in 0..1: what the augmentation makes of the crops."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.augment.mean, recipe.augment.std))
-    augment = Augment(recipe.augment, recipe.run.seed)
-    normalised = augment(batch.crops, batch.sample_B, batch.epoch).unflatten(0, (2, -1))
-    return (normalised * std + mean).clamp(0, 1).permute(1, 0, 3, 4, 2).numpy()
+    normalised = Augment(recipe.augment, recipe.run.seed)(batch.crops, batch.sample_B, batch.epoch)
+    views = denormalise(normalised, recipe.augment.mean, recipe.augment.std).unflatten(0, (2, -1))
+    return views.permute(1, 0, 3, 4, 2).numpy()
 
 
 def draw_views(samples: Sequence[Sample], title: str, subtitle: str, out: Path) -> None:

@@ -33,7 +33,7 @@ def request(kind: type[AnyRecipe], file: Path, said: Mapping[str, Any], override
         own = {key: getattr(recipe.data, key.removeprefix("data.")) for key in ROOTS}
         said |= {key: str(locate(root, file)) for key, root in own.items() if root is not None}
     elif "data.source" not in said and recipe.data.source != "torchvision":
-        from engine.data.sources import guess_kind  # loads PyTorch, and a mistake in the recipe should show before
+        from engine.data.opening import guess_kind  # loads PyTorch, and a mistake in the recipe should show before
 
         said["data.source"] = guess_kind(Path(said["data.root"]))
     recipe = load(file, _overrides(said, overrides), kind)

@@ -122,7 +122,9 @@ class Supervised(Task):
     # ---- checkpoints
 
     def images_bound(self) -> dict[str, tuple[str, str]]:
-        return {"train": (self.splits.train.fingerprint, "--train"), "val": (self.splits.val.fingerprint, "--val")}
+        data, fingerprint = self.recipe.data, self.splits.val.fingerprint
+        key, root = ("data.root", data.root) if data.val_root is None else ("data.val_root", data.val_root)
+        return super().images_bound() | {"val": (fingerprint, f"{key} ({root})")}
 
     def state(self) -> RunState:
         return replace(super().state(), network=self.weights_digest)

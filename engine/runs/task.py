@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from engine.checkpoint.load import load
 from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.state import RunState
+from engine.data.augment import denormalise
 from engine.data.bad_images import BadImages
 from engine.data.decode import Crops
 from engine.data.loader import Batch, train_batches
@@ -188,10 +188,9 @@ class Task(ABC):
 
     def picture(self, batch: Batch) -> Tensor:
         """uint8 [3, H, W]: what the networks see, one column per image, view 1 above view 2."""
-        # The whole batch again: another shape would be compiled anew.
+        # The whole batch again: another shape would be compiled again.
         views = self.images(batch).float().cpu().unflatten(0, (self.crops.views, -1))[:, :PICTURED]
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        pixels = ((views * std + mean) * 255).clamp(0, 255).byte()  # [V, N, 3, S, S]
+        pixels = (denormalise(views, self.mean, self.std) * 255).byte()  # [V, N, 3, S, S]
         return pixels.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
     # ---- checkpoints

@@ -17,9 +17,9 @@ from PIL import Image
 from engine.data.bad_images import Bad
 from engine.data.decode import CenterCrop, Crops, crop_draws
 from engine.data.loader import eval_batches, train_batches
+from engine.data.opening import open_source
 from engine.data.order import Order
 from engine.data.source import Root, Source
-from engine.data.sources import open_source
 from engine.errors import UserError
 
 IMAGES, SIZE = 22, 16

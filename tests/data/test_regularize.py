@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from engine.data.decode import Crops
 from engine.data.loader import train_batches
+from engine.data.opening import open_source
 from engine.data.order import Order
 from engine.data.philox import MIX
 from engine.data.regularize import Mix, RandAugment, erase, generators_at
 from engine.data.source import Root
-from engine.data.sources import open_source
 
 VAL = Path(__file__).parents[2] / "recipes/data/fashion_mnist/val.tar"
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))

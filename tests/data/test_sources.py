@@ -5,8 +5,8 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 
+from engine.data.opening import OPENERS, align_labels, open_source
 from engine.data.source import Root
-from engine.data.sources import OPENERS, align_labels, open_source
 from engine.errors import UserError
 from engine.recipe.sections import Data
 from tests.data.images import fill, pack, png, shades
@@ -40,11 +40,11 @@ def test_train_without_val(tmp_path):
 
 def test_val_without_train_is_not_taken_for_training_data(tmp_path):
     fill(tmp_path, {"val/a/1.png": 1})
-    with pytest.raises(UserError, match="must hold the folder train beside val"):
+    with pytest.raises(UserError, match="must hold train beside val"):
         open_source(Root("folder", tmp_path), "train")
     assert len(open_source(Root("folder", tmp_path), "val")) == 1
     (tmp_path / "val.tar").write_bytes(pack({"a/1.png": png(1)}))
-    with pytest.raises(UserError, match=r"must hold train\*\.tar beside val\*\.tar"):
+    with pytest.raises(UserError, match=r"must hold train beside val"):
         open_source(Root("shards", tmp_path), "train")
 
 

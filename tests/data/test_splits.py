@@ -29,8 +29,8 @@ def seen(splits) -> tuple:
     return shades(splits.train), None if splits.val is None else shades(splits.val)
 
 
-def opened(data, world, **options):
-    return open_splits(data, data.root, world, **options)
+def opened(data, world, batch=1):
+    return open_splits(data, data.root, world, batch=batch)
 
 
 def test_validation_images_are_the_roots_own_or_of_a_root_named_for_them(data, world, tmp_path):
@@ -64,7 +64,8 @@ def test_labels_are_needed_on_both_sides_and_of_two_classes(data, world, tmp_pat
     assert seen(open_labelled(split, whole, world)) == ([1, 2], [4, 5])
     assert not capsys.readouterr().err
     assert seen(open_labelled(whole, whole, world)) == ([4, 5], [4, 5])
-    assert "are the same images: the result says nothing of new ones" in capsys.readouterr().err
+    warned = "the images of training and validation are the same: the result says nothing of new ones"
+    assert warned in capsys.readouterr().err
     for train, val in ((split, flat), (flat, split)):
         with pytest.raises(UserError, match=r"--val \(.*flat\) must hold labelled images, a folder for each class"):
             open_labelled(train, val, world)
@@ -75,6 +76,6 @@ def test_labels_are_needed_on_both_sides_and_of_two_classes(data, world, tmp_pat
 
 
 def test_ranks_that_find_other_images_say_so(data, world, monkeypatch):
-    monkeypatch.setattr("engine.data.splits.gather", lambda value, group: [value, ("other",)])
+    monkeypatch.setattr("engine.data.splits.all_gather", lambda value, group: [value, ("other",)])
     with pytest.raises(UserError, match=r"data.root \(.*split\) must hold the same images on every node; copy them"):
         opened(data, world)

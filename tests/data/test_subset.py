@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.data.opening import align_labels, open_source
 from engine.data.philox import AUGMENT, CROP, ORDER, SUBSET, random_bits
 from engine.data.source import Root, Source
-from engine.data.sources import align_labels, open_source
 from engine.data.subset import Subset, take_labels
 from tests.data.images import fill, shades
 

@@ -10,8 +10,8 @@ import pytest
 import torchvision.datasets
 from scipy.io import savemat
 
+from engine.data.opening import align_labels, open_source
 from engine.data.source import Root
-from engine.data.sources import align_labels, open_source
 from engine.errors import UserError
 from tests.data.images import fill, shades
 
@@ -362,7 +362,7 @@ def test_a_root_for_validation_without_a_validation_split_is_refused(tmp_path):
 def test_a_label_without_a_class_is_named(cifar10, label):
     root = cifar10([0, 9, label, 3], [1])
     assert complaint(root, "CIFAR10") == (
-        f"data.root ({root}) must have labels 0 to 9; CIFAR10 2 has {label}; download it anew"
+        f"data.root ({root}) must have labels 0 to 9; CIFAR10 2 has {label}; download it again"
     )
     assert opened(root, "CIFAR10", "val").labels.tolist() == [1]
 
@@ -370,14 +370,14 @@ def test_a_label_without_a_class_is_named(cifar10, label):
 def test_a_label_without_a_class_is_named_in_a_part(flowers):
     savemat(flowers / "flowers-102/imagelabels.mat", {"labels": [1, 2, 3, 102, 103, 1, 2, 3]})
     line = complaint(flowers, "Flowers102", split="train+val")
-    assert line == f"data.root ({flowers}) must have labels 0 to 101; Flowers102 val 1 has 102; download it anew"
+    assert line == f"data.root ({flowers}) must have labels 0 to 101; Flowers102 val 1 has 102; download it again"
 
 
 @pytest.mark.parametrize("label", [-1, 10**6, 2**62])
 def test_a_number_that_is_no_label_is_named_where_classes_have_no_names(svhn, label):
     root = svhn(train=[1, label])
     assert complaint(root, "SVHN") == (
-        f"data.root ({root}) must have labels 0 to 999999; SVHN 1 has {label}; download it anew"
+        f"data.root ({root}) must have labels 0 to 999999; SVHN 1 has {label}; download it again"
     )
 
 

@@ -146,12 +146,13 @@ def test_linear_takes_a_dataset_of_torchvision_and_its_options(tmp_path, capsys)
 )
 def test_images_that_do_not_suit_are_refused_before_a_network_is_opened(folders, command):
     start = [*command, "no such checkpoint"] if command[0] == "knn" else [command[0], "no such", *command[1:]]
-    assert "--train" in complaint(*start, *images(folders, "flat"))
+    train, val = ("data.root", "data.val_root") if "--recipe" in command else ("--train", "--val")
+    assert complaint(*start, *images(folders, "flat")).startswith(f"{train} (")
     assert "labelled images" in complaint(*start, *images(folders, "flat"))
-    assert re.search(r"--val \(.*flat\) must hold labelled images", complaint(*start, *images(folders, val="flat")))
+    assert re.search(rf"{val} \(.*flat\) must hold labelled images", complaint(*start, *images(folders, val="flat")))
     assert "validation classes (grey) must be among the 2 classes" in complaint(*start, *images(folders, val="other"))
     assert "must hold two classes or more; it has one, dark" in complaint(*start, *images(folders, "one", "one"))
-    assert re.search(r"--train \(.*gone\) must exist", complaint(*start, *images(folders, "gone")))
+    assert re.search(rf"{train} \(.*gone\) must exist", complaint(*start, *images(folders, "gone")))
     assert "data.dataset (No) must be a class of" in complaint(*start, *images(folders), "--dataset", "No")
 
 

@@ -5,8 +5,8 @@ import torch
 from sklearn.decomposition import PCA
 from torch.nn import functional as F
 
+from engine.data.opening import open_source
 from engine.data.source import Root
-from engine.data.sources import open_source
 from engine.pictures.map import OTHERS, Map, draw_map, flat_map
 from tests.pictures.drawn import VIT, show
 

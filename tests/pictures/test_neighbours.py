@@ -8,8 +8,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from engine.data.decode import CenterCrop
+from engine.data.opening import open_source
 from engine.data.source import Root
-from engine.data.sources import open_source
 from engine.evaluation.subject import open_subject
 from engine.pictures.canvas import DOTS, HEADER, MARGIN, RIGHT, WRONG
 from engine.pictures.neighbours import nearest, spread

@@ -8,9 +8,9 @@ from PIL import Image
 from engine.data.augment import Augment
 from engine.data.decode import Crops, crop_box, crop_draws
 from engine.data.loader import train_batches
+from engine.data.opening import open_source
 from engine.data.order import Order
 from engine.data.source import Root
-from engine.data.sources import open_source
 from engine.pictures.canvas import DOTS, HEADER, MARGIN
 from engine.pictures.views import VIEW_COLOURS
 from engine.recipe.load import load

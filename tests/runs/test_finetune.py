@@ -23,9 +23,9 @@ from engine.checkpoint.load import read_tensors
 from engine.data.augment import Flip
 from engine.data.decode import CenterCrop, Crops
 from engine.data.loader import train_batches
+from engine.data.opening import open_source
 from engine.data.order import Order
 from engine.data.source import Root
-from engine.data.sources import open_source
 from engine.distributed.world import process_group
 from engine.errors import RunFailed, UserError
 from engine.recipe.load import load

@@ -9,10 +9,10 @@ from torch import nn
 
 from engine.data.decode import Crops
 from engine.data.loader import train_batches
+from engine.data.opening import open_source
 from engine.data.order import Order
 from engine.data.philox import AUGMENT, uniform
 from engine.data.source import Root
-from engine.data.sources import open_source
 from engine.distributed.world import process_group
 from engine.errors import RunFailed, UserError
 from engine.evaluation.linear import LinearClassifier
@@ -127,7 +127,7 @@ def test_a_resume_refuses_what_differs(finished):
     with pytest.raises(UserError, match=r"train.epochs \(2 -> 3\)"):
         run_linear(linear_recipe(directory, "train.epochs=3"))
     train = VAL.with_name("train.tar")
-    with pytest.raises(UserError, match=r"--val must hold the images that the run in"):
+    with pytest.raises(UserError, match=r"data.val_root \(.*train.tar\) must hold the images that the run in"):
         run_linear(linear_recipe(directory, f"data.val_root={train}"))
     with process_group() as world, pytest.raises(UserError, match="holds a run on another network"):
         linear(linear_recipe(directory), CHECKPOINT, "momentum", world)
