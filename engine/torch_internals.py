@@ -40,6 +40,7 @@ def copy_each_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     torch._foreach_copy_(tensors, others)
 
 
+@torch.no_grad()
 def lerp_each_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
     """Move each tensor towards its end by this share of the way, in place."""
     torch._foreach_lerp_(tensors, ends, weight)

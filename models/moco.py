@@ -84,12 +84,3 @@ class MoCo(Network):
             source = name.replace("momentum.", "base.", 1) if name.startswith("momentum.") else name
             inner = source.removeprefix("base.trunk.")
             yield name, draw_head(source, tensor.shape) if inner == source else draw_trunk(inner, tensor.shape)
-
-
-@torch.no_grad()
-def update_momentum(momentum: list[Tensor], base: list[Tensor], m: float) -> None:
-    """Move the momentum encoder towards the base encoder in place: m * momentum + (1 - m) * base.
-
-    Takes each rank's own shards, parameters only: BatchNorm's buffers follow the momentum encoder's own forward.
-    """
-    torch._foreach_lerp_(momentum, base, 1 - m)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from engine.distributed.world import World, make_mesh, process_group
 from engine.recipe.sections import Optimizer, Parallel
 from engine.training.parallelize import materialize, parallelize
-from engine.training.schedule import Schedule
+from engine.training.schedule import MocoSchedule
 from engine.training.step import StepOutput, TrainState, train_step
 from models.architecture import Architecture
 from models.moco import MoCo
@@ -41,9 +41,10 @@ class Trace:
         values = {our_name(n.removeprefix("init.")): self[n] for n in self.names if n.startswith("init.")}
         return values | {n.replace("base.", "momentum.", 1): v for n, v in values.items() if n.startswith("base.")}
 
-    def schedule(self) -> Schedule:
-        keys = ("base_lr", "global_batch", "epochs", "warmup_epochs", "steps_per_epoch", "momentum")
-        return Schedule(**{key: self.config[key] for key in keys})
+    def schedule(self) -> MocoSchedule:
+        keys = ("epochs", "warmup_epochs", "steps_per_epoch", "momentum")
+        peak_lr = self.config["base_lr"] * self.config["global_batch"] / 256
+        return MocoSchedule(peak_lr=peak_lr, **{key: self.config[key] for key in keys})
 
 
 def our_name(name: str) -> str:
@@ -123,14 +124,14 @@ def global_loss(output: StepOutput, world: World) -> float:
 def compare(trace: Trace, state: TrainState) -> dict[str, float]:
     """The final state against the trace's probes."""
     worst = {"max_param_rel": 0.0, "max_buffer_rel": 0.0}
-    ours = {
-        n: (t.full_tensor() if isinstance(t, DTensor) else t) for n, t in (state.parameters | state.buffers).items()
-    }
+    ours = {name.removeprefix("model."): tensor for name, tensor in state.saved.items()}
     probed = {n.removeprefix("final.").rpartition(".")[0] for n in trace.names if n.startswith("final.")}
     assert {our_name(n) for n in probed} == ours.keys(), sorted({our_name(n) for n in probed} ^ ours.keys())
     for name in probed:
-        tensor = ours[our_name(name)].detach().cpu().double().flatten()
-        measure = "max_param_rel" if our_name(name) in state.parameters else "max_buffer_rel"
+        tensor = ours[our_name(name)]
+        measure = "max_param_rel" if isinstance(tensor, torch.nn.Parameter) else "max_buffer_rel"
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        tensor = tensor.detach().cpu().double().flatten()
         pairs = [
             (tensor[trace[f"final.{name}.index"].long()], trace[f"final.{name}.value"].double()),
             (tensor.norm().reshape(1), trace[f"final.{name}.norm"].double().reshape(1)),

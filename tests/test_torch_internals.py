@@ -171,3 +171,12 @@ def test_models_keep_few_of_their_own():
     }
     found = foreign("models")
     assert all(names <= allowed.get(path, set()) for path, names in found.items()), found
+
+
+def test_a_lerp_is_the_average_of_the_momentum_encoder():
+    base, momentum = [torch.full((3,), 2.0)], [torch.zeros(3)]
+    lerp_each_(momentum, base, 1 - 0.75)
+    assert momentum[0].tolist() == [0.5] * 3
+    assert base[0].tolist() == [2.0] * 3
+    lerp_each_(base, base, 1 - 0.3)
+    assert base[0].tolist() == [2.0] * 3  # equal encoders stay as they are, to the bit

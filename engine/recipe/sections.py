@@ -173,6 +173,11 @@ class Pretrain:
     evaluate: Evaluate
     parallel: Parallel
 
+    @property
+    def peak_lr(self) -> float:
+        """The highest learning rate."""
+        return self.optimizer.base_lr * self.train.global_batch_size / 256
+
 
 @section
 class LinearOptimizer:
@@ -220,6 +225,11 @@ class Linear:
     checkpoint: Checkpoint
     log: Log
     evaluate: LinearEvaluate
+
+    @property
+    def peak_lr(self) -> float:
+        """The highest learning rate."""
+        return self.optimizer.base_lr * self.train.global_batch_size / 256
 
 
 @section

@@ -32,12 +32,12 @@ from engine.evaluation.subject import Subject
 from engine.recipe.keys import wrong
 from engine.recipe.load import dump
 from engine.recipe.sections import Finetune
+from engine.runs.log import Row
 from engine.runs.run import run
 from engine.runs.supervised import Supervised, digest
-from engine.runs.task import Row
 from engine.training.finetune_step import FinetuneOutput, FinetuneState, finetune_step
-from engine.training.parallelize import check_compiler, materialize, parallelize
-from engine.training.schedule import FinetuneSchedule
+from engine.training.parallelize import check_compiler, dtype_of, materialize, parallelize
+from engine.training.schedule import Schedule
 from engine.training.update import Update
 from engine.weights.export import export_classifier
 from engine.weights.opening import open_trunk
@@ -63,9 +63,8 @@ def finetune(
     weights = in_turn(world, lambda: open_fetched(checkpoint, encoder, untrained=baseline == "initial"))
     with agreement(world.host_group):
         check_randaugment(recipe)
-        networks = make_networks(recipe, weights, len(splits.train.classes))
-        if recipe.parallel.compile:
-            check_compiler(world.device)
+        networks = make_classifiers(recipe, weights, len(splits.train.classes))
+        check_compiler(recipe.parallel, world.device)
     row = run(Finetuning(recipe, world, splits, weights, *networks), started)
     return {key.removeprefix("finetune_"): value for key, value in row.items() if key.endswith(("top1", "top5"))}
 
@@ -89,7 +88,7 @@ def open_fetched(checkpoint: str, encoder: EncoderName, *, untrained: bool) -> W
     return weights
 
 
-def make_networks(recipe: Finetune, weights: Weights, classes: int) -> tuple[Classifier, Classifier | None]:
+def make_classifiers(recipe: Finetune, weights: Weights, classes: int) -> tuple[Classifier, Classifier | None]:
     """The classifier and, where the recipe wants it, its moving average, on the meta device.
 
     Raises:
@@ -116,7 +115,6 @@ def trunk_values(weights: Weights) -> Iterator[tuple[str, Tensor]]:
 class Finetuning(Supervised):
     """A classifier and its trunk, trained together."""
 
-    metric = "finetune"
     monitor = "finetune_top1"
     chosen = "the last"
 
@@ -130,10 +128,15 @@ class Finetuning(Supervised):
         ema: Classifier | None,
     ):
         about, augment, seed = weights.known(), recipe.augment, recipe.run.seed
-        dtype = torch.float64 if recipe.parallel.precision == "float64" else torch.float32
-        form = {"interpolation": augment.interpolation, "dtype": dtype}
-        fraction = recipe.evaluate.crop_fraction
-        subject = Subject(classifier, about.image_size, about.mean, about.std, fraction, **form)
+        subject = Subject(
+            classifier,
+            about.image_size,
+            about.mean,
+            about.std,
+            recipe.evaluate.crop_fraction,
+            augment.interpolation,
+            dtype_of(recipe.parallel),
+        )
         config, randaugment = augment.randaugment, None
         if config is not None:
             randaugment = RandAugment(config, seed, about.image_size, about.mean, augment.interpolation)
@@ -143,7 +146,7 @@ class Finetuning(Supervised):
         self.weights, self.classifier, self.ema = weights, classifier, ema
         smoothing = recipe.train.label_smoothing
         self.mix = Mix(augment.mixup, augment.cutmix, smoothing, len(self.classes), seed=seed)
-        self.schedule = FinetuneSchedule(
+        self.schedule = Schedule(
             peak_lr=recipe.peak_lr,
             min_lr=recipe.optimizer.min_lr,
             epochs=recipe.train.epochs,
@@ -183,7 +186,6 @@ class Finetuning(Supervised):
         return images
 
     def train_step(self, batch: Batch) -> FinetuneOutput:
-        self.bad_images.meet(batch.bad)
         images, label_B = self.images(batch), self.labels(batch)
         if self.mix.is_on:
             other = exchanged(images, label_B, self.world)
@@ -196,7 +198,6 @@ class Finetuning(Supervised):
         return finetune_step(self.trained, images, target_BC.to(images.dtype), uniform_BK)
 
     def metrics(self, output: FinetuneOutput) -> Row:
-        self.update.check_skips()
         applied = output.applied
         health = {"grad_norm": applied.grad_norm.item(), "skipped_steps": int(self.update.skipped)}
         return {"loss": output.loss.item(), "lr": applied.lr} | health
@@ -211,18 +212,17 @@ class Finetuning(Supervised):
 
     def predict(self) -> tuple[dict[str, Tensor], Tensor]:
         """Of the classifier and of its moving average, in one pass over the images."""
-        networks = {self.metric: self.classifier} | ({} if self.ema is None else {"ema": self.ema})
+        networks = {self.recipe.task: self.classifier} | ({} if self.ema is None else {"ema": self.ema})
         subject = dataclasses.replace(self.subject, network=SideBySide(networks.values()))
         logit_NX, label_N = self.val_outputs(subject, "start anew with a lower optimizer.base_lr in another run.dir")
         top = [logit_NC.topk(min(TOP, len(self.classes))).indices for logit_NC in logit_NX.chunk(len(networks), 1)]
         return self.gathered(dict(zip(networks, top, strict=True)), label_N)
 
     def opening(self) -> list[str]:
-        epochs = f"{self.schedule.epochs} epochs of {self.schedule.steps_per_epoch:,} steps"
         return [
             f"network   {self.weights.origin}, all of it trained, images of {self.subject.image_size}",
             self.data_line(),
-            f"schedule  {epochs}, peak lr {self.schedule.peak_lr:g}",
+            f"schedule  {self.epochs_in_words}, peak lr {self.schedule.peak_lr:g}",
         ]
 
     def state(self) -> RunState:
@@ -231,7 +231,7 @@ class Finetuning(Supervised):
         return dataclasses.replace(super().state(), about=about.to_json())
 
     def finish(self, directory: Path) -> list[str]:
-        """Leave trunk and classifier, and their moving averages, as folders for timm where it has such ones."""
+        """Export trunk and classifier, and their moving averages, as folders that timm loads, where it can."""
         lines = []
         with agreement(self.world.host_group):
             if self.world.is_first:
@@ -249,7 +249,7 @@ class Finetuning(Supervised):
         try:
             export_classifier(open_trunk(str(checkpoint), encoder), head, folder)
         except (UserError, RunFailed) as error:  # another network, timm's words, a full disk
-            return f"          no {folder} for timm: {one_line(error)}; the checkpoint has all of the network"
+            return f"          no {folder} for timm: {one_line(error)}; the whole network is in the checkpoint"
         return f"          timm.create_model('local-dir:{folder}', pretrained=True) is all of the network"
 
 

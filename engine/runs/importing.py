@@ -15,8 +15,8 @@ from engine.errors import UserError
 from engine.logger import note
 from engine.recipe.identity import fingerprint
 from engine.recipe.load import Pretrain, dump, shape
-from engine.runs.pretrain import build_state, make_networks, make_schedule
-from engine.training.optim import local
+from engine.runs.pretrain import build_state, make_moco, make_schedule
+from engine.training.parallelize import local
 from engine.weights.adopt import adopt
 from engine.weights.opening import open_weights
 from engine.weights.weights import Weights
@@ -34,7 +34,7 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
     checkpoints = Path(recipe.run.dir) / "checkpoints"
     if checkpoint_folders(checkpoints):
         raise UserError(f"RUN_DIR ({recipe.run.dir}) must hold no checkpoint yet; pass another folder")
-    moco = make_networks(recipe)
+    moco = make_moco(recipe)
     source = open_weights(str(file))
     weights = _fitted(source, recipe, interpolate)
     # One process needs no replicas; what it saves loads into any sharding.

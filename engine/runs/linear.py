@@ -18,9 +18,9 @@ from engine.errors import RunFailed
 from engine.evaluation.linear import LinearClassifier, linear_step
 from engine.evaluation.subject import Subject, open_subject_together
 from engine.recipe.sections import Linear
+from engine.runs.log import Row
 from engine.runs.run import run
 from engine.runs.supervised import Supervised, digest
-from engine.runs.task import Row
 from engine.training.update import Update
 from engine.weights.weights import EncoderName
 
@@ -39,15 +39,14 @@ def linear(recipe: Linear, checkpoint: str, encoder: EncoderName, world: World) 
     splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed)
     fraction = recipe.evaluate.crop_fraction
     subject = open_subject_together(checkpoint, world, encoder=encoder, crop_fraction=fraction)
-    task = LinearTask(recipe, world, splits, subject, checkpoint)
+    task = LinearClassification(recipe, world, splits, subject, checkpoint)
     row = run(task, started)
     return {"top1": row["linear_top1"], "top5": row["linear_top5"], "learning_rate": task.classifier.peak_lr}
 
 
-class LinearTask(Supervised):
+class LinearClassification(Supervised):
     """A linear classifier on a frozen trunk's features."""
 
-    metric = "linear"
     monitor = "linear_top1"
     chosen = "the best"
 
@@ -59,7 +58,7 @@ class LinearTask(Supervised):
         self.classifier = LinearClassifier(
             subject.width(world.device),
             len(self.classes),
-            peak_lr=recipe.optimizer.base_lr * recipe.train.global_batch_size / 256,
+            peak_lr=recipe.peak_lr,
             epochs=recipe.train.epochs,
             steps_per_epoch=self.order.steps_per_epoch,
             seed=recipe.run.seed,
@@ -79,7 +78,6 @@ class LinearTask(Supervised):
 
     def train_step(self, batch: Batch) -> tuple[Tensor, float]:
         """The loss before the update, on the device, and the learning rate."""
-        self.bad_images.meet(batch.bad)
         label_B, lr = self.labels(batch), self.classifier.learning_rate
         first = batch.step % self.order.steps_per_epoch * self.order.batch
         rows = min(self.order.batch, len(self.splits.train) - first)  # of all ranks; fewer in the last batch
@@ -113,10 +111,10 @@ class LinearTask(Supervised):
     def predict(self) -> tuple[dict[str, Tensor], Tensor]:
         feature_ND, label_N = self.val_features
         top = [self.classifier.predict(rows.to(self.world.device)).cpu() for rows in feature_ND.split(ROWS)]
-        return self.gathered({self.metric: torch.cat(top)}, label_N)
+        return self.gathered({self.recipe.task: torch.cat(top)}, label_N)
 
     def reported(self, monitor_rows: list[Row]) -> Row:
-        """The first of those with the highest top-1. An early end inside an epoch counts where none was finished."""
+        """The first row with the highest top-1 among finished epochs; where none was finished, among all rows."""
         finished = [row for row in monitor_rows if row["epoch"] % 1 == 0]
         return max(finished or monitor_rows, key=lambda row: row["linear_top1"])
 
@@ -128,11 +126,10 @@ class LinearTask(Supervised):
 
     def opening(self) -> list[str]:
         classifier, size = self.classifier, self.subject.image_size
-        epochs = f"{classifier.epochs} epochs of {classifier.steps_per_epoch:,} steps"
         return [
             f"network   {self.checkpoint}, frozen: {classifier.weight_CD.shape[1]} features, images of {size}",
             self.data_line(),
-            f"schedule  {epochs}, lr from {classifier.peak_lr:g}",
+            f"schedule  {self.epochs_in_words}, lr from {classifier.peak_lr:g}",
         ]
 
 

@@ -16,14 +16,14 @@ from engine.files import read_rows, replace_file, sync
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # of metrics.jsonl
 
 
 class MetricsLog:
     """metrics.jsonl and tensorboard/ of a run directory. One rank writes; with enabled=False all calls do nothing.
 
     resume_step is the step of the checkpoint that the run goes on from: lines of later steps, and a last line that was
-    torn by a crash, are dropped; all others stay byte for byte. A run that starts from nothing passes -1: none stays.
+    torn by a crash, are dropped; all others stay byte for byte. A run that starts from nothing passes -1.
 
     No step gets a second loss row or a second monitor row. A run may stop between a checkpoint and the monitor row of
     its step: `has_monitor_row` tells the resumed run whether that row is still to be made. `sync` before a checkpoint
@@ -64,7 +64,7 @@ class MetricsLog:
         known = [row for row in self.monitor_rows if row["step"] > 0 and row[self.monitor] is not None]
         return max(known, key=lambda row: row[self.monitor])["step"] if known else None
 
-    def images(self, tag: str, image: torch.Tensor, step: int) -> None:
+    def picture(self, tag: str, image: torch.Tensor, step: int) -> None:
         """One picture, uint8 [3, H, W], in TensorBoard."""
         if self.enabled:
             self._tensorboard.add_image(tag, image, step)
@@ -76,7 +76,7 @@ class MetricsLog:
             replace_file(self._directory / name, content)
             if name.endswith(".png"):
                 pixels_HW3 = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
-                self.images(Path(name).stem, torch.from_numpy(pixels_HW3.transpose(2, 0, 1)), step)
+                self.picture(Path(name).stem, torch.from_numpy(pixels_HW3.transpose(2, 0, 1)), step)
 
     def sync(self) -> None:
         """Returns when the lines so far would survive a power failure."""

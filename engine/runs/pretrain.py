@@ -21,13 +21,14 @@ from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.logger import say, warn
 from engine.recipe.load import shape
 from engine.recipe.sections import Pretrain
+from engine.runs.log import Row
 from engine.runs.monitor import has_monitor, make_probe, monitor_row
 from engine.runs.run import run
-from engine.runs.task import Row, Task
+from engine.runs.task import Task
 from engine.training.health import health
 from engine.training.loss import chance_level
-from engine.training.parallelize import check_compiler, compiled, materialize, parallelize
-from engine.training.schedule import Schedule
+from engine.training.parallelize import check_compiler, compiled, dtype_of, materialize, parallelize
+from engine.training.schedule import MocoSchedule
 from engine.training.step import StepOutput, TrainState, train_step
 from engine.training.update import Update
 from models.architecture import of_name
@@ -42,14 +43,13 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
     """
     started = time.perf_counter()
     with agreement(world.host_group):
-        moco = make_networks(recipe)
-        if recipe.parallel.compile:
-            check_compiler(world.device)
+        moco = make_moco(recipe)
+        check_compiler(recipe.parallel, world.device)
     splits = open_splits(recipe.data, recipe_file, world, batch=recipe.train.global_batch_size)
-    run(Pretraining(recipe, recipe_file, world, splits, moco), started)
+    run(Pretraining(recipe, world, splits, moco), started)
 
 
-def make_networks(recipe: Pretrain) -> MoCo:
+def make_moco(recipe: Pretrain) -> MoCo:
     """The networks that the recipe declares, on the meta device: no memory, no weights.
 
     Raises:
@@ -66,10 +66,9 @@ def make_networks(recipe: Pretrain) -> MoCo:
             raise UserError(str(error)) from error
 
 
-def make_schedule(recipe: Pretrain, steps_per_epoch: int) -> Schedule:
-    return Schedule(
-        base_lr=recipe.optimizer.base_lr,
-        global_batch=recipe.train.global_batch_size,
+def make_schedule(recipe: Pretrain, steps_per_epoch: int) -> MocoSchedule:
+    return MocoSchedule(
+        peak_lr=recipe.peak_lr,
         epochs=recipe.train.epochs,
         warmup_epochs=recipe.train.warmup_epochs,
         steps_per_epoch=steps_per_epoch,
@@ -77,8 +76,8 @@ def make_schedule(recipe: Pretrain, steps_per_epoch: int) -> Schedule:
     )
 
 
-def build_state(recipe: Pretrain, moco: MoCo, world: World, schedule: Schedule) -> TrainState:
-    """The networks of `make_networks` and the recipe's optimizer, sharded, with their initial weights."""
+def build_state(recipe: Pretrain, moco: MoCo, world: World, schedule: MocoSchedule) -> TrainState:
+    """The networks of `make_moco` and the recipe's optimizer, sharded, with their initial weights."""
     mesh = make_mesh(world, recipe.parallel.shard, recipe.parallel.replicate)
     parallelize(moco, mesh, world.group, recipe.parallel)
     materialize(moco, world.device, moco.initial_values(recipe.run.seed))
@@ -93,16 +92,15 @@ class Pretraining(Task):
     monitor = "knn_top1"
     optional = (PREFIX,)
 
-    def __init__(self, recipe: Pretrain, recipe_file: Path, world: World, splits: Splits, moco: MoCo):
+    def __init__(self, recipe: Pretrain, world: World, splits: Splits, moco: MoCo):
         augment = recipe.augment
         crops = Crops(recipe.model.image_size, augment.crop_min, views=moco.views)
-        super().__init__(recipe, world, splits, crops, mean=augment.mean, std=augment.std)
-        self.recipe_file, self.moco = recipe_file, moco
+        self.dtype = dtype_of(recipe.parallel)
+        views = Augment(augment, recipe.run.seed, self.dtype).__call__
+        views = compiled(views) if recipe.parallel.compile else views
+        super().__init__(recipe, world, splits, crops, views, mean=augment.mean, std=augment.std)
+        self.moco = moco
         self.schedule = make_schedule(recipe, self.order.steps_per_epoch)
-        self.dtype = torch.float64 if recipe.parallel.precision == "float64" else torch.float32
-        self.augment = Augment(augment, recipe.run.seed, self.dtype)
-        if recipe.parallel.compile:
-            self.augment = compiled(self.augment.__call__)
 
     def start(self) -> None:
         self.trained = build_state(self.recipe, self.moco, self.world, self.schedule)
@@ -117,28 +115,19 @@ class Pretraining(Task):
 
     def resume(self, checkpoint: Path, manifest: Manifest, state: RunState) -> None:
         """Go on from a checkpoint, which may have been made with the online probe or without it."""
-        probe = self.probe
-        if probe is not None:
-            probe.resume(state.step)
+        super().resume(checkpoint, manifest, state)
+        if self.probe is not None:
+            self.probe.resume(state.step)
             if not any(name.startswith(PREFIX) for name in manifest.tensors):
                 say(f"probe     the online probe starts fresh at step {state.step:,}: the run had none until then")
-                self.probe = None  # while the rest is loaded
-        super().resume(checkpoint, manifest, state)
-        self.probe = probe
-
-    def images(self, batch: Batch) -> Tensor:
-        crops, sample_B = (t.to(self.world.device, non_blocking=True) for t in (batch.crops, batch.sample_B))
-        return self.augment(crops, sample_B, torch.full((), batch.epoch, device=self.world.device))
 
     def train_step(self, batch: Batch) -> StepOutput:
-        self.bad_images.meet(batch.bad)
         output = train_step(self.trained, self.images(batch))
         if self.probe is not None:
             self.probe.learn(output.features, batch.shown_B)
         return output
 
     def metrics(self, output: StepOutput) -> Row:
-        self.update.check_skips()
         row = health(output, self.trained)
         row["rankme"] = rankme_from_gram(feature_gram(output.features, self.world.group))
         first = {"loss": row.pop("loss"), "lr": output.applied.lr, "momentum": output.momentum}
@@ -164,7 +153,7 @@ class Pretraining(Task):
         chance = chance_level(self.recipe.moco.temperature, self.order.batch)
         lines = [
             f"data      {len(train):,} training images ({labels}), {images}",
-            f"schedule  {schedule.epochs} epochs of {schedule.steps_per_epoch:,} steps: {schedule.total_steps:,} steps",
+            f"schedule  {self.epochs_in_words}: {schedule.total_steps:,} steps",
             f"rates     peak lr {schedule.peak_lr:g}, encoder momentum from {schedule.momentum:g} to 1",
             f"loss      by chance {chance:.2f}: 4 T ln({self.order.batch})",
         ]
@@ -190,7 +179,5 @@ class Pretraining(Task):
         return ", ".join(words)
 
     def finish(self, directory: Path) -> list[str]:
-        return [
-            "          the same command with run.dir=..., data.source=folder and data.root=/path/to/your/images:",
-            f"          {self.recipe_file} on your own",
-        ]
+        own = "run.dir=..., data.source=folder and data.root=/path/to/your/images"
+        return [f"          on your own images the same command with {own}"]

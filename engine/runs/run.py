@@ -16,8 +16,8 @@ from engine.recipe.identity import resume_differences
 from engine.recipe.load import loads
 from engine.recipe.sections import Linear, Recipe
 from engine.runs.directory import RunDirectory, check_same_task
-from engine.runs.log import MetricsLog
-from engine.runs.task import Plan, Row, Task
+from engine.runs.log import MetricsLog, Row
+from engine.runs.task import Plan, Task
 from engine.runs.trainer import Trainer
 
 

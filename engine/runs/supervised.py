@@ -25,7 +25,8 @@ from engine.evaluation.subject import Subject
 from engine.logger import say
 from engine.pictures.confusion import by_class, confusion_picture
 from engine.recipe.sections import Finetune, Linear
-from engine.runs.task import Row, Task
+from engine.runs.log import Row
+from engine.runs.task import Task
 
 
 class Supervised(Task):
@@ -36,7 +37,6 @@ class Supervised(Task):
         weights_digest: of the weights that the run starts from (`digest`).
     """
 
-    metric: ClassVar[str]  # begins the monitor's keys
     chosen: ClassVar[str]  # which row of the monitor is the result, in words
 
     def __init__(
@@ -49,22 +49,17 @@ class Supervised(Task):
         crops: Crops,
         **order: Any,
     ):
-        super().__init__(recipe, world, splits, crops, mean=subject.mean, std=subject.std, **order)
+        flip = Flip(recipe.augment.flip_probability, subject.mean, subject.std, recipe.run.seed, subject.dtype)
+        super().__init__(recipe, world, splits, crops, flip, mean=subject.mean, std=subject.std, **order)
         self.subject, self.weights_digest = subject, weights_digest
         self.labels_N, self.classes = torch.from_numpy(splits.train.labels), splits.train.classes
-        flip = recipe.augment.flip_probability
-        self.augment = Flip(flip, subject.mean, subject.std, recipe.run.seed, subject.dtype)
 
     @abstractmethod
     def predict(self) -> tuple[dict[str, Tensor], Tensor]:
         """Of all ranks' validation images, on the CPU: the likeliest classes [Q, min(5, C)] and the labels [Q].
 
-        A network's classes stand under the name with which its keys in the monitor begin, `metric` first.
+        A network's classes stand under the name with which its keys in the monitor begin, the task's first.
         """
-
-    def images(self, batch: Batch) -> Tensor:
-        crops, sample_B = (t.to(self.world.device, non_blocking=True) for t in (batch.crops, batch.sample_B))
-        return self.augment(crops, sample_B, batch.epoch)
 
     def labels(self, batch: Batch) -> Tensor:
         """Of the images that the batch shows, on the device."""
@@ -73,7 +68,7 @@ class Supervised(Task):
     # ---- evaluation
 
     def evaluate(self) -> Row | None:
-        """Of the validation images; before the first step there is nothing to know."""
+        """Top-1 and top-5 on the validation images; None before the first step."""
         if self.step == 0:
             return None
         predictions, label_Q = self.predict()
@@ -82,7 +77,7 @@ class Supervised(Task):
             right_QT = prediction_QT == label_Q[:, None]
             row[f"{name}_top1"] = right_QT[:, 0].double().mean().item()
             row[f"{name}_top5"] = right_QT.any(1).double().mean().item()
-        self.newest = predictions[self.metric][:, 0], label_Q
+        self.newest = predictions[self.recipe.task][:, 0], label_Q
         return row
 
     def val_outputs(self, subject: Subject, remedy: str) -> tuple[Tensor, Tensor]:
@@ -92,7 +87,7 @@ class Supervised(Task):
         return output_ND, label_N
 
     def gathered(self, predictions: dict[str, Tensor], label_N: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The rows of all ranks, of one."""
+        """Every rank's rows, given this rank's."""
         parts, labels = zip(*all_gather((predictions, label_N), self.world.host_group), strict=True)
         return {name: torch.cat([part[name] for part in parts]) for name in predictions}, torch.cat(labels)
 
@@ -116,7 +111,7 @@ class Supervised(Task):
         if not monitor_rows:
             return "none: the run was not evaluated"
         row = self.reported(monitor_rows)
-        top1, top5 = (row[f"{self.metric}_{top}"] for top in ("top1", "top5"))
+        top1, top5 = (row[f"{self.recipe.task}_{top}"] for top in ("top1", "top5"))
         return f"top-1 {top1:.2%}, top-5 {top5:.2%} at epoch {row['epoch']:g}, {self.chosen}"
 
     # ---- checkpoints

@@ -4,7 +4,7 @@ Shapes: V views, B images of this rank, S side of an image.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,11 +24,10 @@ from engine.distributed.world import World
 from engine.errors import UserError
 from engine.recipe.load import dump
 from engine.recipe.sections import Recipe
+from engine.runs.log import Row
 from engine.training.update import Update
 
 PICTURED = 8  # images of which TensorBoard shows what the networks see
-
-Row = dict[str, Any]  # of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,15 @@ class Task(ABC):
 
     Args:
         crops: what is cut out of an image.
+        augment: turns crops, samples and epoch into images (engine.data.augment).
         mean, std: of the images that the networks take, per channel.
         keep_partial: the last, partial batch of an epoch is used.
         repeats: how often an image comes in a row.
     """
 
     monitor: ClassVar[str]  # the key by which a row of the monitor is known
-    optional: ClassVar[tuple[str, ...]] = ()  # how tensors begin that a checkpoint may have and the run not
+    # How tensors begin that a checkpoint may have where the run has not, or the other way round.
+    optional: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -73,13 +74,14 @@ class Task(ABC):
         world: World,
         splits: Splits,
         crops: Crops,
+        augment: Callable[[Tensor, Tensor, Tensor], Tensor],
         *,
         mean: Sequence[float],
         std: Sequence[float],
         keep_partial: bool = False,
         repeats: int = 1,
     ):
-        self.recipe, self.world, self.splits, self.crops = recipe, world, splits, crops
+        self.recipe, self.world, self.splits, self.crops, self.augment = recipe, world, splits, crops, augment
         self.mean, self.std = mean, std
         batch = recipe.train.global_batch_size
         self.order = Order(recipe.run.seed, len(splits.train), batch, keep_partial, repeats)
@@ -100,10 +102,6 @@ class Task(ABC):
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint holds, by name; loading fills them in place."""
-
-    @abstractmethod
-    def images(self, batch: Batch) -> Tensor:
-        """What the networks see of a batch: normalised [V*B, 3, S, S] on the device."""
 
     @abstractmethod
     def train_step(self, batch: Batch) -> Any:
@@ -154,6 +152,10 @@ class Task(ABC):
         return self.update.step
 
     @property
+    def epochs_in_words(self) -> str:
+        return f"{self.recipe.train.epochs} epochs of {self.order.steps_per_epoch:,} steps"
+
+    @property
     def epoch(self) -> float:
         return self.step / self.order.steps_per_epoch
 
@@ -180,11 +182,18 @@ class Task(ABC):
             pin_memory=self.world.device.type == "cuda",
         )
 
+    def images(self, batch: Batch) -> Tensor:
+        """What the networks see of a batch: normalised [V*B, 3, S, S] on the device."""
+        crops, sample_B = (t.to(self.world.device, non_blocking=True) for t in (batch.crops, batch.sample_B))
+        return self.augment(crops, sample_B, torch.full((), batch.epoch, device=self.world.device))
+
     def describe(self, output: Any) -> Row:
         """The loss row of a step. May raise RunFailed."""
+        row = self.metrics(output)
+        self.update.check_skips()
         begun = -(-self.step // self.order.steps_per_epoch)  # epochs
         bad_images = self.bad_images.check(begun * len(self.splits.train))
-        return {"epoch": self.epoch} | self.metrics(output) | {"bad_images": bad_images}
+        return {"epoch": self.epoch} | row | {"bad_images": bad_images}
 
     def picture(self, batch: Batch) -> Tensor:
         """uint8 [3, H, W]: what the networks see, one column per image, view 1 above view 2."""
@@ -215,7 +224,9 @@ class Task(ABC):
                 )
 
     def resume(self, checkpoint: Path, manifest: Manifest, state: RunState) -> None:
-        """Go on from a checkpoint that suits."""
-        load(checkpoint, self.tensors(), ignore=self.optional, group=self.world.host_group)
+        """Go on from a checkpoint that suits; what it may lack, and does, stays fresh."""
+        lacks = tuple(p for p in self.optional if not any(name.startswith(p) for name in manifest.tensors))
+        tensors = {name: tensor for name, tensor in self.tensors().items() if not name.startswith(lacks)}
+        load(checkpoint, tensors, ignore=self.optional, group=self.world.host_group)
         self.update.step = state.step
         self.bad_images.total, self.licence = state.bad_images, state.licence

@@ -44,6 +44,7 @@ class Trainer:
             self._evaluate_if_due()
             self._restart_clock()
             for batch in self._timed("data", self.task.batches(self.plan.last_step)):
+                self.task.bad_images.meet(batch.bad)
                 with self._time("training"):
                     output = self.task.train_step(batch)
                     self._log_if_due(output, batch)
@@ -67,7 +68,7 @@ class Trainer:
         self._restart_clock()
         self.log.loss_row(step, row)
         if step == 1:
-            self.log.images("views", self.task.picture(batch), step)
+            self.log.picture("views", self.task.picture(batch), step)
         speed = f"{row['images_per_second']:,.0f} images/s"
         self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}")
         if self.bar.disable:

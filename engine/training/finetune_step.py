@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from engine.recipe.sections import FinetuneOptimizer
 from engine.torch_internals import lerp_each_
-from engine.training.optim import adamw, local
-from engine.training.schedule import FinetuneSchedule
+from engine.training.optim import adamw
+from engine.training.parallelize import local, saved
+from engine.training.schedule import Schedule
 from engine.training.update import Applied, Update
 from models.classifier import Classifier
 
@@ -44,7 +45,7 @@ class FinetuneState:
         self,
         classifier: Classifier,
         ema: Classifier | None,
-        schedule: FinetuneSchedule,
+        schedule: Schedule,
         optimizer: FinetuneOptimizer,
         *,
         ema_decay: float,
@@ -53,7 +54,6 @@ class FinetuneState:
     ):
         self.classifier, self.ema, self.schedule, self.group = classifier, ema, schedule, group
         self.ema_decay = ema_decay
-        # FSDP swaps a module's parameters for gathered ones while it runs, so lists of shards are taken once, here.
         self.saved = {f"model.{name}": tensor for name, tensor in saved(classifier).items()}
         self.shards, self.ema_shards = floating(classifier), []
         if ema is not None:
@@ -107,13 +107,6 @@ def floating(module: nn.Module) -> list[Tensor]:
         return [local(tensor) for tensor in saved(module).values() if tensor.is_floating_point()]
 
 
-def saved(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and the buffers that files hold, by name."""
-    persistent = module.state_dict().keys()
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {name: tensor for name, tensor in tensors.items() if name in persistent}
-
-
 def finetune_step(state: FinetuneState, images: Tensor, target_BC: Tensor, uniform_BK: Tensor) -> FinetuneOutput:
     """Update the classifier once on this rank's images [B, 3, S, S] and their (soft) targets.
 
@@ -129,8 +122,7 @@ def finetune_step(state: FinetuneState, images: Tensor, target_BC: Tensor, unifo
     loss.backward()
     applied = state.update.apply(state.schedule.learning_rate_at(state.update.step))
     if state.ema is not None:
-        with torch.no_grad():
-            lerp_each_(state.ema_shards, state.shards, 1 - state.ema_decay)
+        lerp_each_(state.ema_shards, state.shards, 1 - state.ema_decay)
     mean_loss = loss.detach().clone()
     dist.all_reduce(mean_loss, group=state.group)
     return FinetuneOutput(mean_loss / state.group.size(), applied)

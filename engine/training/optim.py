@@ -9,18 +9,13 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from engine.recipe.sections import Optimizer
 from engine.torch_internals import add_each, multiply_each, norm_each
+from engine.training.parallelize import local
 
 LARS_MOMENTUM = 0.9
 LARS_TRUST = 0.001
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's own shard of a tensor; a tensor that is not sharded is its own."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def build_optimizer(

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine.errors import UserError
-from engine.recipe.sections import Parallel, Precision
+from engine.recipe.sections import Parallel
 from engine.torch_internals import allow_variants, forget_forwards, has_cpp_compiler
 from models.norm import set_batch_norm_group
 from models.parts import Network
@@ -21,19 +21,6 @@ from models.trunk import blocks, cast_constants
 P, T = ParamSpec("P"), TypeVar("T")
 
 COMPILED_VARIANTS = 64  # graphs of one forward: its shapes, with and without gradient, in training and evaluation
-
-
-class Layout(NamedTuple):
-    """How one run lays networks over its ranks.
-
-    mesh: of "replicate" and "shard" where there are replicas, of "shard" alone where there are none.
-    resharding: whether what is trained rests sharded between forward and backward.
-    """
-
-    mesh: DeviceMesh
-    resharding: bool
-    precision: Precision
-    compile: bool
 
 
 def parallelize(network: Network, mesh: DeviceMesh, group: ProcessGroup, parallel: Parallel) -> None:
@@ -48,41 +35,60 @@ def parallelize(network: Network, mesh: DeviceMesh, group: ProcessGroup, paralle
     Args:
         group: the ranks of the global batch, for BatchNorm.
     """
-    if mesh["replicate"].size() == 1:
-        mesh = mesh["shard"]
-    layout = Layout(mesh, parallel.shard in ("full", "hybrid"), parallel.precision, parallel.compile)
     # A trunk's CLS token is a view of its tokens; FSDP warns of in-place writes to it, and there are none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    network.to(torch.float64 if parallel.precision == "float64" else torch.float32)
+    if mesh["replicate"].size() == 1:
+        mesh = mesh["shard"]
+    network.to(dtype_of(parallel))
     set_batch_norm_group(network, group)
     for part in network.parts():
         # What is not trained (the momentum encoder, a moving average) must rest sharded after every forward: it never
         # has a backward pass to do so, and its update writes shards, which weights still gathered from the last step
         # would hide.
-        resting = layout.resharding or not part.is_trained
-        (_shard_trunk if part.is_trunk else _shard_head)(part.module, layout, resting)
+        resting = parallel.shard in ("full", "hybrid") or not part.is_trained
+        (_shard_trunk if part.is_trunk else _shard_head)(part.module, mesh, parallel, resting)
         if not part.is_trained:
             forget_forwards(part.module)
 
 
-def _shard_trunk(trunk: nn.Module, layout: Layout, resting: bool) -> None:
+def _shard_trunk(trunk: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool) -> None:
     inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     outer = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    if layout.precision == "bf16":
+    if parallel.precision == "bf16":
         cast_constants(trunk, torch.bfloat16)
     else:
         inner = outer = MixedPrecisionPolicy()
     for block in blocks(trunk):
-        if layout.compile:
+        if parallel.compile:
             compile_forward(block)
-        fully_shard(block, mesh=layout.mesh, mp_policy=inner, reshard_after_forward=resting)
-    fully_shard(trunk, mesh=layout.mesh, mp_policy=outer, reshard_after_forward=resting)
+        fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=resting)
+    fully_shard(trunk, mesh=mesh, mp_policy=outer, reshard_after_forward=resting)
 
 
-def _shard_head(head: nn.Module, layout: Layout, resting: bool) -> None:
-    if layout.compile:
+def _shard_head(head: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool) -> None:
+    if parallel.compile:
         compile_forward(head)
-    fully_shard(head, mesh=layout.mesh, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=resting)
+    fully_shard(head, mesh=mesh, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=resting)
+
+
+def dtype_of(parallel: Parallel) -> torch.dtype:
+    """In which weights rest, heads compute and images come; bf16 is what trunks make of it."""
+    return torch.float64 if parallel.precision == "float64" else torch.float32
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's own shard of a tensor; a tensor that is not sharded is its own."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def saved(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and the buffers that files hold, by name, this rank's shards of them.
+
+    FSDP swaps a module's parameters for gathered ones while it runs, so lists of shards are taken once, before.
+    """
+    persistent = module.state_dict().keys()
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor for name, tensor in tensors.items() if name in persistent}
 
 
 def compile_forward(module: nn.Module) -> None:
@@ -97,11 +103,11 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raises UserError where compiled code for the device could not be built: on a CPU it is C++."""
-    if device.type == "cpu" and not has_cpp_compiler():
+def check_compiler(parallel: Parallel, device: torch.device) -> None:
+    """Raises UserError where code is to be compiled and cannot be: for a CPU it is C++."""
+    if parallel.compile and device.type == "cpu" and not has_cpp_compiler():
         raise UserError(
-            "parallel.compile (true) must have a C++ compiler on a CPU, and $CXX or g++ is none; "
+            "parallel.compile (true) needs a C++ compiler on a CPU, and neither $CXX nor g++ is one; "
             "install g++ or pass parallel.compile=false"
         )
 

@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from engine.recipe.sections import Optimizer
+from engine.torch_internals import lerp_each_
 from engine.training.loss import contrastive_loss
-from engine.training.optim import build_optimizer, local
-from engine.training.schedule import Schedule
+from engine.training.optim import build_optimizer
+from engine.training.parallelize import local, saved
+from engine.training.schedule import MocoSchedule
 from engine.training.update import Applied, Update
-from models.moco import MoCo, update_momentum
+from models.moco import MoCo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class TrainState:
     def __init__(
         self,
         moco: MoCo,
-        schedule: Schedule,
+        schedule: MocoSchedule,
         optimizer: Optimizer,
         *,
         temperature: float,
@@ -53,25 +55,22 @@ class TrainState:
         group: dist.ProcessGroup,
     ):
         self.moco, self.schedule, self.temperature, self.group = moco, schedule, temperature, group
-        # FSDP swaps a module's parameters for gathered ones while it runs, so lists of shards are taken once, here.
-        self.parameters, self.buffers = dict(moco.named_parameters()), dict(moco.named_buffers())
+        self.saved = {f"model.{name}": tensor for name, tensor in saved(moco).items()}
         with torch.no_grad():
             self.base_shards = [local(p) for p in moco.base.parameters()]
             self.momentum_shards = [local(p) for p in moco.momentum.parameters()]
-        trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        trained = {name: p for name, p in moco.named_parameters() if p.requires_grad}
         self.update = Update(
             build_optimizer(optimizer, trained.values(), mesh["shard"].get_group()),
             trained,
-            list(self.buffers.values()),
+            list(moco.buffers()),
             group=group,
             copies=mesh["replicate"].size(),
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint holds, by name; loading fills them in place."""
-        persistent = self.moco.state_dict().keys()
-        model = {f"model.{n}": t for n, t in (self.parameters | self.buffers).items() if n in persistent}
-        return model | self.update.tensors()
+        return self.saved | self.update.tensors()
 
 
 def train_step(state: TrainState, images: Tensor) -> StepOutput:
@@ -84,7 +83,8 @@ def train_step(state: TrainState, images: Tensor) -> StepOutput:
     momentum = state.schedule.momentum_at(step)
     state.update.begin()
 
-    update_momentum(state.momentum_shards, state.base_shards, momentum)
+    # Parameters alone: the momentum encoder's BatchNorm buffers follow its own forward.
+    lerp_each_(state.momentum_shards, state.base_shards, 1 - momentum)
     keys = moco.keys(images)
     gathered = KeyGather(keys, state.group)
     features, queries = moco.queries(images)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.errors import RunFailed
 from engine.torch_internals import copy_each_, norm_each
-from engine.training.optim import local
+from engine.training.parallelize import local
 
 SKIPS_IN_A_ROW = 10  # steps without update after which a run has failed
 
@@ -32,12 +32,13 @@ class Update:
     and the optimizer's state stay as they are, and the tensors of `kept` return to what they were at `begin`.
 
     Args:
-        optimizer: leaves its step out where its `found_inf` is 1; one that knows no `found_inf` has None there, and its
-            parameters and state are in `kept`. A group's `lr_scale` is its share of the learning rate.
+        optimizer: a group's `lr_scale` is its share of the learning rate.
         trained: its parameters, by name.
         kept: what else a step changes, as BatchNorm's buffers.
         group: the ranks over which gradients are spread; None where each rank has the whole of them.
         copies: of every shard in the group.
+        knows_found_inf: whether the optimizer skips its step where its `found_inf` is 1; if not, its parameters and
+            state must be in `kept`.
     """
 
     def __init__(

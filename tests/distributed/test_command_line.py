@@ -273,7 +273,10 @@ def mistakes(stories, pictures, tmp_path_factory) -> dict[str, tuple[Ended, Path
         ("rate", "run.dir ({at}) holds a run with other values: optimizer.base_lr (0.004 -> 0.5); "),
         ("epochs", "run.dir ({at}) holds a run with other values: train.epochs (30 -> 40); "),
         ("images", "data.root ({tar}) must hold the images that the run in {at} began with; "),
-        ("compiler", "parallel.compile (true) must have a C++ compiler on a CPU, and $CXX or g++ is none; install g++"),
+        (
+            "compiler",
+            "parallel.compile (true) needs a C++ compiler on a CPU, and neither $CXX nor g++ is one; install g++",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(mistakes, name, line):

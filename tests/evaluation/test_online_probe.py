@@ -12,7 +12,7 @@ from engine.evaluation.online_probe import PEAK_LR, OnlineProbe
 from engine.training.schedule import Schedule
 
 CLASSES, IMAGES, BATCH, STEPS = 6, 240, 40, 30
-SCHEDULE = Schedule(1.0, BATCH, epochs=5, warmup_epochs=1, steps_per_epoch=IMAGES // BATCH, momentum=0.9)
+SCHEDULE = Schedule(peak_lr=BATCH / 256, epochs=5, warmup_epochs=1, steps_per_epoch=IMAGES // BATCH)
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal"}  # what asks the device for an answer
 
 

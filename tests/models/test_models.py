@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from engine.recipe.load import load
-from engine.runs.pretrain import make_networks
+from engine.runs.pretrain import make_moco
 from models.architecture import of_name, of_shapes
-from models.moco import update_momentum
 from models.norm import GlobalBatchNorm
 from models.resnet import build_resnet
 from models.shapes import RESNET_SHAPES, VIT_SHAPES
@@ -41,7 +40,7 @@ def test_positions_of_an_oblong_grid_count_row_by_row():
 def test_initial_weights_have_the_reference_statistics(name):
     golden = json.loads((GOLDEN / "E_initial_weights.json").read_text())[name]
     recipe = load(ROOT / f"recipes/{'vit_s' if name == 'vit_small' else 'vit_conv_s'}.yaml")
-    moco = make_networks(recipe)
+    moco = make_moco(recipe)
     trained = {n: p.requires_grad for n, p in moco.named_parameters() if not n.startswith("momentum.")}
     expected = {our_name(n): v for n, v in golden.items()}
     assert trained.keys() == expected.keys()
@@ -57,7 +56,7 @@ def test_initial_weights_have_the_reference_statistics(name):
 
 
 def test_momentum_encoder_starts_as_a_copy_and_takes_no_gradient():
-    moco = make_networks(load(ROOT / "recipes/quickstart_conv.yaml"))
+    moco = make_moco(load(ROOT / "recipes/quickstart_conv.yaml"))
     values = dict(moco.initial_values(seed=1))
     copies = [n for n in values if n.startswith("momentum.")]
     assert len(copies) > 30
@@ -68,7 +67,7 @@ def test_momentum_encoder_starts_as_a_copy_and_takes_no_gradient():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_builds_on_the_meta_device(path):
     recipe = load(path)
-    moco = make_networks(recipe)
+    moco = make_moco(recipe)
     assert {p.device.type for p in (*moco.parameters(), *moco.buffers())} == {"meta"}
     trunk = moco.base.trunk
     size = recipe.model.image_size
@@ -123,18 +122,9 @@ def test_every_resnet_of_a_name_is_torchvisions_and_may_be_trained(name):
     recipe = load(ROOT / "recipes/resnet50_100ep.yaml", [f"model.name={name}"])
     with torch.device("meta"):
         theirs = getattr(torchvision.models, name)().state_dict()
-    found = {n: t.shape for n, t in make_networks(recipe).base.trunk.state_dict().items()}
+    found = {n: t.shape for n, t in make_moco(recipe).base.trunk.state_dict().items()}
     assert found == {n: t.shape for n, t in theirs.items() if not n.startswith("fc.")}
     assert of_shapes(found, None, None).name == of_name(name, 224, None).name == name
-
-
-def test_update_moves_towards_the_base_encoder():
-    base, momentum = [torch.full((3,), 2.0)], [torch.zeros(3)]
-    update_momentum(momentum, base, 0.75)
-    assert momentum[0].tolist() == [0.5] * 3
-    assert base[0].tolist() == [2.0] * 3
-    update_momentum(base, base, 0.3)
-    assert base[0].tolist() == [2.0] * 3  # equal encoders stay as they are, to the bit
 
 
 def test_chance_level_of_a_new_network():

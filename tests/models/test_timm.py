@@ -14,7 +14,7 @@ from engine.distributed.world import process_group
 from engine.errors import UserError
 from engine.files import read_rows
 from engine.recipe.load import load
-from engine.runs.pretrain import make_networks, pretrain
+from engine.runs.pretrain import make_moco, pretrain
 from models.architecture import of_name
 from models.dry_step import why_untrainable
 from models.moco import MoCo
@@ -120,7 +120,7 @@ def test_constants_of_a_network_take_the_type_of_its_step(name):
 def test_a_network_that_does_not_train_is_refused_before_the_run(name, precision, words):
     size = timm.get_pretrained_cfg(name).input_size[-1]
     with pytest.raises(UserError, match=words) as error:
-        make_networks(recipe(name, size, f"parallel.precision={precision}"))
+        make_moco(recipe(name, size, f"parallel.precision={precision}"))
     assert "\n" not in str(error.value)
 
 

@@ -20,7 +20,7 @@ from engine.evaluation.subject import open_subject
 from engine.recipe.load import load
 from engine.recipe.sections import Linear
 from engine.runs import linear as linear_module
-from engine.runs.linear import LinearTask, linear
+from engine.runs.linear import LinearClassification, linear
 from tests.runs.reading import unread_keys
 from tests.runs.small import CHECKPOINT, ROOT, VAL, linear_recipe, rows, run_linear
 
@@ -92,7 +92,7 @@ def test_the_result_is_the_best_epochs(finished):
 
 def test_an_early_end_inside_an_epoch_is_no_epoch():
     rows = [{"epoch": 0.5, "linear_top1": 0.9}, {"epoch": 1.0, "linear_top1": 0.3}, {"epoch": 2.0, "linear_top1": 0.3}]
-    reported = LinearTask.reported
+    reported = LinearClassification.reported
     assert reported(None, rows) is rows[1]
     assert reported(None, rows[:1]) is rows[0]
 

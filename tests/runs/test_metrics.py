@@ -109,7 +109,7 @@ def test_a_knn_row_is_known_by_its_top1(tmp_path):
 def test_other_ranks_write_nothing(tmp_path):
     log = MetricsLog(tmp_path / "run", -1, enabled=False)
     log_steps(log, range(0, 4))
-    log.images("views/1", torch.zeros(3, 4, 4, dtype=torch.uint8), 1)
+    log.picture("views/1", torch.zeros(3, 4, 4, dtype=torch.uint8), 1)
     log.sync()
     log.close()
     assert list(tmp_path.iterdir()) == []
@@ -118,7 +118,7 @@ def test_other_ranks_write_nothing(tmp_path):
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     log = MetricsLog(tmp_path, -1)
     log_steps(log, range(0, 7))
-    log.images("views/1", torch.full((3, 4, 5), 200, dtype=torch.uint8), 1)
+    log.picture("views/1", torch.full((3, 4, 5), 200, dtype=torch.uint8), 1)
     log.close()
     log = MetricsLog(tmp_path, 4)
     log_steps(log, range(4, 9))

@@ -18,7 +18,7 @@ from engine.errors import RunFailed, UserError
 from engine.export import main
 from engine.recipe.identity import fingerprint
 from engine.recipe.load import dump, load
-from engine.runs.pretrain import make_networks
+from engine.runs.pretrain import make_moco
 from engine.weights.export import export, export_classifier, is_file
 from engine.weights.formats import transformers
 from engine.weights.formats.table import NAMES, page
@@ -180,7 +180,7 @@ def fresh_checkpoint(folder: Path, *overrides: str) -> Path:
     """A run at step 0, with random weights and BatchNorm statistics that are not those of a fresh network."""
     recipe = load(ROOT / "recipes" / "quickstart.yaml", [f"run.dir={folder}", *overrides])
     torch.manual_seed(0)
-    tensors = {f"model.{name}": value for name, value in make_networks(recipe).initial_values(0)}
+    tensors = {f"model.{name}": value for name, value in make_moco(recipe).initial_values(0)}
     for name, tensor in tensors.items():
         if tensor.ndim == 1 and name.endswith("weight"):  # zero where a fresh network's blocks do nothing
             tensor += 0.5
