@@ -1,5 +1,6 @@
-"""The three ways in which a command ends early, and an error as one line of text."""
+"""The three ways in which a command ends early, and what an error says in one line of text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -22,3 +23,14 @@ class Interrupted(Exception):
 def one_line(value: Any) -> str:
     """The value's text without line breaks or repeated blanks."""
     return " ".join(str(value).split())
+
+
+def reason(error: BaseException) -> str:
+    """Why it failed, in one line: of an OSError what the system says, without the path."""
+    return one_line(getattr(error, "strerror", None) or error)
+
+
+def listed(names: Sequence[str], most: int = 10, between: str = ", ") -> str:
+    """The first `most` of them, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.errors import UserError
+from engine.errors import UserError, reason
 from engine.files import lock, replace_file
 from engine.logger import warn
 
@@ -40,10 +40,10 @@ def _entries(checkpoints: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"checkpoint folder ({checkpoints}) must be a readable folder; {error.strerror}") from error
+        raise UserError(f"checkpoint folder ({checkpoints}) must be a readable folder; {reason(error)}") from error
 
 
-def set_aside(checkpoint: Path, reason: str) -> None:
+def set_aside(checkpoint: Path, why: str) -> None:
     """Rename a damaged checkpoint to step_X.damaged-1 (or -2, ...), never to be loaded or overwritten, and say so.
 
     Raises OSError.
@@ -52,7 +52,7 @@ def set_aside(checkpoint: Path, reason: str) -> None:
     while os.path.lexists(target := checkpoint.with_name(f"{checkpoint.name}.damaged-{count}")):
         count += 1
     checkpoint.rename(target)
-    warn(f"checkpoint {checkpoint} is damaged: {reason}; it is set aside as {target.name}")
+    warn(f"checkpoint {checkpoint} is damaged: {why}; it is set aside as {target.name}")
 
 
 def read_pointer(checkpoints: Path, pointer: str) -> str | None:

@@ -12,10 +12,8 @@ from engine.checkpoint import dcp, layout
 from engine.checkpoint.manifest import Damaged, Manifest, read_manifest, verify
 from engine.checkpoint.metadata import entry, read_metadata
 from engine.distributed.agreement import agreement, broadcast, rank, size
-from engine.errors import UserError
+from engine.errors import UserError, listed
 from engine.logger import warn
-
-_LISTED = 10  # problems that an error names
 
 
 def newest_valid(checkpoints: Path, group: dist.ProcessGroup | None = None) -> Path | None:
@@ -123,8 +121,7 @@ def _match(path: Path, manifest: Manifest, tensors: dict[str, torch.Tensor], ign
 
 
 def _mismatch(path: Path, problems: list[str]) -> str:
-    more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-    return f"checkpoint ({path}) must hold exactly these tensors: {'; '.join(problems[:_LISTED])}{more}"
+    return f"checkpoint ({path}) must hold exactly these tensors: {listed(problems, between='; ')}"
 
 
 def _text(described: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.data.decode import is_image_name
 from engine.data.paths import Names
-from engine.errors import UserError, one_line
+from engine.errors import UserError, one_line, reason
 from engine.files import draft, publish
 from engine.logger import warn
 
@@ -77,7 +77,7 @@ def open_index(tar: Path) -> TarIndex:
                 return index
         index = _scan(tar)
     except OSError as error:
-        raise UserError(f"tar ({tar}) must be readable; {error.strerror or error}") from error
+        raise UserError(f"tar ({tar}) must be readable; {reason(error)}") from error
     _save(index, tar, stamp)
     return index
 

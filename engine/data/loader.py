@@ -29,7 +29,7 @@ from engine.data.decode import CenterCrop, Crops
 from engine.data.order import REPEAT, Order
 from engine.data.source import Source
 from engine.distributed.launcher import local_ranks
-from engine.errors import UserError
+from engine.errors import UserError, one_line
 from engine.torch_internals import end_workers
 
 _PREFETCH = 2  # batches that each worker has under way or waiting
@@ -168,7 +168,7 @@ def _read(source: Source, i: int) -> Image.Image | Bad:
     except MemoryError:
         raise
     except Exception as error:  # broken files make Pillow raise nearly anything; all of it is reported
-        return Bad(source.name(i), " ".join(f"{type(error).__name__}: {error}".split()))
+        return Bad(source.name(i), one_line(f"{type(error).__name__}: {error}"))
 
 
 def _next_readable(source: Source, i: int) -> tuple[int, Image.Image | None]:

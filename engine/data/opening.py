@@ -8,7 +8,7 @@ from engine.data.folder import open_folder
 from engine.data.shards import open_shards
 from engine.data.source import Root, Source, Split
 from engine.data.torchvision import open_torchvision
-from engine.errors import UserError
+from engine.errors import UserError, listed, reason
 
 # What data.source may name (engine.recipe.sections.Data has the same list), and what opens a split of such a root.
 OPENERS: dict[str, Callable[[Root, Split], Source | None]] = {
@@ -28,7 +28,7 @@ def open_source(root: Root, split: Split) -> Source | None:
         return OPENERS[root.kind](root, split)
     except OSError as error:
         if root.path.exists():
-            raise UserError(f"{root} must be readable; {error.strerror or error}") from error
+            raise UserError(f"{root} must be readable; {reason(error)}") from error
         raise UserError(f"{root} must exist; pass {root.key}=/path/to/images") from error
 
 
@@ -50,7 +50,7 @@ def align_labels(train: Source, val: Source) -> Source:
     unknown = [name for name in val.classes if name not in known]
     if unknown:
         raise UserError(
-            f"validation classes ({', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}) must be among the "
+            f"validation classes ({listed(unknown, most=5)}) must be among the "
             f"{len(known)} classes of the training data; name the folders alike"
         )
     aligned.labels, aligned.classes = val.labels_among(train.classes), train.classes

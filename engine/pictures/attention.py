@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from engine.data.decode import CenterCrop, decode
-from engine.errors import UserError
+from engine.errors import UserError, reason
 from engine.evaluation.subject import open_subject
 from engine.pictures.canvas import FAINT, HEADER, MARGIN, WIDTH, Sheet, style
 
@@ -40,8 +40,7 @@ def _read(file: Path) -> Image.Image:
     try:
         return decode(file.read_bytes())
     except Exception as error:  # broken files make Pillow raise nearly anything
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"IMAGE ({file}) must be a readable image: {reason}; pass another") from error
+        raise UserError(f"IMAGE ({file}) must be a readable image: {reason(error)}; pass another") from error
 
 
 def check_attention(trunk: nn.Module, origin: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.errors import UserError
+from engine.errors import UserError, reason
 
 try:
     import matplotlib
@@ -79,7 +79,7 @@ def write(out: Path, content: bytes) -> None:
     try:
         out.write_bytes(content)
     except OSError as error:
-        raise UserError(f"OUT ({out}) must be writable: {error.strerror}; name another") from error
+        raise UserError(f"OUT ({out}) must be writable: {reason(error)}; name another") from error
 
 
 class Sheet:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.errors import UserError
+from engine.errors import UserError, reason
 from engine.files import read_rows
 from engine.recipe.identity import fingerprint
 from engine.recipe.load import loads, task_of
@@ -115,7 +115,7 @@ def read_run(path: Path) -> Run:
     except OSError as error:
         missing = Path(error.filename).name if path.is_dir() else "the folder"
         raise UserError(
-            f"RUN ({path}) must be a run directory; {missing} cannot be read: {error.strerror}; name another"
+            f"RUN ({path}) must be a run directory; {missing} cannot be read: {reason(error)}; name another"
         ) from error
     recipe = loads(text, f"recipe ({recipe_file})", kind=RECIPES[task_of(text) or "pretrain"])
     return Run(path.resolve().name, recipe, rows)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine.errors import UserError, one_line
+from engine.errors import UserError, one_line, reason
 from engine.recipe.keys import keys_of, read, show, wrong
 from engine.recipe.plain import parse, unparse
 from engine.recipe.sections import RECIPES, SCHEMA, Data, Finetune, Model, Pretrain, Recipe
@@ -28,12 +28,12 @@ def load(path: str | Path, overrides: Sequence[str] = (), kind: type[AnyRecipe] 
     Raises UserError for a file that cannot be read, is not YAML or not a mapping, for a task other than `kind`, for an
     unknown or missing key, and for a value of a wrong type, out of range or at odds with another.
     """
+    origin = f"recipe ({one_line(path)})"
     try:
         text = Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        reason = one_line(getattr(error, "strerror", None) or error)
-        raise UserError(f"recipe ({one_line(path)}) must be a readable file: {reason}; pass the path of one") from None
-    return loads(text, f"recipe ({one_line(path)})", overrides, kind)
+        raise UserError(f"{origin} must be a readable file: {reason(error)}; pass the path of one") from None
+    return loads(text, origin, overrides, kind)
 
 
 def loads(text: str | bytes, origin: str, overrides: Sequence[str] = (), kind: type[AnyRecipe] = Pretrain) -> AnyRecipe:

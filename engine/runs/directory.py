@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.distributed.agreement import agreement, broadcast
 from engine.distributed.world import World
-from engine.errors import UserError
+from engine.errors import UserError, reason
 from engine.files import lock, remove_drafts, replace_file
 from engine.logger import warn
 from engine.recipe.load import dump, task_of
@@ -71,7 +71,7 @@ class RunDirectory:
                 warn(f"no file locks in {self.path}: nothing keeps another launch from writing there")
         except OSError as error:
             raise UserError(
-                f"run.dir ({self.path}) must be a writable folder: {error.strerror}; pass run.dir=/path/to/runs"
+                f"run.dir ({self.path}) must be a writable folder: {reason(error)}; pass run.dir=/path/to/runs"
             ) from error
 
     def _check_visible(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from engine.errors import RunFailed, UserError, one_line
+from engine.errors import RunFailed, UserError, one_line, reason
 from engine.files import draft, publish, sync
 from engine.logger import note
 from engine.weights.card import model_card
@@ -157,7 +157,7 @@ def _folder_beside(out: Path) -> Iterator[Path]:
             folder.mkdir()
         except OSError as error:
             raise UserError(
-                f"OUT ({out}) must lie in a folder that can be written: {error.strerror}; pass another"
+                f"OUT ({out}) must lie in a folder that can be written: {reason(error)}; pass another"
             ) from None
         yield folder
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import UserError, one_line
+from engine.errors import UserError, listed, one_line
 from engine.weights.formats.table import NAMES, page
 from engine.weights.names import TRUNK, Naming
 from engine.weights.safely import open_file
@@ -92,7 +92,9 @@ def _open(path: Path) -> Found:
         one_line(key)[:80] for key, value in inner.items() if not isinstance(key, str) or not isinstance(value, Tensor)
     ]
     if odd or not inner:
-        raise UserError(f"weights ({path}) must be a table of tensors by name; found {', '.join(odd[:5]) or 'nothing'}")
+        raise UserError(
+            f"weights ({path}) must be a table of tensors by name; found {listed(odd, most=5) or 'nothing'}"
+        )
     said = {} if inner is content else {k: v for k, v in content.items() if v is not inner}
     get = {name: tensor.detach for name, tensor in inner.items()}
     # The reference's DeiT form says nothing, and its heads are 12 like those of the whole file.
@@ -134,7 +136,7 @@ def _reference(found: Found, naming: Naming) -> Weights:
     )
     weights = _whole(weights, architecture)
     left = [key for key in ("optimizer", "scaler") if said.get(key) is not None]
-    notes = (f"not taken over from {found.origin}: {', '.join(left)}",) if left else ()
+    notes = (f"ignored in {found.origin}: {listed(left)}",) if left else ()
     return dataclasses.replace(weights, about=about, notes=(*notes, *_notes_on_images(found)))
 
 
@@ -164,8 +166,7 @@ def _trunk(found: Found, about: About | None) -> Weights:
         check_names(weights.shapes, expected, found.origin)
         weights = dataclasses.replace(weights, about=about, shapes=expected)
     left += dropped
-    more = " and others" if len(left) > 5 else ""
-    notes = (f"not taken over from {found.origin}, for no trunk has it: {', '.join(left[:5])}{more}",) if left else ()
+    notes = (f"ignored in {found.origin}, for no trunk has it: {listed(left, most=5)}",) if left else ()
     return dataclasses.replace(weights, notes=(*notes, *_notes_on_images(found)))
 
 

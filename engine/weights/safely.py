@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.errors import UserError, one_line
+from engine.errors import UserError, one_line, reason
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _ADVICE = "use an intact copy, or a file of another source"
@@ -41,8 +41,7 @@ def open_file(path: Path) -> Opened:
         with path.open("rb") as file:
             head = file.read(9)
     except (OSError, ValueError) as error:
-        reason = one_line(getattr(error, "strerror", None) or error)
-        raise UserError(f"file ({path}) must be readable: {reason}; pass the path of one") from None
+        raise UserError(f"file ({path}) must be readable: {reason(error)}; pass the path of one") from None
     if len(head) == 9 and head[8:] == b"{":
         return _open_safetensors(path)
     if head.startswith((_ZIP, _PICKLE)):
@@ -50,8 +49,8 @@ def open_file(path: Path) -> Opened:
     raise _refused(path, "it begins like neither a safetensors file nor one of torch.save")
 
 
-def _refused(path: Path, reason: str) -> UserError:
-    return UserError(f"file ({path}) must hold weights: {reason}; {_ADVICE}")
+def _refused(path: Path, why: str) -> UserError:
+    return UserError(f"file ({path}) must hold weights: {why}; {_ADVICE}")
 
 
 def _open_safetensors(path: Path) -> Opened:

@@ -10,14 +10,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
+from engine.errors import UserError, listed
 from engine.recipe.load import loads
 from models.architecture import Architecture, trunk_shapes
 
 MARK = "moco_v3_engine"  # metadata of every safetensors file that is written here
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of published files
 REFERENCE_LICENCE = "CC-BY-NC-4.0"
-LISTED = 10  # names that an error lists
 BASE = "base.trunk."  # how the tensors of one trunk alone begin
 
 EncoderName = Literal["base", "momentum"]
@@ -156,8 +155,7 @@ def check_names(found: dict[str, torch.Size], expected: dict[str, torch.Size], o
         if name in expected and shape != expected[name]
     ]
     if problems:
-        more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        raise UserError(f"weights ({origin}) must be those of the network: {'; '.join(problems[:LISTED])}{more}")
+        raise UserError(f"weights ({origin}) must be those of the network: {listed(problems, between='; ')}")
 
 
 def fill_trunk(weights: Weights) -> nn.Module:
