@@ -46,9 +46,9 @@ def _is_valid(folder: Path) -> bool:
         return True
     except Damaged as damage:
         try:
-            layout.set_aside(folder, damage.reason)
+            layout.set_aside(folder, damage.why)
         except OSError as error:
-            warn(f"checkpoint {folder} is damaged: {damage.reason}; it could not be set aside ({error})")
+            warn(f"checkpoint {folder} is damaged: {damage.why}; it could not be set aside ({error})")
         return False
 
 
@@ -58,12 +58,12 @@ def load(
     *,
     ignore: tuple[str, ...] = (),
     group: dist.ProcessGroup | None = None,
-) -> dict[str, Any]:
-    """Fill `tensors` in place from a checkpoint of any world size and sharding; returns its `state`.
+) -> None:
+    """Fill `tensors` in place from a checkpoint of any world size and sharding.
 
     Every rank of `group` (gloo) calls it with the same names, in its own sharding. Every byte is compared with its
     checksum first, each rank reading a share of the files. Whole shapes and dtypes must be those saved, and every
-    name must be in the checkpoint. It holds no other, but for names that begin as one of `ignore`.
+    name must be in the checkpoint. It holds no other names, except those that begin with one of `ignore`.
     Raises UserError on every rank, before any tensor changes; if the data itself is refused while it is read,
     the error says that the tensors are spoiled.
     """
@@ -72,7 +72,6 @@ def load(
         manifest, metadata = _open(path, share_of=(rank(group), size(group)))
         _match(path, manifest, tensors, ignore)
     dcp.read(path, metadata, tensors, group)
-    return manifest.state
 
 
 def read_tensors(path: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
+from engine.errors import UserError, reason
 from engine.files import replace_file
 
 NAME = "MANIFEST.json"
@@ -21,22 +21,20 @@ _READERS = 8  # hashing leaves the interpreter's lock, so threads help
 class Damaged(UserError):
     """A path that is no checkpoint, or one that is not as it was written."""
 
-    def __init__(self, path: Path, reason: str):
-        super().__init__(f"checkpoint ({path}) must be whole: {reason}; use another checkpoint or a copy of this one")
-        self.reason = reason
+    def __init__(self, path: Path, why: str):
+        super().__init__(f"checkpoint ({path}) must be whole: {why}; use another checkpoint or a copy of this one")
+        self.why = why
 
 
-class Unreadable(UserError):
-    """A checkpoint that could not be read now, for a reason that is not its own: a network, a permission."""
-
-    def __init__(self, path: Path, error: OSError):
-        super().__init__(f"checkpoint ({path}) must be readable: {error.strerror or error}; run the same command again")
+def unreadable(path: Path, error: OSError) -> UserError:
+    """For a checkpoint that could not be read now, for a reason that is not its own: a network, a permission."""
+    return UserError(f"checkpoint ({path}) must be readable: {reason(error)}; run the same command again")
 
 
 @dataclass(frozen=True)
 class Manifest:
     """step counts finished updates; files: {name: {"bytes", "sha256"}}; tensors: {name: {"shape", "dtype"}} of whole
-    tensors, dtype as in "float32"; state: JSON of the trainer."""
+    tensors, dtype as in "float32"; state: JSON of the run (engine.checkpoint.state)."""
 
     step: int
     world_size: int
@@ -58,7 +56,7 @@ def checksum(path: Path) -> dict[str, Any]:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     content = {"format": FORMAT, **asdict(manifest)}
     content["manifest_sha256"] = own_checksum(content)
-    replace_file(folder / NAME, json.dumps(content, indent=1) + "\n")
+    replace_file(folder / NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def own_checksum(content: dict[str, Any]) -> str:
@@ -70,7 +68,7 @@ def own_checksum(content: dict[str, Any]) -> str:
 def read_manifest(path: Path) -> Manifest:
     """The manifest of one checkpoint folder, after the checks that cost nothing: names, presence and size of files.
 
-    Contents of files are compared by `verify`. Raises Damaged or Unreadable, both UserError.
+    Contents of files are compared by `verify`. Raises UserError; Damaged where the fault is the checkpoint's own.
     """
     path = Path(path)
     manifest = _parse(path)
@@ -93,7 +91,7 @@ def _parse(path: Path) -> Manifest:
     except FileNotFoundError:
         raise Damaged(path, f"it has no {NAME}") from None
     except OSError as error:
-        raise Unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         raise Damaged(path, f"{NAME} cannot be read ({error})") from error
     if not isinstance(content, dict) or any(type(content.get(key)) is not kind for key, kind in _TYPES.items()):
@@ -115,7 +113,7 @@ def _check_file(path: Path, name: str, entry: Any) -> None:
     except FileNotFoundError:
         raise Damaged(path, f"{name} is missing") from None
     except OSError as error:
-        raise Unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except ValueError as error:
         raise Damaged(path, f"{name} cannot be read ({error})") from error
     if found != entry["bytes"]:
@@ -131,13 +129,13 @@ def _regular(file: Path) -> int:
 
 
 def verify(path: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Compare the contents of all files (or of those named) with their checksums. Raises Damaged or Unreadable."""
+    """Compare the contents of all files (or of those named) with their checksums. Raises Damaged, or UserError."""
     path, names = Path(path), list(manifest.files if names is None else names)
     try:
         with ThreadPoolExecutor(_READERS) as readers:
             found = list(readers.map(lambda name: checksum(path / name), names))
     except OSError as error:
-        raise Unreadable(path, error) from error
+        raise unreadable(path, error) from error
     for name, entry in zip(names, found, strict=True):
         if entry != manifest.files[name]:
             raise Damaged(path, f"{name} does not match its checksum")

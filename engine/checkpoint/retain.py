@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch.distributed as dist
-
 from engine.checkpoint import layout
 from engine.distributed.agreement import rank
 from engine.errors import UserError
@@ -11,7 +9,7 @@ from engine.files import aside, remove, sync
 from engine.logger import warn
 
 
-def retain(checkpoints: Path, keep: int, group: dist.ProcessGroup | None = None) -> list[Path]:
+def retain(checkpoints: Path, keep: int) -> list[Path]:
     """Remove all but the newest `keep` checkpoints and those that `latest` and `best` name; returns the removed.
 
     Every rank may call it; rank 0 works and nobody waits. Damaged checkpoints that were set aside and foreign files
@@ -19,7 +17,7 @@ def retain(checkpoints: Path, keep: int, group: dist.ProcessGroup | None = None)
     """
     if keep < 1:
         raise ValueError(f"keep ({keep}) must be at least 1")
-    if rank(group) != 0:
+    if rank() != 0:
         return []
     checkpoints = Path(checkpoints)
     try:
@@ -44,14 +42,14 @@ def _remove(folder: Path) -> bool:
     return True
 
 
-def clean(checkpoints: Path, group: dist.ProcessGroup | None = None) -> list[Path]:
+def clean(checkpoints: Path) -> list[Path]:
     """At the start of a run: remove unfinished saves and removals; returns the removed.
 
     Every rank may call it; rank 0 works and nobody waits. Where another process is saving, or where that cannot be
     known (no file locks), all stays and a line says so.
     """
     checkpoints = Path(checkpoints)
-    if rank(group) != 0:
+    if rank() != 0:
         return []
     try:
         return _clean(checkpoints)

@@ -1,10 +1,8 @@
 """Write a checkpoint so that it is there completely or not at all."""
 
-import json
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,41 +10,35 @@ import torch.distributed as dist
 from engine.checkpoint import dcp, layout
 from engine.checkpoint.manifest import Damaged, Manifest, checksum, read_manifest, verify, write_manifest
 from engine.checkpoint.metadata import entry
+from engine.checkpoint.state import RunState
 from engine.distributed.agreement import agreement, all_gather, broadcast, rank, size
 from engine.errors import UserError
 from engine.files import aside, publish, remove
 from engine.logger import warn
 
 
-class SaveFailed(UserError):
-    """A checkpoint was not written; those before it are as they were."""
-
-
 def save(
     checkpoints: Path,
-    step: int,
     tensors: dict[str, torch.Tensor],
-    state: dict[str, Any],
+    state: RunState,
     *,
     recipe_sha256: str,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Save `tensors` and `state` as checkpoints/step_<step> and let `latest` name it. Every rank of `group` calls it.
+    """Save `tensors` and `state` as checkpoints/step_<state.step>, which `latest` then names. All of `group` call it.
 
     tensors: the same names, whole shapes and dtypes on every rank. DTensors are written in shards, each once; a plain
-    tensor must be equal on all ranks and is written by one of them. state: JSON with text keys (tuples come back as
-    lists), that of rank 0 counts. `group` must carry CPU messages (gloo).
+    tensor must be equal on all ranks and is written by one of them. state: that of rank 0 counts. `group` must carry
+    CPU messages (gloo).
 
     A valid checkpoint of this step and recipe that is already there is kept as it is. Returns the folder.
-    Raises SaveFailed on every rank if any rank cannot write. For mistakes of the caller: TypeError (the state is not
-    JSON), ValueError (ranks hand in different tensors).
+    Raises UserError on every rank if any rank cannot write; what was there before is as it was. Raises ValueError for a
+    mistake of the caller: ranks hand in different tensors.
     """
-    final = Path(checkpoints) / layout.step_name(step)
-    with agreement(group):
-        _check_json(state)
+    final = Path(checkpoints) / layout.step_name(state.step)
     contents = {name: entry(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     _check_same(contents, group)
-    content, draft = Manifest(step, size(group), recipe_sha256, {}, contents, state), None
+    content, draft = Manifest(state.step, size(group), recipe_sha256, {}, contents, state.to_json()), None
     with ExitStack() as held:
         try:
             with agreement(group):
@@ -59,27 +51,9 @@ def save(
         except UserError as error:
             if draft is not None and rank(group) == 0:
                 _discard(draft)
-            raise SaveFailed(_lost(final, error)) from error
+            raise UserError(_lost(final, error)) from error
         _name_latest(final, group)
     return final
-
-
-def _check_json(state: dict[str, Any]) -> None:
-    def check_keys(value: Any, where: str) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                if not isinstance(key, str):
-                    raise TypeError(f"{where} has the key {key!r}, which JSON would turn into text")
-                check_keys(item, f"{where}[{key!r}]")
-        elif isinstance(value, list | tuple):
-            for item in value:
-                check_keys(item, where)
-
-    check_keys(state, "state")
-    try:
-        json.dumps(state, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"state must be JSON: {error}") from error
 
 
 def _check_same(contents: dict[str, dict], group: dist.ProcessGroup | None) -> None:
@@ -98,7 +72,7 @@ def _begin(final: Path, recipe_sha256: str) -> Path | None:
             found = read_manifest(final)
             verify(final, found)
         except Damaged as error:
-            layout.set_aside(final, error.reason)
+            layout.set_aside(final, error.why)
         else:
             if found.recipe_sha256 != recipe_sha256:
                 raise UserError(f"{final.name} exists and is of another recipe; use another run.dir")
@@ -139,7 +113,7 @@ def _name_latest(final: Path, group: dist.ProcessGroup | None) -> None:
             if rank(group) == 0:
                 layout.point(final.parent, "latest", final)
     except UserError as error:
-        raise SaveFailed(f"checkpoint ({final}) is saved, but `latest` could not be written: {error}") from error
+        raise UserError(f"checkpoint ({final}) is saved, but `latest` could not be written: {error}") from error
 
 
 def _discard(draft: Path) -> None:

@@ -38,7 +38,7 @@ class RunState:
 
     @classmethod
     def read(cls, checkpoint: Path, manifest: Manifest) -> "RunState":
-        """The state of a checkpoint whose manifest was read. Raises UserError (Damaged) where it is none of a run."""
+        """The state of a checkpoint whose manifest was read. Raises Damaged where it is not the state of a run."""
         found = dict(manifest.state)
         if "images" not in found:  # until schema 2: {"data": train} of pre-training, {"train", "val"} of the others
             former = {"train": found.get("data", found.get("train")), "val": found.get("val")}
@@ -47,9 +47,9 @@ class RunState:
         try:
             state = cls(**known)
         except TypeError as error:
-            raise Damaged(checkpoint, f"its state is none of a run ({error})") from None
+            raise Damaged(checkpoint, f"its state is not the state of a run ({error})") from None
         if problem := state._problem():
-            raise Damaged(checkpoint, f"its state is none of a run: {problem}")
+            raise Damaged(checkpoint, f"its state is not the state of a run: {problem}")
         return state
 
     def _problem(self) -> str | None:

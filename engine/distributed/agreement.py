@@ -9,7 +9,7 @@ import torch.distributed as dist
 from engine.errors import UserError, one_line
 
 
-def rank(group: dist.ProcessGroup | None) -> int:
+def rank(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
@@ -63,7 +63,10 @@ def describe(error: BaseException) -> str:
 
 
 def by_rank(failures: dict[int, str], ranks: int) -> str:
-    """{2: "disk full", 3: "disk full"} as one line that says each thing once; what rank 0 alone meets is named bare."""
+    """{2: "disk full", 3: "disk full"} as one line that says each thing once.
+
+    A failure of rank 0 alone is given without its rank.
+    """
     texts = dict.fromkeys(failures.values())
     if len(texts) == 1 and len(failures) in (ranks, int(0 in failures)):
         return next(iter(texts))

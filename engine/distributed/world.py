@@ -40,7 +40,7 @@ class World:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def made_by(self) -> dict[str, str]:
-        """What computes here, for whoever finds the results."""
+        """The versions and hardware that compute here, for whoever finds the results later."""
         return {
             "engine": engine.__version__,
             "torch": torch.__version__,

@@ -49,8 +49,8 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
             fresh, copied = [*OF_TRUNK, "optimizer"], "; the momentum trunk is a copy of the base trunk"
         note(f"fresh: {', '.join(fresh)}{copied}")
         licence = source.about and source.about.licence
-        saved = RunState(0, dump(recipe), images={}, licence=licence, made_by=world.made_by()).to_json()
-        path = save(checkpoints, 0, tensors, saved, recipe_sha256=fingerprint(recipe), group=world.host_group)
+        saved = RunState(0, dump(recipe), images={}, licence=licence, made_by=world.made_by())
+        path = save(checkpoints, tensors, saved, recipe_sha256=fingerprint(recipe), group=world.host_group)
     return {"checkpoint": str(path), "fresh": fresh}
 
 

@@ -57,7 +57,7 @@ def _newest(directory: RunDirectory, task: Task) -> tuple[Path, Manifest, RunSta
         UserError: on every rank, where the run was begun with other values, images or weights, or would be buried.
     """
     group = task.world.host_group
-    clean(directory.checkpoints, group)
+    clean(directory.checkpoints)
     checkpoint = newest_valid(directory.checkpoints, group)
     with agreement(group):
         if checkpoint is None:

@@ -106,14 +106,12 @@ class Trainer:
                 self.log.sync()
             save(
                 self.checkpoints,
-                self.task.step,
                 self.task.tensors(),
-                self.task.state().to_json(),
+                self.task.state(),
                 recipe_sha256=fingerprint(self.task.recipe),
                 group=self.world.host_group,
             )
-            if self.world.is_first:
-                retain(self.checkpoints, self.plan.keep)
+            retain(self.checkpoints, self.plan.keep)
         self._restart_clock()
 
     def _restart_clock(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.checkpoint.save import save
-from tests.checkpoint.examples import SHA, STATE, example_tensors
+from tests.checkpoint.examples import SHA, example_state, example_tensors
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,7 @@ def saved(tmp_path_factory) -> Path:
     """A folder with the steps 250 and 500."""
     checkpoints = tmp_path_factory.mktemp("run") / "checkpoints"
     for step in (250, 500):
-        save(checkpoints, step, example_tensors(), STATE | {"step": step}, recipe_sha256=SHA)
+        save(checkpoints, example_tensors(), example_state(step), recipe_sha256=SHA)
     return checkpoints
 
 

@@ -6,10 +6,14 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint.manifest import NAME, checksum, own_checksum
+from engine.checkpoint.state import RunState
 
 SHA = "0" * 64
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
-STATE = {"sample": 7, "lr": 0.1 + 0.2, "recipe": {"model": {"name": "vit"}}, "best": None}
+
+
+def example_state(step: int) -> RunState:
+    return RunState(step, "task: pretrain # \u00fc\n", {"train": "7"}, bad_images=7, made_by={"device": "CPU"})
 
 
 def example_tensors() -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from engine.checkpoint.load import load, read_tensors
 from engine.checkpoint.manifest import read_manifest, verify
 from engine.checkpoint.save import save
 from engine.errors import UserError
-from tests.checkpoint.examples import SHA, blank, example_tensors, reseal
+from tests.checkpoint.examples import SHA, blank, example_state, example_tensors, reseal
 
 
 class Bomb:
@@ -91,7 +91,7 @@ def test_objects_that_are_no_tensors(checkpoints, tmp_path):
     tensors = example_tensors() | {"model.weight": Bomb(mark)}
     shutil.rmtree(folder)
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
-    save(checkpoints, 500, example_tensors(), {}, recipe_sha256=SHA)
+    save(checkpoints, example_tensors(), example_state(500), recipe_sha256=SHA)
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), planner=planner, no_dist=True)
     content = table(folder)
     content.storage_meta = None

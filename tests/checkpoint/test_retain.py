@@ -9,12 +9,12 @@ from engine.checkpoint import layout
 from engine.checkpoint.load import newest_valid
 from engine.checkpoint.retain import clean, retain
 from engine.checkpoint.save import save
-from tests.checkpoint.examples import SHA
+from tests.checkpoint.examples import SHA, example_state
 
 
 def test_retain_spares_what_is_new_or_named(tmp_path):
     for step in range(1, 7):
-        save(tmp_path, step, {"x": torch.ones(1)}, {}, recipe_sha256=SHA)
+        save(tmp_path, {"x": torch.ones(1)}, example_state(step), recipe_sha256=SHA)
     layout.point(tmp_path, "best", tmp_path / "step_0000002")
     layout.point(tmp_path, "latest", tmp_path / "step_0000003")
     (tmp_path / "step_0000001.damaged-1").mkdir()

@@ -187,7 +187,7 @@ def fresh_checkpoint(folder: Path, *overrides: str) -> Path:
         if name.endswith(("running_mean", "running_var")):
             tensor += 0.1 * torch.rand(tensor.shape)
     state = RunState(0, dump(recipe), images={})
-    save(folder / "checkpoints", 0, tensors, state.to_json(), recipe_sha256=fingerprint(recipe))
+    save(folder / "checkpoints", tensors, state, recipe_sha256=fingerprint(recipe))
     return folder
 
 
