@@ -24,9 +24,9 @@ def main(arguments: list[str]) -> None:
     from engine.weights.opening import open_weights
 
     command = shlex.join(["python", "-m", "engine.export", *arguments])
-    source = partial(open_weights, options.checkpoint)
+    original = partial(open_weights, options.checkpoint)
     chosen = {"encoder": options.encoder, "force": options.force}
-    result(export(source, options.out, options.format, command=command, **chosen))
+    result(export(original, options.out, options.format, command=command, **chosen))
 
 
 if __name__ == "__main__":

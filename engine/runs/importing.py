@@ -14,13 +14,12 @@ from engine.distributed.world import process_group
 from engine.errors import UserError
 from engine.logger import note
 from engine.recipe.identity import fingerprint
-from engine.recipe.load import Pretrain, dump, shape
+from engine.recipe.load import Pretrain, dump
 from engine.runs.pretrain import build_state, make_moco, make_schedule
 from engine.training.parallelize import local
 from engine.weights.adopt import adopt
 from engine.weights.opening import open_weights
-from engine.weights.weights import Weights
-from models.architecture import of_name
+from engine.weights.weights import Weights, declared
 
 OF_TRUNK = ("base.projector", "momentum.trunk", "momentum.projector", "predictor")  # what a trunk alone lacks
 
@@ -35,8 +34,8 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
     if checkpoint_folders(checkpoints):
         raise UserError(f"RUN_DIR ({recipe.run.dir}) must hold no checkpoint yet; pass another folder")
     moco = make_moco(recipe)
-    source = open_weights(str(file))
-    weights = _fitted(source, recipe, interpolate)
+    original = open_weights(str(file))
+    weights = _fitted(original, recipe, interpolate)
     # One process needs no replicas; what it saves loads into any sharding.
     alone = dataclasses.replace(recipe.parallel, shard="full", replicate=1, compile=False)
     with process_group() as world:
@@ -48,23 +47,23 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
         if not weights.is_whole:
             fresh, copied = [*OF_TRUNK, "optimizer"], "; the momentum trunk is a copy of the base trunk"
         note(f"fresh: {', '.join(fresh)}{copied}")
-        licence = source.about and source.about.licence
+        licence = original.about and original.about.licence
         saved = RunState(0, dump(recipe), images={}, licence=licence, made_by=world.made_by())
         path = save(checkpoints, tensors, saved, recipe_sha256=fingerprint(recipe), group=world.host_group)
     return {"checkpoint": str(path), "fresh": fresh}
 
 
-def _fitted(source: Weights, recipe: Pretrain, interpolate: bool) -> Weights:
-    """The weights for the recipe's network, after saying what is not taken over and what is taken for granted."""
+def _fitted(original: Weights, recipe: Pretrain, interpolate: bool) -> Weights:
+    """The weights for the recipe's network, after saying what is ignored and what is assumed."""
     model = recipe.model
-    architecture = of_name(model.name, model.image_size, shape(model))
-    weights = adopt(source, architecture, (model.projector_hidden_dim, model.output_dim), interpolate=interpolate)
-    for line in source.notes:
+    architecture = declared(model)
+    weights = adopt(original, architecture, (model.projector_hidden_dim, model.output_dim), interpolate=interpolate)
+    for line in original.notes:
         note(line)
-    if source.about is None and architecture.kind == "vit":
+    if original.about is None and architecture.kind == "vit":
         count = architecture.arguments["heads"]
         note(
-            f"{source.origin} does not say how many heads its attention has; {count} are taken, as the recipe's "
+            f"{original.origin} does not say how many heads its attention has; {count} are assumed, from the recipe's "
             "model.heads"
         )
     return weights

@@ -19,7 +19,6 @@ from engine.errors import UserError
 from engine.evaluation.online_probe import PREFIX
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.logger import say, warn
-from engine.recipe.load import shape
 from engine.recipe.sections import Pretrain
 from engine.runs.log import Row
 from engine.runs.monitor import has_monitor, make_probe, monitor_row
@@ -31,7 +30,7 @@ from engine.training.parallelize import check_compiler, compiled, dtype_of, mate
 from engine.training.schedule import MocoSchedule
 from engine.training.step import StepOutput, TrainState, train_step
 from engine.training.update import Update
-from models.architecture import of_name
+from engine.weights.weights import declared
 from models.moco import MoCo
 
 
@@ -58,7 +57,7 @@ def make_moco(recipe: Pretrain) -> MoCo:
     model = recipe.model
     with torch.device("meta"):
         try:
-            architecture = of_name(model.name, model.image_size, shape(model))
+            architecture = declared(model)
             architecture.check_step(bf16=recipe.parallel.precision == "bf16")
             build = partial(architecture.build, freeze_patch_projection=model.freeze_patch_projection)
             return MoCo(build, model.projector_hidden_dim, model.output_dim)

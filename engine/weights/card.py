@@ -2,7 +2,7 @@
 
 from engine.recipe.identity import flatten
 from engine.recipe.load import loads
-from engine.weights.formats.table import page
+from engine.weights.formats.table import format_page
 from engine.weights.weights import About
 
 SHOWN = (
@@ -18,14 +18,14 @@ SHOWN = (
 
 def model_card(about: About, name: str, encoder: str, command: str) -> str:
     """Markdown with the front matter that model hubs read. `command`: the one that made the export."""
-    form, arch = page(name), about.architecture.name
+    page, arch = format_page(name), about.architecture.name
     licence, note = "# fill in", ""
     if about.licence:
         licence = about.licence.lower()
         note = (
             f"\nThese weights come from files published under {about.licence}, which binds what is made of them too.\n"
         )
-    facts = _facts(about, "base and momentum, with heads" if form.whole else encoder)
+    facts = _facts(about, "base and momentum, with heads" if page.whole else encoder)
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     how, learned = "pre-trained with MoCo v3", "self-supervised"
     if about.finetuned is not None:
@@ -35,7 +35,7 @@ def model_card(about: About, name: str, encoder: str, command: str) -> str:
         f"---\nlicense: {licence}\ntags: [moco-v3, {learned}, feature-extraction]\n---\n\n"
         f"# {arch}, {how}\n{note}\n"
         f"| | |\n|---|---|\n{table}\n\n"
-        f"## Use\n\n```python\n{form.use.replace('ARCH', arch)}\n```\n\n## Made by\n\n```\n{command}\n```\n{recipes}"
+        f"## Use\n\n```python\n{page.use.replace('ARCH', arch)}\n```\n\n## Made by\n\n```\n{command}\n```\n{recipes}"
     )
 
 

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from engine.errors import RunFailed, UserError, one_line, reason
 from engine.files import draft, publish, sync
 from engine.logger import note
 from engine.weights.card import model_card
-from engine.weights.formats.table import NAMES, page
+from engine.weights.formats.table import NAMES, format_page
 from engine.weights.prove import prove
 from engine.weights.weights import EncoderName, Head, Weights
 from models.architecture import Architecture, by_shape
@@ -27,7 +26,7 @@ KINDS = {"vit": "a plain ViT", "resnet": "a ResNet", "timm": "a timm model"}
 
 
 def export(
-    open_source: Callable[[], Weights],
+    open_original: Callable[[], Weights],
     out: Path,
     name: str,
     *,
@@ -35,24 +34,25 @@ def export(
     force: bool = False,
     command: str = "",
 ) -> dict[str, Any]:
-    """Write the weights that `open_source` opens to `out` in the format `name`.
+    """Write the weights that `open_original` opens to `out` in the format `name`.
 
-    open_source: picklable, for the proof runs in a process of its own. command: for the model card.
+    open_original: picklable, for the proof runs in a process of its own. command: for the model card.
     Returns {"files", "max_feature_difference"}: paths, and the largest difference over the largest feature.
     Raises UserError before any work where the request cannot be met; RunFailed where the proof fails, and `out` is as
     it was.
     """
     check_out(out, name, force)
-    source, trunk = open_source(), encoder or "base"
-    for line in source.notes:
+    original, trunk = open_original(), encoder or "base"
+    for line in original.notes:
         note(line)
-    architecture = fitting_architecture(source, name, encoder)
-    about = dataclasses.replace(source.known(), architecture=architecture)
-    weights = dataclasses.replace(source if page(name).whole else source.trunk(trunk), about=about)
+    architecture = fitting_architecture(original, name, encoder)
+    about = dataclasses.replace(original.known(), architecture=architecture)
+    weights = dataclasses.replace(original if format_page(name).whole else original.trunk(trunk), about=about)
+    card = None if is_file(out) else model_card(about, name, trunk, command)
     with _folder_beside(out) as folder:
         target = folder / out.name
-        _write(weights, target, name, card=partial(model_card, about, name, trunk, command))
-        difference = _in_own_process(prove, open_source, trunk, name, target, architecture)
+        _write(weights, target, name, card)
+        difference = _in_own_process(prove, open_original, trunk, name, target, architecture)
         note(f"proof: the largest difference of features is {difference:.1e} of the largest feature")
         files = _publish(folder, out, force)
     return {"files": files, "max_feature_difference": difference}
@@ -81,9 +81,9 @@ def export_classifier(weights: Weights, head: Head, out: Path) -> None:
 
 def check_out(out: Path, name: str, force: bool) -> None:
     """Raises UserError where OUT cannot be written in this format, a library is missing, or something is there."""
-    form = page(name)
-    if is_file(out) and not out.name.endswith(form.endings):
-        kinds = ", ".join(form.endings) or "no single file"
+    page = format_page(name)
+    if is_file(out) and not out.name.endswith(page.endings):
+        kinds = ", ".join(page.endings) or "no single file"
         raise UserError(f"OUT ({out}) must end in {kinds} for --format {name}, or be a folder; change its name")
     if out.exists() and not force:
         raise UserError(f"OUT ({out}) must not exist; pass another name, or --force to replace it")
@@ -91,33 +91,35 @@ def check_out(out: Path, name: str, force: bool) -> None:
         raise UserError(f"OUT ({out}) must not be a {'folder' if out.is_dir() else 'file'}; pass another name")
     if not out.resolve().parent.is_dir():
         raise UserError(f"OUT ({out}) must lie in a folder that exists; make {out.resolve().parent}")
-    missing = [library for library in form.libraries if importlib.util.find_spec(library) is None]
+    missing = [library for library in page.libraries if importlib.util.find_spec(library) is None]
     if missing:
-        raise UserError(f"--format ({name}) must have {', '.join(missing)} installed; do `pip install -e '.[export]'`")
+        verb = "is" if len(missing) == 1 else "are"
+        raise UserError(
+            f"--format ({name}) needs {', '.join(missing)}, which {verb} not installed; do `pip install -e '.[export]'`"
+        )
 
 
 def is_file(out: Path) -> bool:
-    return any(out.name.endswith(page(name).endings) for name in NAMES)
+    return any(out.name.endswith(format_page(name).endings) for name in NAMES)
 
 
 def fitting_architecture(weights: Weights, name: str, encoder: str | None) -> Architecture:
     """The trunk as the format takes it. Raises UserError where these weights have no place in it."""
-    form = page(name)
-    if form.whole and encoder == "momentum":
+    page = format_page(name)
+    if page.whole and encoder == "momentum":
         raise UserError(f"--encoder (momentum) must be left out for --format {name}, which holds both encoders")
-    if form.whole and not weights.is_whole:
+    if page.whole and not weights.is_whole:
         raise UserError(
-            f"--format ({name}) must get both encoders and their heads; {weights.origin} holds one trunk alone"
+            f"--format ({name}) takes only both encoders with their heads; {weights.origin} holds one trunk alone"
         )
-    architecture = by_shape(weights.known().architecture) if form.by_shape else weights.known().architecture
-    if architecture.kind not in form.kinds:
-        fitting = " or ".join(KINDS[kind] for kind in form.kinds)
-        raise UserError(f"--format ({name}) must get {fitting}; the trunk is {architecture.name}")
-    if architecture.has_conv_stem and not form.conv_stem:
-        able = [other for other in NAMES if page(other).conv_stem]
+    architecture = by_shape(weights.known().architecture) if page.by_shape else weights.known().architecture
+    if architecture.kind not in page.kinds:
+        fitting = " or ".join(KINDS[kind] for kind in page.kinds)
+        raise UserError(f"--format ({name}) takes only {fitting}; the trunk is {architecture.name}")
+    if architecture.has_conv_stem and not page.conv_stem:
+        able = [other for other in NAMES if format_page(other).conv_stem]
         raise UserError(
-            f"--format ({name}) must get a ViT without conv stem, which {name} cannot represent; "
-            f"use {', '.join(able[:-1])} or {able[-1]}"
+            f"--format ({name}) takes only a ViT without conv stem; use {', '.join(able[:-1])} or {able[-1]}"
         )
     return architecture
 
@@ -125,17 +127,17 @@ def fitting_architecture(weights: Weights, name: str, encoder: str | None) -> Ar
 # ---- whole or not at all ---------------------------------------------------------------------------------------------
 
 
-def _write(weights: Weights, target: Path, name: str, card: Callable[[], str] | None = None) -> None:
+def _write(weights: Weights, target: Path, name: str, card: str | None = None) -> None:
     """The weights in one file; in a folder, what the format and the model card say beside it."""
-    form, file = page(name), target
+    page, file = format_page(name), target
     try:
         if not is_file(target):
             target.mkdir()
-            file = target / form.file
-            form.config(weights, target)
+            file = target / page.file
+            page.config(weights, target)
             if card is not None:
-                (target / "README.md").write_text(card(), encoding="utf-8")
-        form.write(weights, file)
+                (target / "README.md").write_text(card, encoding="utf-8")
+        page.write(weights, file)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a full disk
         raise RunFailed(f"{target.name} could not be written ({one_line(error)[:300]}); nothing was left") from error
 

@@ -16,22 +16,22 @@ SAFETENSORS = (".safetensors",)
 
 
 def read_by_us(path: Path, architecture: Architecture, images: Tensor) -> None:
-    """`Format.features` of a form that no other library loads."""
+    """`Format.features` of a format that no other library loads."""
 
 
 def nothing(weights: Weights, folder: Path) -> None:
-    """`Format.config` of a form whose weights stand alone."""
+    """`Format.config` of a format whose weights stand alone."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A form that weights are written in.
+    """A format that weights are written in.
 
     file: their name inside a folder. endings: of OUT as a single file; () where it must be a folder.
     write: the weights into a file. config: what else a folder holds, but for the model card. use: Python for that card;
         PATH and ARCH stand for the folder and the network's name.
-    features: [B, D] (logits where the weights have a head) of images [B, 3, S, S], by the library that the form is for,
-        from the file or folder; None where this project's own reader is the one that loads it.
+    features: [B, D] (logits where the weights have a head) of images [B, 3, S, S], by the library that the format is
+        for, from the file or folder; None where this project's own reader is the one that loads it.
     namings: in which tensors are written; () where no tensors can be read back.
     libraries: which write it and load it. whole: both encoders and the heads, not one trunk.
     kinds: of trunks that fit; by_shape: a timm model counts as the ViT or ResNet that it is by names and shapes.

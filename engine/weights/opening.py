@@ -4,7 +4,7 @@ A CHECKPOINT is a run directory, a checkpoint directory, an exported file or fol
 `timm/<name>`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,17 +20,18 @@ from engine.checkpoint.state import RunState
 from engine.errors import UserError, one_line
 from engine.files import read_rows
 from engine.logger import note
-from engine.recipe.load import loads, shape, task_of
+from engine.recipe.load import loads, task_of
+from engine.recipe.sections import Pretrain
 from engine.weights.read import own_words, read_weights
-from engine.weights.weights import BASE, About, EncoderName, Weights, base_shapes, check_names, renaming
-from models.architecture import Architecture, moco_shapes, of_name, trunk_shapes
+from engine.weights.weights import BASE, About, EncoderName, Weights, base_shapes, check_names, declared, renaming
+from models.architecture import Architecture, moco_shapes, trunk_shapes
 from models.shapes import TIMM
 
 MODEL = "model."  # how the networks' tensors begin in a sharded checkpoint
 
 
 def open_trunk(checkpoint: str, encoder: EncoderName = "base", *, untrained: bool = False) -> Weights:
-    """One trunk's weights of a CHECKPOINT, or what they were before training; says what is not taken over.
+    """One trunk's weights of a CHECKPOINT, or what they were before training; says what is ignored.
 
     Raises UserError.
     """
@@ -97,22 +98,24 @@ def _from_shards(folder: Path) -> Weights:
             "pass the CHECKPOINT that it was made on"
         )
     recipe = loads(state.recipe, f"recipe of {folder}")
-    architecture = of_name(recipe.model.name, recipe.model.image_size, shape(recipe.model))
-    expected = moco_shapes(architecture, recipe.model.projector_hidden_dim, recipe.model.output_dim)
+    about = _about(recipe, state, _metrics(folder.parent.parent / "metrics.jsonl", state.step))
+    expected = moco_shapes(about.architecture, recipe.model.projector_hidden_dim, recipe.model.output_dim)
     names = {name.removeprefix(MODEL): name for name in manifest.tensors if name.startswith(MODEL)}
-    rows = _metrics(folder.parent.parent / "metrics.jsonl", manifest.step)
-    about = About(
-        architecture,
+    return _stored(folder, manifest, about, names, expected)
+
+
+def _about(recipe: Pretrain, state: RunState, metrics: Mapping[str, float]) -> About:
+    return About(
+        declared(recipe.model),
         recipe.model.image_size,
         recipe.augment.mean,
         recipe.augment.std,
         recipe=state.recipe,
-        step=manifest.step,
-        epoch=int(rows["epoch"]) if "epoch" in rows else None,
-        knn_top1=rows.get("knn_top1"),
+        step=state.step,
+        epoch=int(metrics["epoch"]) if "epoch" in metrics else None,
+        knn_top1=metrics.get("knn_top1"),
         licence=state.licence,
     )
-    return _stored(folder, manifest, about, names, expected)
 
 
 def _from_finetuned(folder: Path, manifest: Manifest, about: About) -> Weights:

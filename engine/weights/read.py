@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError, listed, one_line
-from engine.weights.formats.table import NAMES, page
+from engine.weights.formats.table import NAMES, format_page
 from engine.weights.names import TRUNK, Naming
-from engine.weights.safely import open_file
+from engine.weights.untrusted import open_file
 from engine.weights.weights import BASE, IMAGENET, MARK, REFERENCE_LICENCE, About, Weights, base_shapes, check_names
 from models.architecture import Architecture, bounded, moco_shapes, of_shapes, trunk_shapes
 
@@ -71,7 +71,7 @@ def _file(path: Path) -> Path:
         raise UserError(f"weights ({path}) must not be ONNX, which holds a program; pass what it was exported from")
     if not path.is_dir():
         return path
-    files = list(dict.fromkeys(page(name).file for name in NAMES if page(name).namings))
+    files = list(dict.fromkeys(format_page(name).file for name in NAMES if format_page(name).namings))
     found = [path / name for name in files if (path / name).exists()]
     if not found:
         raise UserError(
@@ -107,7 +107,7 @@ def _interpret(found: Found) -> Weights:
     naming = _naming_of(found, whole=True)
     if naming is None:
         return _trunk(found, about)
-    if naming in page("moco_v3").namings:
+    if naming in format_page("moco_v3").namings:
         return _reference(found, naming)
     if about is None:
         raise UserError("its metadata must say what network it is of; it has none")
@@ -116,7 +116,7 @@ def _interpret(found: Found) -> Weights:
 
 def _naming_of(found: Found, whole: bool) -> Naming | None:
     """The naming of a file of all networks, or of one trunk alone: of several that fit, the one with most to show."""
-    known = [naming for name in NAMES if page(name).whole == whole for naming in page(name).namings]
+    known = [naming for name in NAMES if format_page(name).whole == whole for naming in format_page(name).namings]
     fitting = [naming for naming in known if any(name.startswith(naming.sign) for name in found.shapes)]
     return max(fitting, key=lambda naming: len(naming.sign), default=None)
 
@@ -174,7 +174,7 @@ def _notes_on_images(found: Found) -> tuple[str, ...]:
     """Published weights are of ImageNet; our own files in their forms may be of anything, and cannot say it."""
     if "model_args" not in found.said or MARK in found.said:
         return ()
-    return (f"{found.origin} does not say the mean and std of its images: ImageNet's are taken",)
+    return (f"{found.origin} does not say the mean and std of its images: ImageNet's are assumed",)
 
 
 def _about_published(architecture: Architecture) -> About:
@@ -200,15 +200,15 @@ def _renamed(naming: Naming, found: Found, about: About | None) -> Weights:
     """The tensors of a file under our names; several slices become one again."""
     names = {name: naming.ours(name) for name in found.shapes}
     unknown = [name for name, ours in names.items() if ours is None]
-    sources = {ours: naming.theirs(ours) for ours in names.values() if ours is not None}
-    missing = [other for theirs in sources.values() for other in theirs if other not in found.shapes]
+    slices = {ours: naming.theirs(ours) for ours in names.values() if ours is not None}
+    missing = [other for theirs in slices.values() for other in theirs if other not in found.shapes]
     if unknown or missing:
         check_names(dict.fromkeys(unknown, torch.Size()), dict.fromkeys(missing, torch.Size()), found.origin)
-    shapes = {name: _joined([found.shapes[other] for other in theirs]) for name, theirs in sources.items()}
+    shapes = {name: _joined([found.shapes[other] for other in theirs]) for name, theirs in slices.items()}
 
     def read(wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         for name in wanted:
-            parts = [found.get[other]() for other in sources[name]]
+            parts = [found.get[other]() for other in slices[name]]
             yield name, parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return Weights(about, shapes, read, found.origin)

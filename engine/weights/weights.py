@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError, listed
-from engine.recipe.load import loads
-from models.architecture import Architecture, trunk_shapes
+from engine.recipe.load import loads, shape
+from engine.recipe.sections import Model
+from models.architecture import Architecture, of_name, trunk_shapes
 
 MARK = "moco_v3_engine"  # metadata of every safetensors file that is written here
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of published files
@@ -25,7 +26,7 @@ Read = Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]]
 
 @dataclass(frozen=True)
 class About:
-    """What a source says of its tensors, as JSON holds it.
+    """What a file or a checkpoint says of its tensors, as JSON holds it.
 
     image_size, mean, std: of the images that the trunk takes. recipe: YAML. arch, epoch: as a published file has them.
     knn_top1: the run's newest at or before the step. licence: of the weights, where it is known.
@@ -90,7 +91,7 @@ class Weights:
     about: None for a bare trunk of others, which does not say how many heads its attention has.
     shapes: of every tensor that `read` can give.
     read: the named tensors on the CPU, one at a time.
-    origin: where they lie, for messages. notes: lines for the user on what was not taken over.
+    origin: where they lie, for messages. notes: lines for the user on what is ignored.
     head: of a trunk that has a classifier, to export both.
     """
 
@@ -110,8 +111,8 @@ class Weights:
         """`about`; raises UserError where it is not known."""
         if self.about is None:
             raise UserError(
-                f"weights ({self.origin}) must say what network they are of and how many heads it has, and do not; "
-                "import them with engine.import_weights and a recipe that says it"
+                f"weights ({self.origin}) do not say which network they are of or how many heads it has; "
+                "import them with engine.import_weights and a recipe that does"
             )
         return self.about
 
@@ -138,6 +139,11 @@ def renaming(read: Read, names: Mapping[str, str]) -> Read:
         return ((new[name], tensor) for name, tensor in read(new))
 
     return renamed
+
+
+def declared(model: Model) -> Architecture:
+    """The trunk that a recipe declares. Raises ValueError where there is no such trunk."""
+    return of_name(model.name, model.image_size, shape(model))
 
 
 def base_shapes(architecture: Architecture) -> dict[str, torch.Size]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.weights.formats.table import page
+from engine.weights.formats.table import format_page
 from engine.weights.opening import open_trunk
 from engine.weights.read import read_weights
 from engine.weights.weights import EncoderName, fill_trunk
@@ -22,7 +22,7 @@ def trunk_of(checkpoint: Path, encoder: EncoderName = "base") -> nn.Module:
 def write(file: Path, name: str, source: Path, encoder: EncoderName = "base") -> Path:
     """The weights of a file in another format, without proof."""
     weights = read_weights(source)
-    page(name).write(weights if page(name).whole else weights.trunk(encoder), file)
+    format_page(name).write(weights if format_page(name).whole else weights.trunk(encoder), file)
     return file
 
 

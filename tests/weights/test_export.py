@@ -21,7 +21,7 @@ from engine.recipe.load import dump, load
 from engine.runs.pretrain import make_moco
 from engine.weights.export import export, export_classifier, is_file
 from engine.weights.formats import transformers
-from engine.weights.formats.table import NAMES, page
+from engine.weights.formats.table import NAMES, format_page
 from engine.weights.opening import open_trunk, open_weights
 from engine.weights.weights import Head
 from tests.weights.files import GOLDEN, ROOT, trunk_of
@@ -116,7 +116,7 @@ def test_a_run_exports_to_timm_from_the_command_line(trained, features, tmp_path
     ],
 )
 def test_a_run_exports_to_every_format_that_fits(name, out, trained, features, tmp_path, here):
-    encoder = None if page(name).whole else "momentum"
+    encoder = None if format_page(name).whole else "momentum"
     result = export_here(trained, tmp_path / out, name, encoder=encoder)
     assert result["max_feature_difference"] <= TOLERANCE
     assert list(tmp_path.iterdir()) == [tmp_path / out]
@@ -227,7 +227,7 @@ def test_a_timm_trunk_exports_to_every_format_that_fits(name, formats, refused, 
     for format in formats.split():
         assert export_here(source, tmp_path / format, format)["max_feature_difference"] <= TOLERANCE
     for format in refused.split():
-        with pytest.raises(UserError, match="must get"):
+        with pytest.raises(UserError, match="takes only"):
             export_here(source, tmp_path / "refused", format)
 
 
@@ -296,7 +296,7 @@ def test_a_failed_proof_leaves_no_file_and_the_old_one(tmp_path, monkeypatch, he
     rows = tuple((ours, theirs[::-1]) for ours, theirs in transformers.VIT.rows)  # value, key, query
     monkeypatch.setattr(transformers, "VIT", transformers.VIT._replace(rows=rows))
     source = GOLDEN / "I_vit_small_shape.pth.tar"
-    with pytest.raises(Exception, match="other features than its source"):
+    with pytest.raises(Exception, match="other features than its original"):
         export_here(source, tmp_path / "out", "transformers")
     assert not list(tmp_path.iterdir())
 
@@ -307,12 +307,12 @@ def test_a_failed_proof_leaves_no_file_and_the_old_one(tmp_path, monkeypatch, he
         ("I_vit_small_shape.pth.tar", "a.onnx", "--format timm", "must end in .safetensors"),
         ("I_vit_small_shape.pth.tar", "a.pt", "--format transformers", "no single file"),
         ("I_vit_small_shape.pth.tar", "none/a", "--format timm", "folder that exists"),
-        ("I_vit_small_shape.pth.tar", "a", "--format torchvision", "must get a ResNet"),
+        ("I_vit_small_shape.pth.tar", "a", "--format torchvision", "takes only a ResNet"),
         ("I_vit_small_shape.pth.tar", "a", "--format moco_v3 --encoder momentum", "left out"),
         ("I_vit_conv_small_shape.pth.tar", "a", "--format timm", "conv stem"),
         ("I_vit_conv_small_shape.pth.tar", "a", "--format transformers", "conv stem"),
         ("missing.pth", "a", "--format timm", "must exist"),
-        ("A_vit_adamw.safetensors", "a", "--format timm", "what network they are of"),
+        ("A_vit_adamw.safetensors", "a", "--format timm", "which network they are of"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(checkpoint, out, options, message, tmp_path):
@@ -325,7 +325,8 @@ def test_what_cannot_be_is_said_before_any_work(checkpoint, out, options, messag
 def test_a_missing_library_names_the_extra(tmp_path, monkeypatch):
     real = __import__("importlib.util").util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxruntime" else real(name))
-    with pytest.raises(UserError, match=r"onnxruntime installed; do `pip install -e '\.\[export\]'`"):
+    advice = r"needs onnxruntime, which is not installed; do `pip install -e '\.\[export\]'`"
+    with pytest.raises(UserError, match=advice):
         main([str(GOLDEN / "I_vit_small_shape.pth.tar"), str(tmp_path / "a.onnx"), "--format", "onnx"])
 
 
@@ -356,7 +357,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(trained, tmp_path, here):
 WRITE = """
 import sys
 from pathlib import Path
-from engine.weights.formats.table import page
+from engine.weights.formats.table import format_page
 from engine.weights.opening import open_trunk, open_weights
 from engine.weights.weights import Head
 
@@ -365,7 +366,7 @@ def status(key):
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
 
 checkpoint, out, name = sys.argv[1:]
-form, weights = page(name), open_weights(checkpoint)
+form, weights = format_page(name), open_weights(checkpoint)
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 start = status("VmRSS")
 form.write(weights if form.whole else weights.trunk("base"), Path(out))

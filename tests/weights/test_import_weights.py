@@ -16,7 +16,7 @@ from engine.import_weights import main
 from engine.recipe.load import load
 from engine.recipe.sections import Pretrain
 from engine.runs.importing import import_weights
-from engine.weights.formats.table import page
+from engine.weights.formats.table import format_page
 from engine.weights.opening import open_weights
 from engine.weights.read import read_weights
 from models.vit import sincos_position
@@ -49,7 +49,7 @@ def test_a_published_file_becomes_a_checkpoint_that_a_run_goes_on_from(tmp_path,
 
     tensors = tensors_of(folder)
     assert not any(t.any() for n, t in tensors.items() if n.startswith("optimizer."))
-    page("moco_v3").write(open_weights(str(folder)), tmp_path / "back.pth.tar")
+    format_page("moco_v3").write(open_weights(str(folder)), tmp_path / "back.pth.tar")
     assert_same(state_dict(tmp_path / "back.pth.tar"), state_dict(PUBLISHED))
 
     command = [sys.executable, "-m", "engine.run", "recipes/quickstart.yaml", f"run.dir={folder}", *SHAPE]
@@ -71,9 +71,9 @@ def test_a_published_file_becomes_a_checkpoint_that_a_run_goes_on_from(tmp_path,
 @pytest.mark.parametrize(("name", "ending"), [("safetensors", ".safetensors"), ("moco_v3", ".pth.tar")])
 def test_our_exports_come_back_bit_for_bit(name, ending, tmp_path):
     file = tmp_path / f"a{ending}"
-    page(name).write(read_weights(PUBLISHED), file)
+    format_page(name).write(read_weights(PUBLISHED), file)
     assert import_weights(file, recipe(tmp_path / "run"))["fresh"] == ["optimizer"]
-    page("moco_v3").write(open_weights(str(tmp_path / "run")), tmp_path / "back.pth.tar")
+    format_page("moco_v3").write(open_weights(str(tmp_path / "run")), tmp_path / "back.pth.tar")
     assert_same(state_dict(tmp_path / "back.pth.tar"), state_dict(PUBLISHED))
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from engine.errors import UserError
 from engine.weights.export import fitting_architecture
 from engine.weights.formats import moco_v3, transformers
-from engine.weights.formats.table import NAMES, page
+from engine.weights.formats.table import NAMES, format_page
 from engine.weights.formats.timm import create_arguments
 from engine.weights.names import TRUNK
 from engine.weights.opening import open_weights
@@ -91,7 +91,7 @@ def test_the_deit_form_is_the_base_trunk_without_prefix_and_head(file, tmp_path)
     torch.save({"model": trunk}, tmp_path / "theirs.pth")  # as the reference's own script writes it
     assert open_weights(str(tmp_path / "theirs.pth")).about.architecture.arguments["heads"] == 12
     torch.save(trunk, tmp_path / "bare.pth")
-    with pytest.raises(UserError, match="what network they are of"):
+    with pytest.raises(UserError, match="which network they are of"):
         trunk_of(tmp_path / "bare.pth")
 
 
@@ -210,8 +210,8 @@ def test_the_proof_sees_another_number_of_heads_and_another_order_of_positions(t
         Weights(About(**wrong_heads), source.shapes, source.read, "heads"),
         Weights(about, source.shapes, read, "positions"),
     ):
-        page("timm").write(wrong.trunk("base"), tmp_path / "wrong.safetensors")
-        with pytest.raises(Exception, match="has other features than its source"):
+        format_page("timm").write(wrong.trunk("base"), tmp_path / "wrong.safetensors")
+        with pytest.raises(Exception, match="has other features than its original"):
             prove(lambda: source, "base", "timm", tmp_path / "wrong.safetensors", about.architecture)
 
 

@@ -9,6 +9,6 @@ if TYPE_CHECKING:
 NAMES = ("timm", "torchvision", "moco_v3", "deit", "safetensors", "transformers", "onnx")
 
 
-def page(name: str) -> "Format":
+def format_page(name: str) -> "Format":
     """What a format says of itself."""
     return import_module(f"engine.weights.formats.{name}").FORMAT

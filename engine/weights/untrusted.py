@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.errors import UserError, one_line, reason
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
-_ADVICE = "use an intact copy, or a file of another source"
+_ADVICE = "use an intact copy, or another file"
 
 
 @dataclass(frozen=True)
