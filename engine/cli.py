@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast, get_args
 
-from engine.distributed.launcher import end_with_launcher, local_rank, local_ranks, rank
+from engine.distributed.launcher import end_with_launcher, local_rank, local_ranks
 from engine.errors import Interrupted, RunFailed, UserError
-from engine.logger import note
+from engine.logger import note, rank
 from engine.recipe.load import AnyRecipe
 from engine.recipe.sections import Source
 from engine.runs.request import read_share, request

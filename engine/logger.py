@@ -17,13 +17,13 @@ SAID, NOTED, WARNED = logging.INFO, logging.INFO + 5, logging.WARNING
 
 def say(text: str) -> None:
     """What a run has to tell, on stdout, from rank 0 of the launch."""
-    if _rank() == 0:
+    if rank() == 0:
         _logger().log(SAID, text)
 
 
 def note(text: str) -> None:
     """Words beside a result, on stderr, from rank 0: for doors whose stdout is that result."""
-    if _rank() == 0:
+    if rank() == 0:
         _logger().log(NOTED, text)
 
 
@@ -32,7 +32,8 @@ def warn(text: str) -> None:
     _logger().log(WARNED, f"warning: {text}")
 
 
-def _rank() -> int:
+def rank() -> int:
+    """This process's number among all of the launch."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -51,7 +52,7 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stdout if record.levelno == SAID else sys.stderr
-        lead = "" if stream.isatty() else f"{_TIME.formatTime(record, _TIME.datefmt)} r{_rank()}  "
+        lead = "" if stream.isatty() else f"{_TIME.formatTime(record, _TIME.datefmt)} r{rank()}  "
         tqdm.write("\n".join(lead + line for line in record.getMessage().split("\n")), file=stream)
         stream.flush()
 

@@ -13,11 +13,6 @@ def is_launched() -> bool:
     return "RANK" in os.environ
 
 
-def rank() -> int:
-    """This process's number among all of the launch."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def ranks() -> int:
     """Processes of the launch."""
     return int(os.environ.get("WORLD_SIZE", "1"))
