@@ -4,31 +4,32 @@ codes, the result as JSON; and no process outlives its launcher."""
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from engine.distributed.launcher import end_with_launcher, local_rank, local_ranks
+from engine.distributed.launcher import end_with_launcher, local_rank, local_ranks, ranks
 from engine.errors import Interrupted, RunFailed, UserError
 from engine.logger import note, rank
-from engine.recipe.load import AnyRecipe
+from engine.recipe.keys import wrong
+from engine.recipe.load import AnyRecipe, check_world, load, locate
 from engine.recipe.sections import Source
-from engine.runs.request import read_share, request
 
 if TYPE_CHECKING:
     from engine.data.source import Root
     from engine.distributed.world import World
-    from engine.evaluation.subject import Choice
 
 FIRST_WORD_SECONDS = 10.0
 WORKERS_AT_MOST = 12  # processes per rank that decode, where --workers does not say
 SOURCES = get_args(Source)
 OVERRIDES = "dotted.key=value"
 IMAGES = "a folder of images, tars or one tar"
+ROOTS = {"data.root": "--train", "data.val_root": "--val"}  # of a recipe with labels
 
 
 # ---- a door's life ---------------------------------------------------------------------------------------------------
@@ -111,16 +112,12 @@ def at_least(least: int, name: str, do: str) -> Callable[[str], int]:
     return integer
 
 
-def counts(name: str, usual: int) -> Callable[[str], list[int]]:
-    """The type of the option `name`: numbers >= 1, with commas between them."""
-
-    def read(text: str) -> list[int]:
-        numbers = text.split(",")
-        if not all(n.isascii() and n.isdigit() and 0 < int(n) < 2**31 for n in numbers):
-            raise UserError(f"{name} ({text}) must be a number >= 1, or several as 10,20,100; {usual} is usual")
-        return [int(n) for n in numbers]
-
-    return read
+def read_k(text: str) -> list[int]:
+    """The type of --k: numbers >= 1, with commas between them."""
+    numbers = text.split(",")
+    if not all(n.isascii() and n.isdigit() and 0 < int(n) < 2**31 for n in numbers):
+        raise UserError(f"--k ({text}) must be a number >= 1, or several such as 10,20,100; 20 is usual")
+    return [int(n) for n in numbers]
 
 
 def refuse(options: Namespace, names: Iterable[str], where: str) -> None:
@@ -171,8 +168,8 @@ def add_subject(parser: ArgumentParser, *roots: str, required: bool = True) -> N
     parser.add_argument("--crop-fraction", type=float, help="of the resized shorter side (default: as it was trained)")
 
 
-def read_choice(options: Namespace) -> "Choice":
-    """What `engine.evaluation.subject.open_subject` is to know beside the CHECKPOINT. Raises UserError."""
+def read_choice(options: Namespace) -> dict[str, Any]:
+    """The keywords of `engine.evaluation.subject.open_subject`. Raises UserError."""
     fraction = options.crop_fraction
     if fraction is not None and not 0 < fraction <= 1:
         raise UserError(f"--crop-fraction ({fraction}) must be > 0 and <= 1; 0.875 is usual")
@@ -180,7 +177,7 @@ def read_choice(options: Namespace) -> "Choice":
         refuse(options, ["--features"], "for --baseline pixels, which has none")
     check_baseline(options)
     names = ("encoder", "features", "baseline", "crop_fraction")
-    return cast("Choice", {name: value for name in names if (value := getattr(options, name)) is not None})
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def check_baseline(options: Namespace) -> None:
@@ -202,22 +199,17 @@ def add_images(parser: ArgumentParser, *roots: str, required: bool = True) -> No
 
 
 def image_roots(options: Namespace, *names: str) -> "list[Root]":
-    """Where the options of these names say that images are, all of the kind of the first. Raises UserError."""
-    from engine.data.source import Root  # loads PyTorch
-
-    paths = [Path(_value(options, name)) for name in names]
-    kind = source_kind(options, paths[0])
-    return [Root(kind, path, name, options.dataset) for name, path in zip(names, paths, strict=True)]
-
-
-def source_kind(options: Namespace, root: str | Path) -> str:
-    """`given_source`, else what the files at `root` say. Raises UserError."""
+    """Where the options of these names say that images are: all of one kind, which is `given_source` or else what the
+    files of the first are. Raises UserError."""
     kind = given_source(options)
     if kind == "torchvision":
         require(options, ["--dataset"], "a class of torchvision.datasets; pass it with --source torchvision")
     from engine.data.opening import guess_kind  # loads PyTorch
+    from engine.data.source import Root
 
-    return kind or guess_kind(Path(root))
+    paths = [Path(_value(options, name)) for name in names]
+    kind = kind or guess_kind(paths[0])
+    return [Root(kind, path, name, options.dataset) for name, path in zip(names, paths, strict=True)]
 
 
 def given_source(options: Namespace) -> str | None:
@@ -239,7 +231,7 @@ def decoding_workers(options: Namespace) -> int:
 
 
 def add_overrides(parser: ArgumentParser, example: str) -> None:
-    parser.add_argument("overrides", nargs="*", default=[], metavar=OVERRIDES, help=f"as {example}")
+    parser.add_argument("overrides", nargs="*", default=[], metavar=OVERRIDES, help=f"for example {example}")
 
 
 def add_labelled_run(parser: ArgumentParser, recipes: str) -> None:
@@ -247,7 +239,7 @@ def add_labelled_run(parser: ArgumentParser, recipes: str) -> None:
     parser.set_defaults(recipes=recipes)
     parser.add_argument("--recipe", type=Path, help=recipes)
     parser.add_argument("--out", metavar="RUN_DIR", help="instead of the recipe's run.dir")
-    share = "of the training images, as many of every class, as 1%% (default: all)"
+    share = "of the training images, as many of every class, such as 1%% (default: all)"
     parser.add_argument("--labels", metavar="SHARE", help=share)
     add_overrides(parser, "train.epochs=30")
 
@@ -259,3 +251,44 @@ def read_labelled_run(options: Namespace, kind: type[AnyRecipe]) -> AnyRecipe:
     said |= {"data.source": given_source(options), "data.workers": options.workers, "run.dir": options.out}
     said["data.labels"] = options.labels and read_share(options.labels, "--labels")
     return request(kind, options.recipe, said, options.overrides)
+
+
+def request(kind: type[AnyRecipe], file: Path, said: Mapping[str, Any], overrides: Sequence[str]) -> AnyRecipe:
+    """The recipe of `file` with what is `said` ({dotted key: value}; None: nothing), and then the overrides.
+
+    Without roots the recipe's own are taken, which `locate` finds. With roots and without a source, it is what lies
+    there; but a torchvision dataset's root looks like any folder, so a recipe of one knows better than a guess.
+
+    Raises:
+        UserError: for the recipe, for one root without the other, and where the launch's ranks do not suit.
+    """
+    said = {key: value for key, value in said.items() if value is not None}
+    recipe = load(file, _overrides(said, overrides), kind)
+    missing, given = sorted(ROOTS, key=lambda key: key in said)
+    if given in said and missing not in said:
+        pass_both = "pass both, or none for the recipe's own"
+        raise UserError(f"{ROOTS[missing]} (missing) must be given with {ROOTS[given]}; {pass_both}")
+    if given not in said:
+        own = {key: getattr(recipe.data, key.removeprefix("data.")) for key in ROOTS}
+        said |= {key: str(locate(root, file)) for key, root in own.items() if root is not None}
+    elif "data.source" not in said and recipe.data.source != "torchvision":
+        from engine.data.opening import guess_kind  # loads PyTorch, and a mistake in the recipe should show before
+
+        said["data.source"] = guess_kind(Path(said["data.root"]))
+    recipe = load(file, _overrides(said, overrides), kind)
+    check_world(recipe, ranks())
+    return recipe
+
+
+def _overrides(said: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    # JSON is YAML: no path is taken for another kind of value.
+    return [*(f"{key}={json.dumps(value)}" for key, value in said.items()), *overrides]
+
+
+def read_share(text: str, key: str) -> float:
+    """The fraction, above 0 and up to 1, that a percentage says. Raises UserError, which calls it `key`."""
+    match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)%", text)
+    share = float(match[1]) / 100 if match else 0.0
+    if not 0 < share <= 1:
+        raise wrong(key, text, "a percentage above 0% and up to 100%, such as 1%", f"pass {key}=1%")
+    return share

@@ -26,7 +26,7 @@ def knn(arguments: list[str]) -> None:
     """Weighted k-nearest-neighbour classification: val's images by the labels of the nearest of train's."""
     parser = cli.Parser("engine.evaluate knn", knn.__doc__)
     cli.add_subject(parser, *SIDES)
-    parser.add_argument("--k", type=cli.counts("--k", 20), default=[20], help="neighbours that vote: 20, or 10,20,100")
+    parser.add_argument("--k", type=cli.read_k, default=[20], help="neighbours that vote: 20, or 10,20,100")
     options = parser.parse_args(arguments)
     choice, workers = cli.read_choice(options), cli.decoding_workers(options)
 

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 from engine.cli import (
     Parser,
+    add_encoder,
     add_images,
     add_overrides,
     at_least,
     decoding_workers,
     enter,
+    image_roots,
     result,
-    source_kind,
 )
 from engine.logger import note
 from engine.recipe.load import load
@@ -57,11 +58,14 @@ def _parser() -> Parser:
         kind.add_argument(name, type=count, default=default, help=f"{what} (default: {default})")
 
     add_overrides(add(views, "recipe"), "run.seed=1")
-    add(attention, "checkpoint", "image")
+    of_attention = add(attention, "checkpoint", "image")
     of_neighbours, of_map = add(neighbours, "checkpoint"), add(embedding, "checkpoint")
+    for kind in (of_attention, of_neighbours, of_map):
+        add_encoder(kind)
     for kind in (of_neighbours, of_map):
         add_images(kind, "--data")
-        add_count(kind, "--images", 5000, "at most, evenly spread over those of ROOT, its val ones where it has some")
+        what = "at most this many, evenly spread over ROOT's val images (all of ROOT where it has no val)"
+        add_count(kind, "--images", 5000, what)
     add_count(of_neighbours, "--queries", 8, "rows")
     add_count(of_neighbours, "--k", 8, "neighbours of each")
     of_map.add_argument("--method", choices=("pca", "tsne"), default="pca", help="default: pca")
@@ -82,7 +86,7 @@ def attention(options: Namespace) -> None:
     note("loading PyTorch")
     from engine.pictures.attention import show_attention
 
-    show_attention(options.checkpoint, Path(options.image), options.out)
+    show_attention(options.checkpoint, options.encoder, Path(options.image), options.out)
 
 
 def neighbours(options: Namespace) -> None:
@@ -103,11 +107,11 @@ def embedding(options: Namespace) -> None:
 
 
 def _featured(options: Namespace) -> "Featured":
-    from engine.data.source import Root
     from engine.pictures.features import open_featured
 
-    root = Root(source_kind(options, options.data), Path(options.data), "--data", options.dataset)
-    return open_featured(options.checkpoint, root, at_most=options.images, workers=decoding_workers(options))
+    (root,) = image_roots(options, "--data")
+    workers = decoding_workers(options)
+    return open_featured(options.checkpoint, options.encoder, root, at_most=options.images, workers=workers)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def bounded(architecture: Architecture) -> Architecture:
 
 
 def _extent(shapes: Shapes, name: str, dimension: int) -> int:
-    """One extent of a convolution's kernel; 0 where it is none."""
+    """One extent of a convolution's kernel; 0 where there is no such kernel."""
     return shapes[name][dimension] if len(shapes.get(name, ())) == 4 else 0
 
 

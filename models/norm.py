@@ -38,7 +38,7 @@ class GlobalBatchNorm(nn.Module):
     ):
         super().__init__()
         self.eps, self.momentum, self.views = eps, momentum, views
-        # A name and a number, not the group itself: compiled code guards what it finds in that, and compiles anew.
+        # A name and a number, not the group itself: compiled code guards what it finds in that, and compiles again.
         self.group_name: str | None = None  # None: this rank holds the whole batch
         self.ranks = 1
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None

@@ -30,7 +30,7 @@ def random_bits(
     The key is `seed` (its low 64 bits). The counter's words are: the sample's low 32 bits; the epoch; view (8 bits),
     stream (8 bits) and the sample's bits 32 to 47; the block. So samples lie in [0, 2^48), epochs and blocks in
     [0, 2^32), views and streams in [0, 2^8). In compiled code pass the epoch as a 0-d int64 tensor: a changing
-    Python number compiles anew.
+    Python number compiles again.
     """
     if isinstance(block, Tensor):
         sample_B = sample_B.unsqueeze(-1)

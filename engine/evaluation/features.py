@@ -69,7 +69,7 @@ def features(
 def unchecked_features(
     subject: Subject, source: Source, what: str | None, world: World, workers: int, consequence: str = "it is left out"
 ) -> Features:
-    """`features` that may be none or not finite. consequence: what is said to follow for an unreadable image."""
+    """`features` that may be none or not finite. consequence: ends the report of an unreadable image."""
     ids, batches = rank_slice(len(source), world.rank, world.size, BATCH)
     found = batches_for(subject, source, ids.numpy(), workers, consequence, batches)
     if what is not None:
@@ -80,8 +80,8 @@ def unchecked_features(
 def batches_for(
     subject: Subject, source: Source, ids: np.ndarray, workers: int, consequence: str, batches: int | None = None
 ) -> Iterator[EvalBatch]:
-    """The images `ids` in the form that the subject takes. Unreadable ones are left out, and said: `consequence` is
-    what follows. batches: as many, empty ones at the end."""
+    """The images `ids` in the form that the subject takes. Unreadable images are left out and reported; `consequence`
+    ends the report. batches: yield exactly this many, the last ones empty."""
     for batch in eval_batches(source, ids, subject.crop, batch_size=BATCH, workers=workers, batches=batches):
         bad_images.report(batch.bad, consequence)
         yield batch

@@ -1,11 +1,12 @@
 """A CHECKPOINT measured on images by all ranks together: features, then kNN, RankMe or many linear classifiers.
 
 Images are opened before the network, for their mistakes cost the least. `workers`: processes per rank that decode.
+`choice`: the keywords of `subject.open_subject`.
 What is raised is raised on every rank: UserError for images and CHECKPOINT, RunFailed for features (`features`).
 """
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Any
 
 from engine.data.source import Root
 from engine.data.splits import open_labelled, open_unlabelled
@@ -16,11 +17,11 @@ from engine.evaluation.fast_linear import Score
 from engine.evaluation.features import features, progress
 from engine.evaluation.knn import accuracy, check_k, classify, gather_rows
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
-from engine.evaluation.subject import Choice, open_subject_together
+from engine.evaluation.subject import open_subject_together
 
 
 def measure_knn(
-    checkpoint: str, train: Root, val: Root, ks: Sequence[int], world: World, workers: int, **choice: Unpack[Choice]
+    checkpoint: str, train: Root, val: Root, ks: Sequence[int], world: World, workers: int, **choice: Any
 ) -> list[dict[str, float | int]]:
     """{"top1", "top5", "k"} for each k: the share of val that the k nearest images of train classify rightly.
 
@@ -43,7 +44,7 @@ def knn_table(results: Sequence[dict[str, float | int]]) -> str:
     return "\n".join(["     k   top-1   top-5", *rows])
 
 
-def measure_rankme(checkpoint: str, data: Root, world: World, workers: int, **choice: Unpack[Choice]) -> float:
+def measure_rankme(checkpoint: str, data: Root, world: World, workers: int, **choice: Any) -> float:
     """The effective rank of the features, to three decimals: more would depend on the number of ranks."""
     source = open_unlabelled(data, world)
     subject = open_subject_together(checkpoint, world, **choice)
@@ -52,7 +53,7 @@ def measure_rankme(checkpoint: str, data: Root, world: World, workers: int, **ch
 
 
 def measure_fast_linear(
-    checkpoint: str, train: Root, val: Root, world: World, workers: int, **choice: Unpack[Choice]
+    checkpoint: str, train: Root, val: Root, world: World, workers: int, **choice: Any
 ) -> list[Score]:
     """Every candidate's score, in the order of `fast_linear.candidates`, equal on all ranks."""
     splits = open_labelled(train, val, world)

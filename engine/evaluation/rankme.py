@@ -13,14 +13,7 @@ _EPS = 1e-7  # the paper's, added to each share
 _ROWS = 8192  # rows that are in float64 at one time
 
 
-def rankme(feature_ND: torch.Tensor) -> float:
-    """RankMe of a feature matrix, from 1 to min(N, D); NaN where a feature is not finite."""
-    if not feature_ND.isfinite().all():
-        return float("nan")
-    return _effective_rank(torch.linalg.svdvals(feature_ND.double()))
-
-
-def feature_gram(z_BD: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+def feature_gram(z_BD: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Z^T Z [D, D] in float64, where Z has the rows of all ranks of `group` (the default group where None).
 
     A collective where torch.distributed is initialised. The memory does not depend on the number of rows.
@@ -36,14 +29,11 @@ def feature_gram(z_BD: torch.Tensor, group: dist.ProcessGroup | None = None) -> 
 def rankme_from_gram(gram_DD: torch.Tensor) -> float:
     """RankMe of the features whose Gram matrix Z^T Z is gram_DD (float64); NaN where it is not finite.
 
-    Equals `rankme` where N >= D. With fewer rows the D - N directions that cannot be used count too, each with the
-    paper's eps, which raises the result by less than 2e-6 of itself per direction.
+    With fewer rows than columns the D - N directions that cannot be used count too, each with the paper's eps, which
+    raises the result by less than 2e-6 of itself per direction.
     """
     if not gram_DD.isfinite().all():
         return float("nan")
-    return _effective_rank(torch.linalg.eigvalsh(gram_DD).clamp_min(0).sqrt())
-
-
-def _effective_rank(singular_values: torch.Tensor) -> float:
-    share = singular_values / singular_values.sum().clamp_min(torch.finfo(torch.float64).tiny) + _EPS
-    return torch.exp(-(share * share.log()).sum()).item()
+    singular_D = torch.linalg.eigvalsh(gram_DD).clamp_min(0).sqrt()
+    share_D = singular_D / singular_D.sum().clamp_min(torch.finfo(torch.float64).tiny) + _EPS
+    return torch.exp(-(share_D * share_D.log()).sum()).item()

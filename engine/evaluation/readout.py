@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 
-CHOICES = "own, cls, mean or last<n>, as last4"
+CHOICES = "own, cls, mean or last<n>, such as last4"
 
 
 def readout(trunk: nn.Module, choice: str) -> nn.Module:
@@ -21,7 +21,7 @@ def readout(trunk: nn.Module, choice: str) -> nn.Module:
     the patch tokens after it. last<n>: the CLS tokens of the last n blocks, each after the final norm, side by side.
 
     Raises:
-        UserError: the choice is none, or the trunk has no such tokens or blocks.
+        UserError: there is no such choice, or the trunk has no such tokens or blocks.
     """
     if choice == "own":
         return trunk

@@ -4,7 +4,7 @@ Shapes: B images, S their side, D features.
 """
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict, Unpack
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,41 +51,39 @@ class Subject:
         return self.network(torch.zeros(1, 3, self.image_size, self.image_size, device=device)).shape[1]
 
 
-class Choice(TypedDict, total=False):
-    """Which network of a CHECKPOINT is meant, which of its numbers are the features, and the crop that it sees.
-
-    features: engine.evaluation.readout tells them apart; `own` when left out.
-    baseline: a network to compare it with on the same images: `initial` is the same one before training (with the seed
-        of its recipe, 0 where it has none), `pixels` the images themselves.
-    crop_fraction: that of the checkpoint's recipe when left out.
-    """
-
-    encoder: EncoderName
-    features: str
-    baseline: Literal["initial", "pixels"] | None
-    crop_fraction: float | None
-
-
-def open_subject(checkpoint: str, device: torch.device | str, **choice: Unpack[Choice]) -> Subject:
+def open_subject(
+    checkpoint: str,
+    device: torch.device | str,
+    *,
+    encoder: EncoderName = "base",
+    features: str = "own",
+    baseline: Literal["initial", "pixels"] | None = None,
+    crop_fraction: float | None = None,
+) -> Subject:
     """The frozen network of a CHECKPOINT, float32, in eval mode on the device; for this process alone.
 
+    Args:
+        features: which of the network's numbers; engine.evaluation.readout tells them apart.
+        baseline: a network to compare it with on the same images: `initial` is the same one before training (with the
+            seed of its recipe, 0 where it has none), `pixels` the images themselves.
+        crop_fraction: None for that of the checkpoint's recipe.
+
     Raises:
-        UserError: the CHECKPOINT or the choice is none.
+        UserError: there is no such CHECKPOINT or choice.
     """
-    baseline = choice.get("baseline")
     if baseline == "pixels":
         weights, network = open_weights(checkpoint), nn.Flatten()
     else:
-        weights = open_trunk(checkpoint, choice.get("encoder", "base"), untrained=baseline == "initial")
-        network = readout(fill_trunk(weights), choice.get("features", "own"))
+        weights = open_trunk(checkpoint, encoder, untrained=baseline == "initial")
+        network = readout(fill_trunk(weights), features)
     about = weights.known()
     network = network.to(device).eval().requires_grad_(False)
-    crop_fraction = choice.get("crop_fraction") or about.crop_fraction
-    return Subject(network, about.image_size, about.mean, about.std, crop_fraction)
+    return Subject(network, about.image_size, about.mean, about.std, crop_fraction or about.crop_fraction)
 
 
-def open_subject_together(checkpoint: str, world: World, **choice: Unpack[Choice]) -> Subject:
-    """`open_subject` on every rank's device; rank 0 first, so that it alone fetches what is not there yet.
+def open_subject_together(checkpoint: str, world: World, **choice: Any) -> Subject:
+    """`open_subject`, with its keywords, on every rank's device; rank 0 first, so that it alone fetches what is not
+    there yet.
 
     Raises:
         UserError: on every rank, where it was raised on any.

@@ -18,16 +18,17 @@ from engine.data.decode import CenterCrop, decode
 from engine.errors import UserError, reason
 from engine.evaluation.subject import open_subject
 from engine.pictures.canvas import FAINT, HEADER, MARGIN, WIDTH, Sheet, style
+from engine.weights.weights import EncoderName
 
 GAP = 6
 LINE = 20  # of text below an image
 HEAT = "inferno"
 
 
-def show_attention(checkpoint: str, image_file: Path, out: Path) -> None:
+def show_attention(checkpoint: str, encoder: EncoderName, image_file: Path, out: Path) -> None:
     """Draws where the class token of a CHECKPOINT's ViT looks in an image. Raises UserError for no ViT or image."""
     image = _read(image_file)
-    subject = open_subject(checkpoint, "cpu")
+    subject = open_subject(checkpoint, "cpu", encoder=encoder)
     check_attention(subject.network, checkpoint)
     image_3SS = CenterCrop(subject.image_size, subject.crop_fraction, subject.interpolation)(image)
     attention_HRC = class_attention(subject.network, subject.normalised(image_3SS[None], "cpu"))[0]

@@ -17,6 +17,7 @@ from engine.data.source import Root, Source
 from engine.errors import UserError
 from engine.evaluation.features import batches_for, extract
 from engine.evaluation.subject import Subject, open_subject
+from engine.weights.weights import EncoderName
 
 CONSEQUENCE = "it is left out of the picture"
 
@@ -51,15 +52,15 @@ class Featured:
         return torch.cat([batch.images[: batch.valid] for batch in found]).permute(0, 2, 3, 1)
 
 
-def open_featured(checkpoint: str, root: Root, *, at_most: int, workers: int) -> Featured:
-    """Validation images of `root`, or all where it tells none apart, as a CHECKPOINT's base encoder sees them.
+def open_featured(checkpoint: str, encoder: EncoderName, root: Root, *, at_most: int, workers: int) -> Featured:
+    """Validation images of `root`, or all where it tells none apart, as an encoder of a CHECKPOINT sees them.
 
-    at_most: as many, evenly spread over the source. workers: processes that read. Raises UserError.
+    at_most: how many images at most, evenly spread. workers: processes that read. Raises UserError.
     """
     source = open_source(root, "val") or open_source(root, "train")
     assert source is not None  # of val alone there may be none
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subject = open_subject(checkpoint, device)
+    subject = open_subject(checkpoint, device, encoder=encoder)
     ids = np.linspace(0, len(source) - 1, min(at_most, len(source))).round().astype(np.int64)
     rows = extract(subject, batches_for(subject, source, ids, workers, CONSEQUENCE), device)
     name = checkpoint if checkpoint.startswith("timm/") else Path(checkpoint).resolve().name

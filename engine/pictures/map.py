@@ -1,6 +1,6 @@
 """A flat map of images by their features, coloured by class.
 
-Features are compared by cosine, as in kNN: every row is taken to length 1 first.
+Features are compared by cosine, as in kNN: every row is scaled to length 1 first.
 Shapes: N images, D features.
 """
 

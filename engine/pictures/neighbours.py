@@ -50,7 +50,7 @@ def spread(label_N: Tensor, count: int) -> Tensor:
 
 
 def nearest(feature_ND: Tensor, query_Q: Tensor, k: int) -> Tensor:
-    """The k images nearest to each query image, nearest first, itself apart: int64 [Q, K].
+    """The k images nearest to each query image, nearest first, without itself: int64 [Q, K].
 
     query_Q: the queries' rows. Raises UserError where there are no k others, or features that are not finite.
     """

@@ -128,8 +128,9 @@ def _check_combinations(recipe: Recipe) -> None:
         _check_schedule_and_ranks(recipe)
     if isinstance(recipe, Pretrain):
         _check_pretrain(recipe)
-    if isinstance(recipe, Finetune):
-        _check_rates(recipe)
+    if isinstance(recipe, Finetune) and recipe.optimizer.min_lr > recipe.peak_lr:
+        peak = f"at most the peak lr, base_lr * batch / 512 ({recipe.peak_lr:g})"
+        raise wrong("optimizer.min_lr", recipe.optimizer.min_lr, peak)
 
 
 def _check_pretrain(recipe: Pretrain) -> None:
@@ -137,12 +138,6 @@ def _check_pretrain(recipe: Pretrain) -> None:
     sigma = recipe.augment.blur_sigma
     if sigma[0] > sigma[1]:
         raise wrong("augment.blur_sigma", sigma, "a list of the smallest and the largest sigma, in this order")
-
-
-def _check_rates(recipe: Finetune) -> None:
-    low, peak = recipe.optimizer.min_lr, recipe.peak_lr
-    if low > peak:
-        raise wrong("optimizer.min_lr", low, f"at most the peak lr, base_lr * batch / 512 ({peak:g})")
 
 
 def _check_schedule_and_ranks(recipe: Pretrain | Finetune) -> None:

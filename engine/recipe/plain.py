@@ -61,7 +61,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 def parse(text: str | bytes, origin: str) -> Any:
-    """Plain data from YAML. `origin` begins the UserError's line where the text is none, as `recipe (a.yaml)`."""
+    """Plain data from YAML.
+
+    Raises:
+        UserError: the text is not plain YAML; `origin`, such as `recipe (a.yaml)`, begins the line.
+    """
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:

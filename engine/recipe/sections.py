@@ -1,7 +1,7 @@
 """What each task's recipe holds: sections and keys, each with its meaning, type and range, as frozen dataclasses.
 
-A key has a default where one value is what most want, or leaves the part out. What values mean together is
-engine.recipe.load's.
+A key has a default where one value is what most want, or leaves the part out. Values that must agree with each other
+are checked in engine.recipe.load.
 
 Schemas: 1, recipes that say none; 2, recipes that say it. A key that comes later has `since` and `before`, so that
 older recipes, and the runs that they began, stay what they were.
@@ -26,7 +26,7 @@ REPEATS = Rule(" from 1 to 100", lambda value: 1 <= value <= 100)
 TEXT = Rule(", in quotes if it looks like a number", lambda value: bool(value) and value.isprintable())
 NETWORK = Rule(f": {', '.join((*PLAIN_VITS, *CONV_VITS, *RESNET_SHAPES))} or timm/<name>", is_network)
 RANDAUGMENT = Rule(
-    " in timm's words, as rand-m9-mstd0.5-inc1",
+    " in timm's words, such as rand-m9-mstd0.5-inc1",
     lambda value: re.fullmatch(r"rand(-(m|n|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-inc[01]|-tweights)*", value) is not None,
 )
 ARGUMENTS = Rule(", each a keyword argument", lambda value: all(name.isidentifier() for name in value))

@@ -43,6 +43,15 @@ def test_a_picture_that_is_there_is_replaced(images, tmp_path):
     assert Image.open(out).format == "PNG"
 
 
+@pytest.mark.parametrize("kind", ["attention", "neighbours", "embedding"])
+def test_either_encoder_is_shown(kind, images, tmp_path):
+    own = (images / "odd ones" / "1.png",) if kind == "attention" else ("--data", images, "--workers", 0)
+    for encoder in ("base", "momentum"):
+        show(kind, VIT, *own, tmp_path / f"{encoder}.png", "--encoder", encoder)
+    base, momentum = ((tmp_path / f"{encoder}.png").read_bytes() for encoder in ("base", "momentum"))
+    assert base != momentum
+
+
 def test_a_missing_library_is_named(images, tmp_path, monkeypatch):
     out = tmp_path / "out.png"
     monkeypatch.setitem(sys.modules, "sklearn", None)

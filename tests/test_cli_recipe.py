@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.cli import read_share, request
 from engine.errors import UserError
 from engine.recipe.sections import Linear
-from engine.runs.request import read_share, request
 
-VIT = Path(__file__).parents[2] / "recipes/linear_vit.yaml"
+VIT = Path(__file__).parents[1] / "recipes/linear_vit.yaml"
 
 
 def test_what_is_said_stands_for_the_recipes_and_an_override_for_both(tmp_path):
@@ -70,7 +70,7 @@ def test_what_is_no_percentage_is_one_line(text):
         read_share(text, "data.labels")
     assert str(error.value).startswith("data.labels (")
     assert "\n" not in str(error.value)
-    assert str(error.value).endswith(") must be a percentage above 0% and up to 100%, as 1%; pass data.labels=1%")
+    assert str(error.value).endswith(") must be a percentage above 0% and up to 100%, such as 1%; pass data.labels=1%")
 
 
 @given(st.text(max_size=12) | st.from_regex(r"[0-9.+e-]{0,8}%", fullmatch=True))
