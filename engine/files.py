@@ -4,19 +4,18 @@ import errno
 import fcntl
 import json
 import os
-import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from engine.errors import UserError
+from engine.logger import warn
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-_DRAFT = re.compile(r"\.tmp-[0-9a-f]{8}$")
 _RETRY_SECONDS = 0.2
 
 
@@ -37,7 +36,11 @@ def draft(path: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        remove(place)
+        if os.path.lexists(place):
+            try:
+                remove(place)
+            except OSError as error:  # it must not hide what happened inside
+                warn(f"{place} could not be removed: {error}")
 
 
 def publish(place: Path, path: Path) -> None:
@@ -56,16 +59,20 @@ def aside(path: Path, kind: str) -> Path:
     return path.with_name(f"{path.name}.{kind}-{secrets.token_hex(4)}")
 
 
-def remove_drafts(folder: Path) -> None:
-    """Remove what a killed process left of `draft`; for who knows that nobody else writes there. Raises OSError."""
+def remove_drafts(folder: Path, names: Collection[str]) -> None:
+    """Remove what a killed process left of drafts of these names; for who alone writes them. Raises OSError."""
     for path in folder.iterdir():
-        if _DRAFT.search(path.name):
+        name, found, _ = path.name.rpartition(".tmp-")
+        if found and name in names:
             remove(path)
 
 
-def sync(path: Path) -> None:
+def sync(place: Path | IO) -> None:
     """Make a file's content, or the names in a folder, outlive a power cut. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
+    if not isinstance(place, Path):
+        os.fsync(place)
+        return
+    handle = os.open(place, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -134,3 +134,22 @@ def test_no_other_file_flushes_or_locks():
     for path in sorted(engine.rglob("*.py")):
         names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         assert not names & {"fsync", "fdatasync", "flock", "lockf"} or path == engine / "files.py", path
+
+
+def test_a_draft_that_cannot_be_removed_hides_nothing(tmp_path, monkeypatch, capsys):
+    def fail(_: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("engine.files.remove", fail)
+    with pytest.raises(UserError, match="what happened"), draft(tmp_path / "a"):
+        raise UserError("what happened")  # before anything was written: nothing to remove
+    assert capsys.readouterr().err == ""
+
+    def write_and_fail() -> None:
+        with draft(tmp_path / "a") as place:
+            place.write_text("")
+            raise UserError("what happened")
+
+    with pytest.raises(UserError, match="what happened"):
+        write_and_fail()
+    assert "could not be removed: [Errno 30]" in capsys.readouterr().err

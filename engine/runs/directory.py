@@ -13,6 +13,7 @@ from engine.logger import warn
 from engine.recipe.load import dump, task_of
 from engine.recipe.sections import Recipe
 
+OWN = ("recipe.yaml", "metrics.jsonl", "classes.csv", "confusion.png", "timm", "timm_ema")  # what a run replaces
 LOCK_SECONDS = 10.0  # ranks of a killed launch need a moment to notice and to let go
 VISIBLE_SECONDS = 10.0  # network file systems need a moment to show a new file
 
@@ -66,7 +67,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.held.enter_context(lock(self.path / ".lock", in_use, LOCK_SECONDS)):
-                remove_drafts(self.path)
+                remove_drafts(self.path, OWN)
             else:
                 warn(f"no file locks in {self.path}: nothing keeps another launch from writing there")
         except OSError as error:

@@ -248,7 +248,7 @@ class Finetuning(Supervised):
         head = Head(weight, bias, self.classes, self.subject.interpolation, self.subject.crop_fraction)
         try:
             export_classifier(open_trunk(str(checkpoint), encoder), head, folder)
-        except (UserError, RunFailed) as error:  # another network, timm's words, a full disk
+        except (UserError, RunFailed, OSError, RuntimeError) as error:  # another network, timm's words, a full disk
             return f"          no {folder} for timm: {one_line(error)}; the whole network is in the checkpoint"
         return f"          timm.create_model('local-dir:{folder}', pretrained=True) is all of the network"
 

@@ -1,6 +1,5 @@
 """The paper's linear protocol, put together: recipe -> images, frozen network, classifier -> a run."""
 
-import math
 import time
 from collections.abc import Iterable
 from functools import cached_property
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from engine.checkpoint.state import RunState
 from engine.data.decode import Crops
 from engine.data.loader import Batch
 from engine.data.splits import Splits, open_labelled_splits
@@ -85,13 +85,24 @@ class LinearClassification(Supervised):
         return linear_step(self.classifier, self.encode(self.images(batch)), label_B, rows), lr
 
     def metrics(self, output: tuple[Tensor, float]) -> Row:
-        loss, lr = output[0].item(), output[1]
-        if not math.isfinite(loss):
+        self.check_skips()
+        return {"loss": output[0].item(), "lr": output[1]}
+
+    def evaluate(self) -> Row | None:
+        self.check_skips()
+        return super().evaluate()
+
+    def state(self) -> RunState:
+        self.check_skips()
+        return super().state()
+
+    def check_skips(self) -> None:
+        """Raises RunFailed where a step was skipped: the protocol knows no such step. Waits for the device."""
+        if int(self.update.skipped):
             raise RunFailed(
-                f"the loss at step {self.step} is not finite; the newest checkpoint is kept: start anew with a lower "
-                "optimizer.base_lr in another run.dir"
+                f"the loss of a step up to {self.step} is not finite; the newest checkpoint is kept: start anew with a "
+                "lower optimizer.base_lr in another run.dir"
             )
-        return {"loss": loss, "lr": lr}
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

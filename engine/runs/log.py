@@ -81,7 +81,7 @@ class MetricsLog:
     def sync(self) -> None:
         """Returns when the lines so far would survive a power failure."""
         if self.enabled:
-            sync(self._directory / "metrics.jsonl")
+            sync(self._file)
             sync(self._directory)  # the file's name is an entry of its own
 
     def close(self) -> None:

@@ -175,7 +175,7 @@ class Pretraining(Task):
             nan = float("nan")
             loss, share, rank = (nan if last[key] is None else last[key] for key in ("loss", "chance_share", "rankme"))
             words.append(f"loss {loss:.3f} ({share:.0%} of chance), rankme {rank:.1f} at step {last['step']:,}")
-        return ", ".join(words)
+        return ", ".join(words) or "unknown: metrics.jsonl has no rows"
 
     def finish(self, directory: Path) -> list[str]:
         own = "run.dir=..., data.source=folder and data.root=/path/to/your/images"

@@ -109,9 +109,8 @@ def _closing(task: Task, directory: RunDirectory, trainer: Trainer, left: list[s
     row: Row = {}
     with agreement(task.world.host_group):
         if task.world.is_first:
-            rows = read_rows(directory.path / "metrics.jsonl")
-            if not rows:
-                raise UserError(f"{directory.path / 'metrics.jsonl'} must have the rows of the run; start it anew")
+            log = directory.path / "metrics.jsonl"
+            rows = read_rows(log) if log.exists() else []
             monitor_rows = [row for row in rows if task.monitor in row]
             row = task.reported(monitor_rows) if monitor_rows else {}
             say(f"result    {task.result(rows)}")

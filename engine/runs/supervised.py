@@ -109,7 +109,7 @@ class Supervised(Task):
     def result(self, rows: list[Row]) -> str:
         monitor_rows = [row for row in rows if self.monitor in row]
         if not monitor_rows:
-            return "none: the run was not evaluated"
+            raise UserError(f"metrics.jsonl of {self.recipe.run.dir} must have the rows of the run; start it again")
         row = self.reported(monitor_rows)
         top1, top5 = (row[f"{self.recipe.task}_{top}"] for top in ("top1", "top5"))
         return f"top-1 {top1:.2%}, top-5 {top5:.2%} at epoch {row['epoch']:g}, {self.chosen}"

@@ -85,6 +85,7 @@ class Update:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.before.restore_where(skipped > 0)
+        del self.before
         self.skipped += skipped.long()
         self.skipped_in_a_row.add_(1).mul_(skipped.long())
         self.step += 1

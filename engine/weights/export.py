@@ -82,6 +82,8 @@ def export_classifier(weights: Weights, head: Head, out: Path) -> None:
 def check_out(out: Path, name: str, force: bool) -> None:
     """Raises UserError where OUT cannot be written in this format, a library is missing, or something is there."""
     page = format_page(name)
+    if out.name in ("", ".."):
+        raise UserError(f"OUT ({out}) must have a name of its own; pass one")
     if is_file(out) and not out.name.endswith(page.endings):
         kinds = ", ".join(page.endings) or "no single file"
         raise UserError(f"OUT ({out}) must end in {kinds} for --format {name}, or be a folder; change its name")

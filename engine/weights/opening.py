@@ -19,7 +19,7 @@ from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.state import RunState
 from engine.errors import UserError, one_line
 from engine.files import read_rows
-from engine.logger import note
+from engine.logger import note, warn
 from engine.recipe.load import loads, task_of
 from engine.recipe.sections import Pretrain
 from engine.weights.read import own_words, read_weights
@@ -65,8 +65,12 @@ def _untrained(weights: Weights) -> Weights:
         trunk = about.architecture.build()
 
     def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        draw = trunk.initial_values(seed)
-        return ((name, draw(name.removeprefix(BASE), shapes[name])) for name in names)
+        """In the network's order and with counts as reals: runs know by a digest of this what they began with."""
+        draw, wanted = trunk.initial_values(seed), set(names)
+        for inner, tensor in (*trunk.module.named_parameters(), *trunk.module.named_buffers()):
+            if BASE + inner in wanted:
+                count = inner.endswith("num_batches_tracked")
+                yield BASE + inner, torch.zeros(tensor.shape) if count else draw(inner, tensor.shape)
 
     return Weights(about, shapes, read, "the untrained network")
 
@@ -145,7 +149,12 @@ def _stored(
 def _metrics(file: Path, step: int) -> dict[str, float]:
     """The newest value of every metric up to a step; empty where the run's metrics are not beside its checkpoints."""
     newest: dict[str, float] = {}
-    for row in read_rows(file) if file.is_file() else []:
+    try:
+        rows = read_rows(file) if file.is_file() else []
+    except UserError as error:  # the weights are sound all the same
+        warn(f"epoch and kNN of the run are not known: {error}")
+        rows = []
+    for row in rows:
         if row["step"] <= step:
             newest |= row
     return newest

@@ -55,5 +55,7 @@ def test_what_a_killed_run_left_half_written_goes(tmp_path, world):
     for name in ("metrics.jsonl.tmp-0123abcd", "recipe.yaml.tmp-ffffffff", "notes.tmp", "metrics.jsonl"):
         (tmp_path / name).write_text("")
     (tmp_path / "timm.tmp-00000000").mkdir()
+    (tmp_path / "export.tmp-00000000").mkdir()  # another command's, which may live
     with RunDirectory(tmp_path, world):
-        assert {path.name for path in tmp_path.iterdir()} == {".lock", "notes.tmp", "metrics.jsonl"}
+        names = {path.name for path in tmp_path.iterdir()}
+    assert names == {".lock", "notes.tmp", "metrics.jsonl", "export.tmp-00000000"}

@@ -8,6 +8,9 @@ import pytest
 
 from engine import evaluate
 from engine.run import main as run_main
+from engine.runs.finetune import trunk_values
+from engine.runs.supervised import digest
+from engine.weights.opening import open_trunk
 
 FORMER = Path(__file__).parent / "former"
 IMAGES = Path(__file__).parents[2] / "recipes/data/fashion_mnist"
@@ -25,6 +28,19 @@ def go_on(name: str, directory: Path) -> None:
         evaluate.main(["finetune", checkpoint, "--recipe", recipe, *values])
     else:
         run_main([recipe, *values])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "start"),
+    [
+        (str(FORMER / "pretrain_adamw/checkpoints/step_0000004"), "9f851301ed087095"),
+        ("timm/test_resnet", "dc3be144e20d2b80"),
+        ("timm/test_vit", "09cd4f8a48d68f0d"),
+    ],
+)
+def test_a_run_from_initial_weights_is_known_by_what_it_began_with(checkpoint, start):
+    """Else its resume would be refused as of another network; the values are those of the version before."""
+    assert digest(trunk_values(open_trunk(checkpoint, untrained=True))).startswith(start)
 
 
 @pytest.mark.parametrize("name", ["pretrain_adamw", "pretrain_lars", "finetune"])

@@ -9,7 +9,7 @@ from PIL import Image
 from engine.distributed.world import process_group
 from engine.errors import RunFailed, UserError
 from engine.recipe.load import load
-from engine.runs.pretrain import pretrain
+from engine.runs.pretrain import Pretraining, pretrain
 from tests.distributed.trajectories import RECIPE, SMALL
 
 
@@ -114,3 +114,21 @@ def test_the_online_probe_is_off_without_labels(world, tmp_path, capfd):
     assert len(rows) == 1
     assert "probe_loss" not in rows[0]
     assert capfd.readouterr().out.count("probe     the online probe is off: it needs labelled validation images") == 1
+
+
+def test_a_log_that_is_taken_away_costs_nothing_but_itself(world, tmp_path, capfd, monkeypatch):
+    """In the middle of a run, and before a finished one is asked for again."""
+    described = Pretraining.describe
+
+    def remove_log(task, output):
+        if task.step == 2:
+            (tmp_path / "metrics.jsonl").unlink()
+        return described(task, output)
+
+    monkeypatch.setattr(Pretraining, "describe", remove_log)
+    values = [*SMALL, "model.dim=16", "model.heads=2", "data.workers=0", f"run.dir={tmp_path}", "train.max_steps=4"]
+    recipe = load(RECIPE, [*values, "checkpoint.every_steps=3"])
+    for _ in range(2):
+        pretrain(recipe, RECIPE, world)
+        assert (tmp_path / "checkpoints/step_0000004").is_dir()
+        assert "result    unknown: metrics.jsonl has no rows" in capfd.readouterr().out

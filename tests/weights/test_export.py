@@ -311,6 +311,7 @@ def test_a_failed_proof_leaves_no_file_and_the_old_one(tmp_path, monkeypatch, he
         ("I_vit_small_shape.pth.tar", "a", "--format moco_v3 --encoder momentum", "left out"),
         ("I_vit_conv_small_shape.pth.tar", "a", "--format timm", "conv stem"),
         ("I_vit_conv_small_shape.pth.tar", "a", "--format transformers", "conv stem"),
+        ("I_vit_small_shape.pth.tar", "a/..", "--format timm --force", "a name of its own"),
         ("missing.pth", "a", "--format timm", "must exist"),
         ("A_vit_adamw.safetensors", "a", "--format timm", "which network they are of"),
     ],
