@@ -124,14 +124,13 @@ def global_loss(output: StepOutput, world: World) -> float:
 def compare(trace: Trace, state: TrainState) -> dict[str, float]:
     """The final state against the trace's probes."""
     worst = {"max_param_rel": 0.0, "max_buffer_rel": 0.0}
-    ours = {name.removeprefix("model."): tensor for name, tensor in state.saved.items()}
+    saved = {name.removeprefix("model."): tensor for name, tensor in state.saved.items()}
+    ours = {n: (t.full_tensor() if isinstance(t, DTensor) else t) for n, t in saved.items()}  # all ranks in one order
     probed = {n.removeprefix("final.").rpartition(".")[0] for n in trace.names if n.startswith("final.")}
     assert {our_name(n) for n in probed} == ours.keys(), sorted({our_name(n) for n in probed} ^ ours.keys())
     for name in probed:
-        tensor = ours[our_name(name)]
-        measure = "max_param_rel" if isinstance(tensor, torch.nn.Parameter) else "max_buffer_rel"
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        tensor = tensor.detach().cpu().double().flatten()
+        tensor = ours[our_name(name)].detach().cpu().double().flatten()
+        measure = "max_param_rel" if isinstance(saved[our_name(name)], torch.nn.Parameter) else "max_buffer_rel"
         pairs = [
             (tensor[trace[f"final.{name}.index"].long()], trace[f"final.{name}.value"].double()),
             (tensor.norm().reshape(1), trace[f"final.{name}.norm"].double().reshape(1)),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from tests.distributed.launch import ROOT, TIMEOUT, environment
 
 LEAD = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d r\d+  ", re.MULTILINE)
-GONE = 30  # seconds after which a process that nobody waits for counts as left behind
+GONE = 60  # seconds after which a process that nobody waits for counts as left behind
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 ONE_PROCESS = (sys.executable, "-m", "engine.run")
 TWO_RANKS = (*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "engine.run")
