@@ -381,6 +381,7 @@ def test_two_nodes_train_and_resume(tmp_path):
     assert_free(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_folder_that_one_node_does_not_see(tmp_path):
     places = tmp_path / "here", tmp_path / "there"
     for place in places:

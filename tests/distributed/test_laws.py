@@ -6,6 +6,6 @@ from tests.distributed.launch import results
 from tests.distributed.laws import LAWS
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_laws(ranks):
     assert [found["law"] for found in results(ranks, "tests.distributed.laws")] == [law.__name__ for law in LAWS]

@@ -59,7 +59,8 @@ def test_three_ranks_train_the_classifier_of_one_and_go_on_from_its_checkpoint(a
 @pytest.mark.parametrize(
     ("worlds", "name", "options"),
     [
-        ((1, 4), "knn", (*ROOTS, "--k", "10,50")),
+        ((1, 2), "knn", (*ROOTS, "--k", "10,50")),
+        pytest.param((1, 4), "knn", (*ROOTS, "--k", "10,50"), marks=pytest.mark.slow),
         ((1, 2), "rankme", ("--data", VAL)),
         ((1, 2), "linear", (*ROOTS, "--fast")),
     ],
@@ -70,6 +71,7 @@ def test_measurements_have_the_same_digits_on_any_ranks(worlds, name, options):
     assert json.loads(found[0].splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_from_one_rank():
     done = torchrun(2, "engine.evaluate", "knn", CHECKPOINT, *ROOTS, "--k", "5000")
     assert done.returncode == 1

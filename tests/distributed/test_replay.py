@@ -25,10 +25,16 @@ def check(result: dict, precision: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "replays"), [(1, 3 * 2), (2, 3 * (4 + 1)), pytest.param(4, 4 + 1, marks=pytest.mark.slow)]
+    ("ranks", "which", "replays"),
+    [
+        (1, "some", 3 * 2),
+        (2, "some", 4 + 1 + 2 * 2),
+        pytest.param(2, "all", 3 * (4 + 1), marks=pytest.mark.slow),
+        pytest.param(4, "some", 4 + 1, marks=pytest.mark.slow),
+    ],
 )
-def test_traces_under_every_sharding(ranks, replays):
-    found = results(ranks, "tests.distributed.replays")
+def test_traces_under_every_sharding(ranks, which, replays):
+    found = results(ranks, "tests.distributed.replays", which)
     assert len(found) == replays
     for result in found:
         check(result, result["precision"])
