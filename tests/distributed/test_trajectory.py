@@ -90,13 +90,13 @@ def sharded(kind: str, shard: str) -> tuple:
 def test_two_ranks(alone, tmp_path):
     """Every sharding, and 1 and 3 workers; then a run in two halves, and one that goes on with one rank.
 
-    One half of resnet_halves has no online probe, and one of to_four.
+    One half of resnet_halves has no online probe.
     """
     pairs = [*(("vit", shard) for shard in WORKERS), ("resnet", "full"), ("resnet", "hybrid")]
     runs = [sharded(*pair) for pair in pairs]
     runs += [("vit_halves", "vit", f"train.max_steps={s}") for s in (9, 20)]
     runs += [("resnet_halves", "resnet", "train.max_steps=9", WITHOUT), ("resnet_halves", "resnet")]
-    runs += [("conv", "vit_conv"), ("to_one", "vit", "train.max_steps=9"), ("to_four", "resnet", "train.max_steps=9")]
+    runs += [("conv", "vit_conv"), ("to_one", "vit", "train.max_steps=9")]
     launch(2, tmp_path, *runs)
     for kind, shard in pairs:
         assert_same_run(tmp_path / f"{kind}_{shard}", alone / kind)
@@ -108,7 +108,11 @@ def test_two_ranks(alone, tmp_path):
     launch(1, tmp_path, ("to_one", "vit", "parallel.shard=replicate", "data.workers=0"))
     assert_same_run(tmp_path / "to_one", alone / "vit")
 
+
+@pytest.mark.slow
+def test_four_ranks_and_two_that_become_four(alone, tmp_path):
     hybrid = ["parallel.shard=hybrid", "parallel.replicate=2"]
+    launch(2, tmp_path, ("to_four", "resnet", "train.max_steps=9"))
     launch(4, tmp_path, ("four", "vit", *hybrid), ("to_four", "resnet", *hybrid, WITHOUT))
     assert_same_run(tmp_path / "four", alone / "vit")
     assert_same_run(tmp_path / "to_four", alone / "resnet", ("model.",))
