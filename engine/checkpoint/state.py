@@ -12,7 +12,8 @@ from engine.checkpoint.manifest import Damaged, Manifest
 
 @dataclass(frozen=True)
 class RunState:
-    """
+    """The run that a checkpoint is of, and where that stands.
+
     step: finished updates.
     recipe: YAML.
     images: {"train": fingerprint} and, where the result depends on them, "val"; of imported weights, which have seen
