@@ -21,6 +21,7 @@ from engine.distributed.agreement import all_gather
 from engine.distributed.world import World
 from engine.errors import UserError
 from engine.evaluation.features import features
+from engine.evaluation.knn import accuracy
 from engine.evaluation.subject import Subject
 from engine.logger import say
 from engine.pictures.confusion import by_class, confusion_picture
@@ -74,9 +75,7 @@ class Supervised(Task):
         predictions, label_Q = self.predict()
         row = {}
         for name, prediction_QT in predictions.items():
-            right_QT = prediction_QT == label_Q[:, None]
-            row[f"{name}_top1"] = right_QT[:, 0].double().mean().item()
-            row[f"{name}_top5"] = right_QT.any(1).double().mean().item()
+            row |= {f"{name}_{top}": share for top, share in accuracy(prediction_QT, label_Q).items()}
         self.newest = predictions[self.recipe.task][:, 0], label_Q
         return row
 
