@@ -37,10 +37,7 @@ def draft(path: Path) -> Iterator[Path]:
         yield place
     finally:
         if os.path.lexists(place):
-            try:
-                remove(place)
-            except OSError as error:  # it must not hide what happened inside
-                warn(f"{place} could not be removed: {error}")
+            remove_or_warn(place)  # a failure must not hide what happened inside
 
 
 def publish(place: Path, path: Path) -> None:
@@ -87,6 +84,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_or_warn(path: Path, outlook: str = "") -> bool:
+    """`remove`; whether it did. If not, a warning says so; outlook: and what comes of it."""
+    try:
+        remove(path)
+    except OSError as error:
+        warn(f"{path} could not be removed{outlook}: {error}")
+        return False
+    return True
+
+
 @contextmanager
 def lock(path: Path, in_use: str, seconds: float = 0.0) -> Iterator[bool]:
     """Hold `path`, a file that is nothing but a lock, to the end of the body or of this process.
@@ -122,8 +129,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     A last line without its end, which a killed run leaves or a living one is just writing, is no row.
     Raises UserError for any other line that is no row, and OSError.
     """
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [_row(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+    return [row for row, _ in rows_and_lines(path.read_bytes(), path)]
+
+
+def rows_and_lines(content: bytes, path: Path) -> list[tuple[dict[str, Any], bytes]]:
+    """`read_rows` of what was read from `path`, each row with the line that it stands on."""
+    lines = content.split(b"\n")[:-1]
+    return [(_row(line, f"{path} line {number}"), line) for number, line in enumerate(lines, start=1)]
 
 
 def _row(line: bytes, where: str) -> dict[str, Any]:

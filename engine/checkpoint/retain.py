@@ -5,7 +5,7 @@ from pathlib import Path
 from engine.checkpoint import layout
 from engine.distributed.agreement import rank
 from engine.errors import UserError
-from engine.files import aside, remove, sync
+from engine.files import aside, remove, remove_or_warn, sync
 from engine.logger import warn
 
 
@@ -64,15 +64,6 @@ def _clean(checkpoints: Path) -> list[Path]:
         return []
     with layout.writing(checkpoints) as locked:
         if locked:
-            return [path for path in found if _delete(path)]
+            return [path for path in found if remove_or_warn(path)]
     warn(f"no file locks in {checkpoints}: remove {', '.join(path.name for path in found)} yourself")
     return []
-
-
-def _delete(path: Path) -> bool:
-    try:
-        remove(path)
-    except OSError as error:
-        warn(f"{path} could not be removed: {error}")
-        return False
-    return True

@@ -13,8 +13,7 @@ from engine.checkpoint.metadata import entry
 from engine.checkpoint.state import RunState
 from engine.distributed.agreement import agreement, all_gather, broadcast, rank, size
 from engine.errors import UserError
-from engine.files import aside, publish, remove
-from engine.logger import warn
+from engine.files import aside, publish, remove_or_warn
 
 
 def save(
@@ -50,7 +49,7 @@ def save(
                 _write(draft, final, tensors, content, group)
         except UserError as error:
             if draft is not None and rank(group) == 0:
-                _discard(draft)
+                remove_or_warn(draft, ", the next start tries again")
             raise UserError(_lost(final, error)) from error
         _name_latest(final, group)
     return final
@@ -114,13 +113,6 @@ def _name_latest(final: Path, group: dist.ProcessGroup | None) -> None:
                 layout.point(final.parent, "latest", final)
     except UserError as error:
         raise UserError(f"checkpoint ({final}) is saved, but `latest` could not be written: {error}") from error
-
-
-def _discard(draft: Path) -> None:
-    try:
-        remove(draft)
-    except OSError as error:
-        warn(f"{draft} could not be removed, the next start tries again: {error}")
 
 
 def _lost(final: Path, error: UserError) -> str:

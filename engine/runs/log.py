@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.files import read_rows, replace_file, sync
+from engine.files import replace_file, rows_and_lines, sync
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -117,8 +117,7 @@ class MetricsLog:
         if not path.exists():
             return
         content = path.read_bytes()
-        found = zip(read_rows(path), content.split(b"\n")[:-1], strict=True)
-        kept = [(row, line) for row, line in found if row["step"] <= self._resume_step]
+        kept = [(row, line) for row, line in rows_and_lines(content, path) if row["step"] <= self._resume_step]
         for row, _ in kept:
             self._note(row)
         if (lines := b"".join(line + b"\n" for _, line in kept)) != content:
