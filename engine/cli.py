@@ -1,33 +1,41 @@
-"""The edge of every front door (`python -m engine.X`): options that mean the same in each, exceptions as words and exit
-codes, the result as JSON; and no process outlives its launcher."""
+"""The edge of every front door (`mocov3 X`, `python -m engine.X`): options that mean the same in each, exceptions as
+words and exit codes, the result as JSON; and no process outlives its launcher."""
 
 import argparse
 import json
 import os
 import re
+import signal
 import sys
-import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from engine.distributed.launcher import end_with_launcher, local_rank, local_ranks, ranks
+from engine.distributed.launcher import complain, end_with_launcher, local_ranks, ranks
 from engine.errors import Interrupted, RunFailed, UserError
 from engine.logger import note, rank
-from engine.recipe.keys import wrong
-from engine.recipe.load import AnyRecipe, check_world, load, locate
-from engine.recipe.sections import Source
+from engine.own_models import check_models, exit_if_hidden
+
+try:
+    from engine.recipe.keys import wrong
+    from engine.recipe.load import AnyRecipe, check_world, load, locate
+    from engine.recipe.sections import Source
+    from engine.recipe.shipped import find
+except ImportError:
+    # Every door imports this module first, so it is here that another `models` shows where it lacks what is asked for.
+    exit_if_hidden()
+    raise
 
 if TYPE_CHECKING:
     from engine.data.source import Root
     from engine.distributed.world import World
 
-FIRST_WORD_SECONDS = 10.0
 WORKERS_AT_MOST = 12  # processes per rank that decode, where --workers does not say
 SOURCES = get_args(Source)
 OVERRIDES = "dotted.key=value"
+RECIPE = "a YAML file, a run directory, or one of `mocov3 recipes`"
 IMAGES = "a folder of images, tars or one tar"
 ROOTS = {"data.root": "--train", "data.val_root": "--val"}  # of a recipe with labels
 
@@ -37,37 +45,39 @@ ROOTS = {"data.root": "--train", "data.val_root": "--val"}  # of a recipe with l
 
 def enter(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a front door on the command line's arguments and exit: 0 done, 2 user error (one line), else failure."""
-    end_with_launcher()
+    end_with_launcher(os.getppid())
+    sys.exit(carry_out(main, sys.argv[1:]))
+
+
+def carry_out(main: Callable[[list[str]], None], arguments: list[str]) -> int:
+    """Run a front door and say what ended it early. Returns 0; any other status ends this process at once."""
     try:
-        main(sys.argv[1:])
+        check_models()
+        main(arguments)
+        sys.stdout.flush()
         code = 0
     except UserError as error:
-        _complain(f"error: {error}")
+        complain(f"error: {error}")
         code = 2
     except RunFailed as failure:
-        _complain(f"failed: {failure}")
+        complain(f"failed: {failure}")
         code = 1
     except Interrupted as stop:
         code = 128 + stop.signum
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # who read the output has gone, as `head` does
+        code = 128 + signal.SIGPIPE
     except Exception:
         sys.excepthook(*sys.exc_info())
         code = 1
-    sys.stdout.flush()
     sys.stderr.flush()
     if code:
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
         # At once: Python's own way out would wait for loader workers, which heed no signal but die with this process.
         os._exit(code)
-    sys.exit()
-
-
-def _complain(text: str) -> None:
-    # torchrun ends a node's ranks as soon as one has ended: the others wait until the first, which mostly failed alike,
-    # has spoken. One that is still there after that failed alone.
-    if local_rank() > 0:
-        time.sleep(FIRST_WORD_SECONDS)
-    print(text, file=sys.stderr, flush=True)
+    return code
 
 
 @contextmanager
@@ -91,14 +101,25 @@ def result(found: dict[str, Any], table: str | None = None) -> None:
 
 
 class Parser(ArgumentParser):
-    """A command line whose mistakes are UserErrors, one line each; its description is shown as it is written."""
+    """A command line whose mistakes are UserErrors, one line each; its description is shown as it is written.
 
-    def __init__(self, prog: str | None = None, description: str | None = None, **more: Any):
+    prog: the module of a door, and its command; messages call it as the user did.
+    """
+
+    def __init__(self, prog: str, description: str | None = None, **more: Any):
         more.setdefault("formatter_class", argparse.RawTextHelpFormatter)
-        super().__init__(prog, description=description, **more)
+        super().__init__(_as_called(prog), description=description, **more)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `python -m {self.prog} --help`")
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def _as_called(prog: str) -> str:
+    if not prog.startswith("engine."):  # argparse has made it of a parser's that was
+        return prog
+    if Path(sys.argv[0]).stem == "mocov3":
+        return prog.replace("engine.", "mocov3 ").replace("import_weights", "import")
+    return f"python -m {prog}"
 
 
 def at_least(least: int, name: str, do: str) -> Callable[[str], int]:
@@ -223,11 +244,20 @@ def decoding_workers(options: Namespace) -> int:
     """Processes per rank that decode: as asked for, else the cores that the ranks of this machine leave."""
     if options.workers is not None:
         return options.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(WORKERS_AT_MOST, cores // local_ranks() - 1))
+    return max(0, min(WORKERS_AT_MOST, cores() // local_ranks() - 1))
+
+
+def cores() -> int:
+    """Of the processor, as many as this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- a recipe
+
+
+def add_recipe(parser: ArgumentParser, name: str = "recipe", **more: Any) -> None:
+    """The RECIPE of a door: a file, a run or a shipped name; the option is its path."""
+    parser.add_argument(name, metavar="RECIPE", type=find, help=RECIPE, **more)
 
 
 def add_overrides(parser: ArgumentParser, example: str) -> None:
@@ -237,7 +267,7 @@ def add_overrides(parser: ArgumentParser, example: str) -> None:
 def add_labelled_run(parser: ArgumentParser, recipes: str) -> None:
     """A recipe (`recipes`: which) and what stands in its place, beside `add_images`: `read_labelled_run`."""
     parser.set_defaults(recipes=recipes)
-    parser.add_argument("--recipe", type=Path, help=recipes)
+    parser.add_argument("--recipe", metavar="RECIPE", type=find, help=f"{recipes}, or your own file")
     parser.add_argument("--out", metavar="RUN_DIR", help="instead of the recipe's run.dir")
     share = "of the training images, as many of every class, such as 1%% (default: all)"
     parser.add_argument("--labels", metavar="SHARE", help=share)

@@ -7,7 +7,7 @@ Then `python -m engine.run RECIPE run.dir=RUN_DIR [key=value ...]` goes on from 
 import json
 from pathlib import Path
 
-from engine.cli import Parser, add_overrides, enter, result
+from engine.cli import Parser, add_overrides, add_recipe, enter, result
 from engine.recipe.load import load
 
 
@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> None:
     parser = Parser("engine.import_weights", __doc__)
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
-    parser.add_argument("--recipe", required=True, type=Path, help="a YAML file, as in recipes/")
+    add_recipe(parser, "--recipe", required=True)
     parser.add_argument("--interpolate-positions", action="store_true", help="resize learned position embeddings")
     add_overrides(parser, "model.heads=6")
     options = parser.parse_intermixed_args(arguments)

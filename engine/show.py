@@ -19,6 +19,7 @@ from engine.cli import (
     add_encoder,
     add_images,
     add_overrides,
+    add_recipe,
     at_least,
     decoding_workers,
     enter,
@@ -49,7 +50,7 @@ def _parser() -> Parser:
         kind = kinds.add_parser(show.__name__, description=show.__doc__)
         kind.set_defaults(show=show)
         for each in positional:
-            kind.add_argument(each, metavar=each.upper())
+            add_recipe(kind) if each == "recipe" else kind.add_argument(each, metavar=each.upper())
         kind.add_argument("out", metavar="OUT", type=Path, help="a .png, .svg or .pdf; replaced if it is there")
         return kind
 
@@ -78,7 +79,7 @@ def views(options: Namespace) -> None:
     note("loading PyTorch")
     from engine.pictures.views import show_views
 
-    show_views(recipe, Path(options.recipe), options.out)
+    show_views(recipe, options.recipe, options.out)
 
 
 def attention(options: Namespace) -> None:

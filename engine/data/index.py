@@ -63,8 +63,8 @@ class TarReader:
             os.close(descriptor)
 
 
-def open_index(tar: Path) -> TarIndex:
-    """The tar's index: the saved one if it still fits the tar, else a new one, which is saved.
+def open_index(tar: Path, keep: bool = True) -> TarIndex:
+    """The tar's index: the saved one if it still fits the tar, else a new one, which is saved unless `keep` is false.
 
     Raises UserError where the tar is compressed, cut short or broken. Saving is atomic and may happen twice at once.
     """
@@ -78,7 +78,8 @@ def open_index(tar: Path) -> TarIndex:
         index = _scan(tar)
     except OSError as error:
         raise UserError(f"tar ({tar}) must be readable; {reason(error)}") from error
-    _save(index, tar, stamp)
+    if keep:
+        _save(index, tar, stamp)
     return index
 
 

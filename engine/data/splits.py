@@ -22,22 +22,23 @@ class Splits(NamedTuple):
     val: Source | None
 
 
-def open_splits(data: Data, recipe_file: Path, world: World, *, batch: int) -> Splits:
+def open_splits(data: Data, recipe_file: Path, world: World, *, batch: int, keep_index: bool = True) -> Splits:
     """The images of pre-training, labelled or not.
 
-    batch: train.global_batch_size, which they must fill. Rank 0 opens first: it alone builds a missing index.
+    batch: train.global_batch_size, which they must fill. Rank 0 opens first: it alone builds a missing index, which is
+    saved unless `keep_index` is false.
 
     Raises:
         UserError: on every rank, where data is missing, differs between ranks, or is less than a batch.
     """
 
     def find() -> Splits:
-        root = _root(data, locate(data.root, recipe_file), "data.root")
+        root = _root(data, locate(data.root, recipe_file), "data.root", keep_index)
         train = open_source(root, "train")
         if data.val_root is None:
             val = open_source(root, "val")
         else:
-            val = _open_val(_root(data, locate(data.val_root, recipe_file), "data.val_root"))
+            val = _open_val(_root(data, locate(data.val_root, recipe_file), "data.val_root", keep_index))
         _check_batch(batch, train, data.root)
         return Splits(train, None if val is None else align_labels(train, val))
 
@@ -92,8 +93,8 @@ def _open_val(root: Root) -> Source:
     return open_source(root, "all") if val is None else val
 
 
-def _root(data: Data, path: Path, key: str) -> Root:
-    return Root(data.source, path, key, data.dataset, data.dataset_options)
+def _root(data: Data, path: Path, key: str, keep_index: bool = True) -> Root:
+    return Root(data.source, path, key, data.dataset, data.dataset_options, keep_index)
 
 
 def _check_batch(batch: int, train: Source, root: str | Path) -> None:

@@ -1,11 +1,13 @@
 """The launcher of this process: torchrun, where there is one. Known before PyTorch is loaded, which takes seconds."""
 
 import os
+import sys
 import threading
 import time
 from functools import cache
 
 ORPHAN_CHECK_SECONDS = 1.0
+FIRST_WORD_SECONDS = 10.0
 
 
 def is_launched() -> bool:
@@ -28,14 +30,25 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def complain(text: str) -> None:
+    """Say on stderr, bare, why this process ends early; what ends all ranks of a node alike is said once.
+
+    A launcher ends a node's ranks as soon as one has ended: the others wait until the first, which mostly failed alike,
+    has spoken. One that is still there after that failed alone.
+    """
+    if local_rank() > 0:
+        time.sleep(FIRST_WORD_SECONDS)
+    print(text, file=sys.stderr, flush=True)
+
+
 @cache
-def end_with_launcher() -> None:
-    """From now on this process, if torchrun started it, exits within seconds of torchrun's death.
+def end_with_launcher(launcher: int) -> None:
+    """From now on this process, if a launcher started it, exits within seconds of the death of that process.
 
     To be called early: a launcher that dies while PyTorch is loaded would not be missed.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_with, args=(launcher,), daemon=True).start()
 
 
 def _exit_with(parent: int) -> None:

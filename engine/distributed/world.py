@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import engine
 from engine.distributed.agreement import agreement
-from engine.distributed.launcher import end_with_launcher, is_launched, local_rank
+from engine.distributed.launcher import end_with_launcher, is_launched, local_rank, local_ranks
 from engine.errors import UserError
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ def process_group() -> Iterator[World]:
 
     GPUs are used where there are any. Under torchrun a rank whose agent died exits within seconds.
     """
-    end_with_launcher()
+    end_with_launcher(os.getppid())
     cuda = torch.cuda.is_available()
     device = _own_gpu() if cuda else torch.device("cpu")
     alone = {} if is_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -77,7 +77,7 @@ def _own_gpu() -> torch.device:
     """This rank's GPU, set to compute the same bits every time, in the precision that it is asked for."""
     gpus = torch.cuda.device_count()
     if local_rank() >= gpus:
-        raise UserError(f"--nproc-per-node must be at most {gpus}, the number of GPUs of this node; start fewer ranks")
+        raise UserError(f"ranks ({local_ranks()}) must be at most {gpus}, the number of GPUs of this node; start fewer")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # only wanted for finding bugs, and slow

@@ -6,6 +6,7 @@ Reading one imports neither torch nor numpy, so that a mistake shows at once. Ev
 
 import dataclasses
 import difflib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from engine.errors import UserError, one_line, reason
 from engine.recipe.keys import keys_of, read, show, wrong
 from engine.recipe.plain import parse, unparse
 from engine.recipe.sections import RECIPES, SCHEMA, Data, Finetune, Model, Pretrain, Recipe
+from engine.recipe.shipped import OF_A_RUN
 from models.shapes import VIT_KEYS, may_freeze_patches, vit_shape
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
@@ -25,12 +27,16 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 def load(path: str | Path, overrides: Sequence[str] = (), kind: type[AnyRecipe] = Pretrain) -> AnyRecipe:
     """The checked recipe of a YAML file, after `dotted.key=value` overrides (value: YAML; of equal keys the last).
 
+    A run directory stands for the recipe that it holds, whose run.dir it then is, wherever it has been moved to.
+
     Raises UserError for a file that cannot be read, is not YAML or not a mapping, for a task other than `kind`, for an
     unknown or missing key, and for a value of a wrong type, out of range or at odds with another.
     """
-    origin = f"recipe ({one_line(path)})"
+    origin, file = f"recipe ({one_line(path)})", Path(path)
     try:
-        text = Path(path).read_bytes()
+        if (file / OF_A_RUN).is_file():
+            file, overrides = file / OF_A_RUN, [f"run.dir={json.dumps(str(path))}", *overrides]
+        text = file.read_bytes()
     except (OSError, ValueError) as error:
         raise UserError(f"{origin} must be a readable file: {reason(error)}; pass the path of one") from None
     return loads(text, origin, overrides, kind)
@@ -59,6 +65,13 @@ def task_of(text: object) -> str | None:
 def dump(recipe: Recipe) -> str:
     """YAML of every key that loads back to an equal recipe."""
     return unparse(dataclasses.asdict(recipe))
+
+
+def located(recipe: AnyRecipe, recipe_file: str | Path) -> AnyRecipe:
+    """The recipe with absolute paths of its data, for a copy of it that lies elsewhere."""
+    written = {key: getattr(recipe.data, key) for key in ("root", "val_root")}
+    found = {key: str(locate(path, recipe_file).absolute()) for key, path in written.items() if path is not None}
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **found))
 
 
 def _apply(raw: dict, override: str) -> None:
@@ -211,6 +224,7 @@ def locate(path: str, recipe_file: str | Path) -> Path:
 
     Where nothing is at either place it is the one in the working directory; the caller says that it is missing.
     """
-    here, beside = Path(path), Path(recipe_file).parent / path
+    file = Path(recipe_file)
+    here, beside = Path(path), (file if file.is_dir() else file.parent) / path
     # Not Path.exists, which raises where a folder may not be looked into.
     return beside if os.access(beside, os.F_OK) and not os.access(here, os.F_OK) else here

@@ -1,14 +1,16 @@
 """The folder of a run: who may write in it, and that every node sees it."""
 
 import secrets
+import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from engine.checkpoint.layout import checkpoint_folders
 from engine.distributed.agreement import agreement, broadcast
 from engine.distributed.world import World
 from engine.errors import UserError, reason
-from engine.files import lock, remove_drafts, replace_file
+from engine.files import lock, remove_drafts, remove_or_warn, replace_file
 from engine.logger import warn
 from engine.recipe.load import dump, task_of
 from engine.recipe.sections import Recipe
@@ -21,6 +23,8 @@ VISIBLE_SECONDS = 10.0  # network file systems need a moment to show a new file
 class RunDirectory:
     """`run.dir`, held by one launch at a time. A context manager, entered on all ranks together.
 
+    A folder that it had to make is gone again where a UserError ends its body before the first step.
+
     Raises:
         UserError: on every rank, where the folder cannot be written, is in use, or is not the same on every node.
     """
@@ -28,6 +32,7 @@ class RunDirectory:
     def __init__(self, path: Path, world: World):
         self.path, self.world = path, world
         self.checkpoints = path / "checkpoints"
+        self.made: list[Path] = []  # the folder and its parents, those that were not there
         self.held = ExitStack()
 
     def __enter__(self) -> "RunDirectory":
@@ -37,12 +42,21 @@ class RunDirectory:
                     self._make()
             self._check_visible()
         except BaseException:
-            self.__exit__()
+            self.__exit__(*sys.exc_info())
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.made and kind is not None and issubclass(kind, UserError) and not self._has_steps():
+            remove_or_warn(self.path)
+            with suppress(OSError):  # something else lies there by now
+                for parent in self.made[1:]:
+                    parent.rmdir()
         self.held.close()
+
+    def _has_steps(self) -> bool:
+        log = self.path / "metrics.jsonl"  # has the first step, always
+        return bool(checkpoint_folders(self.checkpoints)) or (log.exists() and b'"loss"' in log.read_bytes())
 
     def check_fresh(self, recipe: Recipe) -> None:
         """Raises UserError where a start would bury a run: all of it damaged, or of another task."""
@@ -65,7 +79,9 @@ class RunDirectory:
     def _make(self) -> None:
         in_use = f"run.dir ({self.path}) must not be in use by another launch; stop it, or pass another run.dir"
         try:
+            made = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
+            self.made = made
             if self.held.enter_context(lock(self.path / ".lock", in_use, LOCK_SECONDS)):
                 remove_drafts(self.path, OWN)
             else:

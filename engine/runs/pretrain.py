@@ -1,11 +1,12 @@
 """Pre-training, put together: recipe -> images, networks, state -> a run."""
 
+import dataclasses
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.state import RunState
@@ -19,6 +20,7 @@ from engine.errors import UserError
 from engine.evaluation.online_probe import PREFIX
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.logger import say, warn
+from engine.recipe.load import dump, located
 from engine.recipe.sections import Pretrain
 from engine.runs.log import Row
 from engine.runs.monitor import has_monitor, make_probe, monitor_row
@@ -45,7 +47,35 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
         moco = make_moco(recipe)
         check_compiler(recipe.parallel, world.device)
     splits = open_splits(recipe.data, recipe_file, world, batch=recipe.train.global_batch_size)
-    run(Pretraining(recipe, world, splits, moco), started)
+    run(Pretraining(recipe, recipe_file, world, splits, moco), started)
+
+
+def preview(recipe: Pretrain, recipe_file: Path, world: World) -> str:
+    """The recipe with every key, and as comments what follows from it: sizes, and what a run says when it begins.
+
+    Nothing is written. Images that are not there are said to be so. Raises UserError.
+    """
+    moco = make_moco(recipe)
+    lines = [_sizes(moco)]
+    # Nothing is fetched either.
+    options = {name: value for name, value in recipe.data.dataset_options.items() if name != "download"}
+    data = dataclasses.replace(recipe.data, dataset_options=options)
+    try:
+        splits = open_splits(data, recipe_file, world, batch=recipe.train.global_batch_size, keep_index=False)
+        lines += Pretraining(recipe, recipe_file, world, splits, moco).opening()
+    except UserError as error:
+        lines.append(f"data      {error}")
+        lines.append(f"schedule  {recipe.train.epochs} epochs, whose steps follow from the images")
+    return "\n".join([dump(located(recipe, recipe_file)), *(f"# {line}" for line in lines)])
+
+
+def _sizes(moco: MoCo) -> str:
+    def count(part: nn.Module) -> str:
+        return f"{sum(p.numel() for p in part.parameters()) / 1e6:,.1f} M"
+
+    base = moco.base
+    heads = f"projector {count(base.projector)}, predictor {count(moco.predictor)}"
+    return f"networks  trunk {count(base.trunk)} parameters, whose features have width {moco.width}; {heads}"
 
 
 def make_moco(recipe: Pretrain) -> MoCo:
@@ -91,14 +121,14 @@ class Pretraining(Task):
     monitor = "knn_top1"
     optional = (PREFIX,)
 
-    def __init__(self, recipe: Pretrain, world: World, splits: Splits, moco: MoCo):
+    def __init__(self, recipe: Pretrain, recipe_file: Path, world: World, splits: Splits, moco: MoCo):
         augment = recipe.augment
         crops = Crops(recipe.model.image_size, augment.crop_min, views=moco.views)
         self.dtype = dtype_of(recipe.parallel)
         views = Augment(augment, recipe.run.seed, self.dtype).__call__
         views = compiled(views) if recipe.parallel.compile else views
         super().__init__(recipe, world, splits, crops, views, mean=augment.mean, std=augment.std)
-        self.moco = moco
+        self.moco, self.recipe_file = moco, recipe_file
         self.schedule = make_schedule(recipe, self.order.steps_per_epoch)
 
     def start(self) -> None:

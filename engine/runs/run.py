@@ -13,7 +13,7 @@ from engine.errors import UserError
 from engine.files import read_rows
 from engine.logger import say
 from engine.recipe.identity import resume_differences
-from engine.recipe.load import loads
+from engine.recipe.load import loads, located
 from engine.recipe.sections import Linear, Recipe
 from engine.runs.directory import RunDirectory, check_same_task
 from engine.runs.log import MetricsLog, Row
@@ -38,7 +38,7 @@ def run(task: Task, started: float) -> Row:
         if found is not None:
             task.resume(*found)
             _say_resumed(found[0], task.step, task.plan())
-        directory.write_recipe(recipe)
+        directory.write_recipe(located(recipe, task.recipe_file))
         with agreement(world.host_group):
             kept = task.step if found else -1
             log = MetricsLog(directory.path, kept, monitor=task.monitor, enabled=world.is_first)

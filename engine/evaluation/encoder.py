@@ -1,0 +1,50 @@
+"""A frozen network for the programs of others: what `engine.load` returns.
+
+Shapes: B images, S their side, D features.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from engine.data.decode import to_rgb
+from engine.errors import UserError, one_line
+from engine.evaluation.subject import Subject, open_subject
+from engine.weights.weights import EncoderName
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Called on images [B, 3, S, S] that `transform` made it gives their features [B, D], without gradients.
+
+    network: what computes them, in eval mode, on the CPU until `encoder.network.to("cuda")` moves it.
+    width: D. image_size: S.
+    """
+
+    network: nn.Module
+    width: int
+    image_size: int
+    subject: Subject
+
+    def transform(self, image: Image.Image) -> Tensor:
+        """An image as the network takes it: float32 [3, S, S], resized, cropped and normalised as in evaluation."""
+        return self.subject.normalised(self.subject.crop(to_rgb(image)), "cpu")
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        expected = (3, self.image_size, self.image_size)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise ValueError(f"images ({list(images.shape)}) must be [B, {', '.join(map(str, expected))}]")
+        return self.network(images.to(next(self.network.parameters()).device))
+
+
+def open_encoder(checkpoint: str | Path, encoder: EncoderName) -> Encoder:
+    """The encoder of a CHECKPOINT. Raises UserError."""
+    if encoder not in get_args(EncoderName):
+        raise UserError(f"encoder ({one_line(encoder)}) must be one of {', '.join(get_args(EncoderName))}")
+    subject = open_subject(str(checkpoint), "cpu", encoder=encoder)
+    return Encoder(subject.network, subject.width("cpu"), subject.image_size, subject)

@@ -1,0 +1,136 @@
+"""The ranks of this node, started by a door itself; torchrun is for more nodes than one.
+
+torch's elastic agent starts them from a function, so nothing in the working directory can stand in the engine's place.
+The agent has a thread of its own and leaves signals to the main thread, which passes each on once. A rank begins with
+these signals held back and heeds them when it has left the terminal's process group: Ctrl-C reaches it once, not twice.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import uuid
+from importlib import import_module
+
+from engine.cli import carry_out, cores
+from engine.distributed.launcher import end_with_launcher, is_launched
+from engine.errors import RunFailed, UserError
+
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+LOOK_SECONDS = 0.1
+
+
+def read_ranks(text: str) -> int:
+    """The type of --ranks: a number, or `gpus` for as many as there are. Raises UserError."""
+    if is_launched():
+        raise UserError(f"--ranks ({text}) must be left out under torchrun, which has started the ranks")
+    if text == "gpus":
+        import torch  # takes seconds
+
+        if not torch.cuda.device_count():
+            raise UserError("--ranks (gpus) must be a number where there is no GPU; leave it out for one process")
+        return torch.cuda.device_count()
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1000):
+        raise UserError(f"--ranks ({text}) must be a number >= 1, or gpus; leave it out for one process")
+    return int(text)
+
+
+def launch(door: str, arguments: list[str], ranks: int) -> None:
+    """Run the front door engine.`door` on so many ranks, to their end. They say what there is to say.
+
+    Raises:
+        SystemExit: with the ranks' status, where that is not 0.
+        RunFailed: a rank died without a word.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
+    agent = _Agent(door, arguments, ranks)
+    received = _wait_and_pass_on(agent, ranks)
+    if isinstance(agent.error, ChildFailedError):
+        _end(agent.error.failures, received)
+    elif agent.error is not None:
+        raise agent.error
+
+
+class _Agent(threading.Thread):
+    """torch's elastic agent for this node alone. `error`: how it ended."""
+
+    def __init__(self, door: str, arguments: list[str], ranks: int):
+        super().__init__(daemon=True)
+        self.door, self.arguments, self.ranks = door, arguments, ranks
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        from torch.distributed.launcher.api import DefaultLogsSpecs, LaunchConfig, elastic_launch
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # the ranks inherit it
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=self.ranks,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+        )
+        logging.disable(logging.CRITICAL)  # the agent's own words on an end that the ranks have explained
+        try:
+            elastic_launch(config, _rank)(os.getpid(), self.door, self.arguments)
+        except BaseException as error:
+            self.error = error
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def _rank(launcher: int, door: str, arguments: list[str]) -> None:
+    """What a rank's process does."""
+
+    def main(arguments: list[str]) -> None:
+        multiprocessing.set_start_method(None, force=True)  # loader workers are forked, as in any other rank
+        os.setsid()
+        end_with_launcher(launcher)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        import_module(f"engine.{door}").main(arguments)
+
+    carry_out(main, arguments)
+
+
+def _wait_and_pass_on(agent: _Agent, ranks: int) -> list[int]:
+    """Until the agent has ended; returns the signals that came. An early one waits until all ranks are there."""
+    received: list[int] = []
+    waiting: list[int] = []
+
+    def receive(signum: int, _frame: object) -> None:
+        received.append(signum)
+        waiting.append(signum)
+
+    previous = {signum: signal.signal(signum, receive) for signum in PASSED_ON}
+    agent.start()
+    complete = False
+    while agent.is_alive():
+        agent.join(LOOK_SECONDS)
+        complete = complete or len(multiprocessing.active_children()) == ranks
+        while complete and waiting:
+            signum = waiting.pop(0)
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signum)
+    for signum, handler in previous.items():
+        signal.signal(signum, handler)
+    return received
+
+
+def _end(failures: dict, received: list[int]) -> None:
+    rank, failure = min(failures.items())
+    status = failure.exitcode
+    if status >= 0:
+        sys.exit(status)
+    if -status in received:
+        sys.exit(128 - status)
+    name = signal.Signals(-status).name
+    likely = ", often for want of memory" if name == "SIGKILL" else ""
+    raise RunFailed(f"rank {rank} was ended by {name}{likely}; the newest checkpoint is kept: the same command goes on")

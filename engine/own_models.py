@@ -1,0 +1,28 @@
+"""Whether `models` is the engine's own: a package or file of that name in the working directory would hide it."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from engine.distributed.launcher import complain
+from engine.errors import UserError
+
+OWN = Path(__file__).parents[1] / "models" / "__init__.py"
+
+
+def check_models() -> None:
+    """Raises UserError where Python finds another `models` than the one beside the engine."""
+    spec = find_spec("models")
+    found = spec and (spec.origin or next(iter(spec.submodule_search_locations or []), None))
+    if found is None or not Path(found).exists() or not OWN.samefile(found):
+        do = "start from another folder, or with `mocov3 ...` or `python -P -m engine...`"
+        raise UserError(f"models ({found or 'missing'}) must be the engine's own, which it hides; {do}")
+
+
+def exit_if_hidden() -> None:
+    """End the process in one line, as a door does, where another `models` hides the engine's."""
+    try:
+        check_models()
+    except UserError as error:
+        complain(f"error: {error}")
+        sys.exit(2)
