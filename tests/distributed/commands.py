@@ -1,5 +1,6 @@
 """A command as a user starts it, watched from outside: its words, its processes and what they leave behind."""
 
+import json
 import os
 import re
 import secrets
@@ -19,7 +20,20 @@ LEAD = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d r\d+  ", re.MULTILINE)
 GONE = 60  # seconds after which a process that nobody waits for counts as left behind
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 ONE_PROCESS = (sys.executable, "-m", "engine.run")
+OWN_RANKS = (*ONE_PROCESS, "--ranks", "2")
 TWO_RANKS = (*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "engine.run")
+
+QUICKSTART = ROOT / "recipes/quickstart.yaml"
+SMALL = {
+    "model.dim": 32,
+    "model.projector_hidden_dim": 64,
+    "model.output_dim": 32,
+    "train.global_batch_size": 32,
+    "data.workers": 1,
+    "log.every_steps": 1,
+    "checkpoint.every_steps": 2,
+    "evaluate.knn_every_epochs": 0,
+}
 
 
 class Ended(NamedTuple):
@@ -34,7 +48,7 @@ class Command:
     A context manager, which ends what still runs.
     """
 
-    def __init__(self, *arguments: object, cwd: Path = ROOT, env: dict[str, str] | None = None):
+    def __init__(self, *arguments: object, cwd: Path = ROOT, env: dict[str, str] | None = None, **more: bool):
         self.mark = secrets.token_hex(8)
         self.seen: set[int] = set()
         self.files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
@@ -47,6 +61,7 @@ class Command:
             stdin=subprocess.DEVNULL,
             stdout=self.files[0],
             stderr=self.files[1],
+            **more,
         )
 
     def __enter__(self) -> "Command":
@@ -103,3 +118,33 @@ class Command:
 def run(*arguments: object, **options) -> Ended:
     with Command(*arguments, **options) as command:
         return command.end()
+
+
+# ---- small runs, and what is read of them ----------------------------------------------------------------------------
+
+
+def overrides(folder: Path, **values: object) -> list[str]:
+    """Arguments of a small run in `folder`; `train__max_steps=3` stands for train.max_steps=3."""
+    values = SMALL | {"run.dir": folder} | {name.replace("__", "."): value for name, value in values.items()}
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(folder: Path) -> list[dict]:
+    """The rows of losses without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(folder) if "loss" in row]
+
+
+def stopped_at(ended: Ended) -> int:
+    """The step that a run, stopped by a signal, says is saved."""
+    line = next(line for line in ended.out.splitlines() if line.startswith("stopped by a signal after step "))
+    assert line.endswith(", which is saved; the same command goes on")
+    return int(line.split()[6].rstrip(","))
+
+
+def resumed_at(ended: Ended) -> int:
+    line = next(line for line in ended.out.splitlines() if line.startswith("resumed "))
+    return int(line.partition(" at step ")[2].split()[0].rstrip(":"))

@@ -16,38 +16,26 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.distributed.commands import ONE_PROCESS, TORCHRUN, TWO_RANKS, Command, Ended, run
-from tests.distributed.launch import ROOT, environment
+from tests.distributed.commands import (
+    ONE_PROCESS,
+    QUICKSTART,
+    SMALL,
+    TORCHRUN,
+    TWO_RANKS,
+    Command,
+    Ended,
+    overrides,
+    resumed_at,
+    rows,
+    run,
+    stopped_at,
+    timeless,
+)
+from tests.distributed.launch import environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
-QUICKSTART = ROOT / "recipes/quickstart.yaml"
-SMALL = {
-    "model.dim": 32,
-    "model.projector_hidden_dim": 64,
-    "model.output_dim": 32,
-    "train.global_batch_size": 32,
-    "data.workers": 1,
-    "log.every_steps": 1,
-    "checkpoint.every_steps": 2,
-    "evaluate.knn_every_epochs": 0,
-}
 IMAGES, BROKEN = 40, ("image_05.png", "image_23.jpg")
-
-
-def overrides(folder: Path, **values: object) -> list[str]:
-    """Arguments of a small run in `folder`; `train__max_steps=3` stands for train.max_steps=3."""
-    values = SMALL | {"run.dir": folder} | {name.replace("__", "."): value for name, value in values.items()}
-    return [f"{name}={value}" for name, value in values.items()]
-
-
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(folder: Path) -> list[dict]:
-    """The rows of losses without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(folder) if "loss" in row]
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -60,23 +48,11 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
 
 
-def stopped_at(ended: Ended) -> int:
-    """The step that a run, stopped by a signal, says is saved."""
-    line = next(line for line in ended.out.splitlines() if line.startswith("stopped by a signal after step "))
-    assert line.endswith(", which is saved; the same command goes on")
-    return int(line.split()[6].rstrip(","))
-
-
 def assert_free(folder: Path) -> None:
     """No process holds the folder any more."""
     for lock in (folder / ".lock", folder / "checkpoints/.lock"):
         with lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def resumed_at(ended: Ended) -> int:
-    line = next(line for line in ended.out.splitlines() if line.startswith("resumed "))
-    return int(line.partition(" at step ")[2].split()[0].rstrip(":"))
 
 
 # ---- runs that are stopped in every way, and one that is not ---------------------------------------------------------
@@ -296,7 +272,7 @@ def test_a_mistake_under_torchrun_is_said_once(mistakes):
     assert "engine/" not in ended.err, "torchrun's own traceback, and none of ours"
 
 
-@pytest.mark.parametrize("name", ["key", "batch", "timm", "compiler", "root", "few"])
+@pytest.mark.parametrize("name", ["key", "batch", "timm", "compiler", "root", "few", "nothing"])
 def test_a_wrong_recipe_leaves_no_folder(mistakes, name):
     assert not mistakes[name][1].exists()
 

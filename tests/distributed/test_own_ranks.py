@@ -1,0 +1,96 @@
+"""`engine.run --ranks N`: the ranks of a node without torchrun, as a user meets them."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UserError
+from engine.launch import read_ranks
+from tests.distributed.commands import (
+    OWN_RANKS,
+    QUICKSTART,
+    TWO_RANKS,
+    Command,
+    Ended,
+    overrides,
+    resumed_at,
+    run,
+    stopped_at,
+    timeless,
+)
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+
+
+def ranks_of(command: Command) -> list[int]:
+    """The processes of its ranks, which were started in their order."""
+    threads = Path(f"/proc/{command.process.pid}/task").glob("*/children")
+    children = [int(pid) for path in threads for pid in path.read_text().split()]
+    return sorted({pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()})
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> tuple[Path, Ended, Ended, Ended]:
+    """A run that Ctrl-C ends, which reaches all of a terminal's foreground processes; one whose rank is killed; the
+    run's end."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    with Command(*OWN_RANKS, QUICKSTART, *overrides(folder), start_new_session=True) as command:
+        command.wait_for("step 3/")
+        os.killpg(command.process.pid, signal.SIGINT)
+        stopped = command.end()
+    with Command(*OWN_RANKS, QUICKSTART, *overrides(folder)) as command:
+        command.wait_for("\nstep ")
+        os.kill(ranks_of(command)[1], signal.SIGKILL)
+        killed = command.end()
+    last = resumed_at(killed) + 3
+    return folder, stopped, killed, run(*OWN_RANKS, QUICKSTART, *overrides(folder, train__max_steps=last))
+
+
+def test_ctrl_c_saves_once_and_the_same_command_goes_on(interrupted):
+    _, stopped, killed, _ = interrupted
+    assert stopped.code == 128 + signal.SIGINT, stopped
+    assert "Traceback" not in stopped.err
+    assert resumed_at(killed) == stopped_at(stopped) >= 3
+
+
+def test_a_rank_that_is_killed_is_said_in_one_line(interrupted):
+    _, _, killed, finished = interrupted
+    assert killed.code == 1, killed
+    assert [line for line in killed.err.splitlines() if line.startswith("failed: ")] == [
+        "failed: rank 1 was ended by SIGKILL, often for want of memory; "
+        "the newest checkpoint is kept: the same command goes on"
+    ]
+    assert "Traceback" not in killed.err
+    assert finished.code == 0
+
+
+def test_it_is_the_run_that_torchrun_makes(interrupted, tmp_path):
+    folder, *_, finished = interrupted
+    last = resumed_at(finished) + 3
+    assert run(*TWO_RANKS, QUICKSTART, *overrides(tmp_path / "run", train__max_steps=last)).code == 0
+    assert timeless(folder) == timeless(tmp_path / "run")
+
+
+def test_a_mistake_that_only_the_ranks_see_is_one_line_and_status_2(tmp_path):
+    ended = run(*OWN_RANKS, QUICKSTART, *overrides(tmp_path / "run", data__root=tmp_path / "none"))
+    assert ended.code == 2, ended
+    assert ended.err.splitlines()[1:] == [
+        f"error: data.root ({tmp_path}/none) must exist; pass data.root=/path/to/images"
+    ], "after the word that PyTorch is loaded"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "two", "", "\u0662", "1000000"])
+def test_what_is_no_number_of_ranks(text):
+    with pytest.raises(UserError, match=r"^--ranks \(.*\) must be a number >= 1, or gpus; leave it out"):
+        read_ranks(text)
+
+
+def test_torchrun_has_started_the_ranks_already(monkeypatch):
+    assert read_ranks("2") == 2
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=r"^--ranks \(2\) must be left out under torchrun"):
+        read_ranks("2")

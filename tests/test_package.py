@@ -1,0 +1,243 @@
+"""What is installed: the command and its doors, the shipped recipes, `engine.load`, and a `models` that hides ours."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import engine
+from engine import keys, own_models, recipes, show
+from engine.__main__ import DOORS, MODULES, main
+from engine.data.decode import decode
+from engine.errors import UserError
+from engine.evaluation.subject import open_subject
+from engine.recipe import shipped
+from engine.recipe.describe import describe_keys
+from engine.recipe.load import load, loads, located
+from engine.recipe.sections import RECIPES
+from engine.run import main as run
+from tests.recipe.shipped import FILES, QUICK
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = ROOT / "tests/golden/I_vit_small_shape.pth.tar"
+SMALL = ["model.dim=32", "model.projector_hidden_dim=64", "model.output_dim=32", "train.global_batch_size=32"]
+ONE_STEP = [*SMALL, "train.max_steps=1", "data.workers=0", "evaluate.knn_every_epochs=0"]
+
+
+def complaint(function, *arguments: object) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_every_door_has_its_word(capsys):
+    doors = {path.stem for path in (ROOT / "engine").glob("*.py") if 'if __name__ == "__main__":' in path.read_text()}
+    words = {MODULES.get(word, word) for word in DOORS}
+    assert doors - {"__main__"} == words
+    assert all(callable(importlib.import_module(f"engine.{name}").main) for name in words)
+    main([])
+    shown = capsys.readouterr().out
+    assert all(f"\n  {word} " in shown for word in DOORS)
+    main(["--version"])
+    assert capsys.readouterr().out == f"mocov3 {engine.__version__}\n"
+    assert complaint(main, ["rnu"]).endswith("did you mean run?")
+    assert complaint(main, ["frobnicate"]).endswith("see `mocov3 --help`")
+
+
+def test_a_door_calls_itself_as_it_was_called(monkeypatch, capsys):
+    for script, call in (("/bin/mocov3", "mocov3 import"), ("engine/run.py", "python -m engine.import_weights")):
+        monkeypatch.setattr(sys, "argv", [script])
+        assert complaint(main, ["import"]).endswith(f"see `{call} --help`")
+        with pytest.raises(SystemExit):
+            main(["import", "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: {call} ")
+
+
+def test_keys_says_every_key(capsys):
+    for task in RECIPES:
+        keys.main(["--task", task])
+        said = " ".join(capsys.readouterr().out.split())
+        for key in describe_keys(task):
+            default = "required" if key.default is None else f"default {key.default}"
+            assert f"{key.name}{'*' if key.is_free else ''}: {key.must}; {default} {key.meaning}" in said
+    keys.main(["moco"])
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[::2]] == [
+        "moco.temperature",
+        "moco.momentum",
+    ]
+    keys.main(["epochs"])
+    assert capsys.readouterr().out.startswith("train.epochs: an integer >= 1; required")
+    assert (
+        complaint(keys.main, ["moko"])
+        == "section (moko) must be a section or a key of task pretrain; did you mean moco?"
+    )
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_shipped_recipes_are_listed_and_found_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipes.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(FILES)
+    assert all(len(line.split()) > 4 for line in lines)
+    assert shipped.find("quickstart").samefile(QUICK)
+    assert complaint(shipped.find, "quikstart").endswith("; did you mean quickstart?")
+    assert complaint(shipped.find, "no/such/vit_l.yaml").endswith("; did you mean vit_l?")
+    assert complaint(shipped.find, "zzz").endswith("; `mocov3 recipes` lists those that are shipped")
+    assert complaint(shipped.find, "x" * 5000).startswith("recipe (xxx")
+    (tmp_path / "my_own.yaml").touch()
+    assert complaint(shipped.find, "my_own.yaml").endswith("; did you mean my_own.yaml?")
+
+
+def test_what_is_there_wins_over_a_shipped_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vit_s").mkdir()
+    assert shipped.find("vit_s").samefile(FILES["vit_s"]), "a folder without a recipe is none"
+    (tmp_path / "vit_s/recipe.yaml").touch()
+    assert shipped.find("vit_s") == Path("vit_s")
+    (tmp_path / "vit_b").touch()
+    assert shipped.find("vit_b") == Path("vit_b")
+
+
+def test_a_copied_recipe_is_the_same_recipe_wherever_it_lies(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, file in FILES.items():
+        task = RECIPES[shipped_task(file)]
+        recipes.main(["copy", name, "."])
+        assert json.loads(capsys.readouterr().out) == {"file": f"{name}.yaml"}
+        copied = load(tmp_path / f"{name}.yaml", kind=task)
+        assert located(copied, tmp_path / f"{name}.yaml") == located(load(file, kind=task), file)
+    before = (tmp_path / "vit_s.yaml").read_bytes()
+    assert complaint(recipes.main, ["copy", "vit_s"]).startswith("vit_s.yaml must not be there yet; ")
+    assert (tmp_path / "vit_s.yaml").read_bytes() == before
+    assert complaint(recipes.main, ["copy", "vit_s", "none"]).startswith("FOLDER (none) must be a writable folder: ")
+
+
+def shipped_task(file: Path) -> str:
+    return next(line.split()[1] for line in file.read_text().splitlines() if line.startswith("task:"))
+
+
+def test_print_says_what_would_run_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train.tar", "val.tar"):
+        (data / name).symlink_to(QUICK.parent / "data/fashion_mnist" / name)
+    monkeypatch.chdir(tmp_path)
+    before = files(tmp_path)
+    run(["quickstart", "--print", "data.root=data", "train.epochs=7"])
+    out = capsys.readouterr().out
+    assert files(tmp_path) == before
+    written = load(QUICK, [f"data.root={data}", "train.epochs=7"])
+    assert loads(out, "printed") == written
+    assert "\n# schedule  7 epochs of 39 steps: 273 steps\n" in out
+    assert "\n# networks  trunk 0.2 M parameters" in out
+    run(["vit_s", "--print"])
+    out = capsys.readouterr().out
+    assert loads(out, "printed") == located(load(FILES["vit_s"]), FILES["vit_s"])
+    assert "\n# data      data.root (data/imagenet) must exist; " in out
+    assert files(tmp_path) == before
+
+
+# ---- a run and what is made of it ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_one_step(tmp_path_factory) -> Path:
+    """A run that was started with relative paths, and has moved since."""
+    folder, here = tmp_path_factory.mktemp("run"), Path.cwd()
+    try:
+        os.chdir(folder)
+        run(["quickstart", *ONE_STEP, "run.dir=begun"])
+    finally:
+        os.chdir(here)
+    return (folder / "begun").rename(folder / "moved")
+
+
+def test_a_run_keeps_absolute_paths_and_its_checkpoint_what_was_written(of_one_step):
+    assert load(of_one_step / "recipe.yaml").data.root == str(QUICK.parent / "data/fashion_mnist")
+    manifest = (of_one_step / "checkpoints/step_0000001/MANIFEST.json").read_text()
+    assert "root: data/fashion_mnist" in json.loads(manifest)["state"]["recipe"]
+
+
+def test_a_run_is_a_recipe_which_goes_on_where_it_lies(of_one_step, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert load(of_one_step).run.dir == str(of_one_step)
+    assert load(of_one_step, ["run.dir=other"]).run.dir == "other"
+    run([str(of_one_step), "train.max_steps=2"])
+    assert "step_0000001 at step 1 of 2" in capsys.readouterr().out
+    show.main(["views", str(of_one_step), "views.png"])
+    assert json.loads(capsys.readouterr().out) == {"file": "views.png"}
+    assert files(tmp_path).keys() == {"views.png"}
+
+
+@pytest.mark.parametrize("encoder", ["base", "momentum"])
+@pytest.mark.parametrize("checkpoint", ["run", CHECKPOINT], ids=["run", "file"])
+def test_load_gives_the_network_and_the_images_of_evaluation(checkpoint, encoder, of_one_step):
+    path = of_one_step if checkpoint == "run" else checkpoint
+    loaded, subject = engine.load(path, encoder=encoder), open_subject(str(path), "cpu", encoder=encoder)
+    file = ROOT / "recipes/pictures/quickstart.png"
+    with Image.open(file) as image:
+        image_3SS = loaded.transform(image)
+    assert torch.equal(image_3SS, subject.normalised(subject.crop(decode(file.read_bytes())), "cpu"))
+    feature_BD = loaded(torch.stack([image_3SS, image_3SS.flip(2)]))
+    assert feature_BD.shape == (2, loaded.width)
+    assert not feature_BD.requires_grad
+    assert not loaded.network.training
+    assert torch.equal(feature_BD[0], loaded(image_3SS[None])[0]) or torch.allclose(
+        feature_BD[:1], loaded(image_3SS[None])
+    )
+    with pytest.raises(ValueError, match=r"^images \(\[3, .*\]\) must be \[B, 3, "):
+        loaded(image_3SS)
+
+
+def test_load_refuses_in_one_line(tmp_path):
+    assert complaint(engine.load, tmp_path / "none").startswith(f"CHECKPOINT ({tmp_path}/none) must exist; ")
+    assert complaint(engine.load, CHECKPOINT, "both") == "encoder (both) must be one of base, momentum"
+
+
+def test_importing_the_engine_loads_no_pytorch(tmp_path):
+    code = "import sys, engine, engine.__main__, engine.run, engine.keys, engine.recipes; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+# ---- another `models` ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decoy", ["models.py", "models/__init__.py"])
+def test_a_models_that_hides_ours_is_one_line(decoy, tmp_path):
+    (tmp_path / decoy).parent.mkdir(exist_ok=True)
+    (tmp_path / decoy).write_text("")
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def python(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    ended = python("-m", "engine.run", "quickstart", "--print")
+    line = f"models ({tmp_path / decoy}) must be the engine's own, which it hides; start from another folder, or with "
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(f"error: {line}`mocov3 ...` or `python -P -m engine...`")
+    assert len(ended.stderr.splitlines()) == 1
+    ended = python("-c", "import engine; engine.load('x')")
+    assert ended.stderr.splitlines()[-1].startswith(f"engine.errors.UserError: {line}")
+    ended = python("-P", "-m", "engine.keys", "moco")
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_our_models_are_ours():
+    own_models.check_models()
