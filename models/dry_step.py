@@ -1,4 +1,4 @@
-"""A training step of a trunk on the meta device, without memory: what it would meet shows before a run begins."""
+"""Training steps of a trunk before a run begins, without memory or with little: they show what the run would meet."""
 
 from typing import Any
 
@@ -43,6 +43,26 @@ def why_untrainable(module: nn.Module, image_size: int, dtype: torch.dtype) -> s
     if moved:
         return f"it keeps statistics of a rank's own batch: {', '.join(moved[:3])}"
     return f"it draws random numbers of a rank's own: {', '.join(sorted(watch.draws))}" if watch.draws else None
+
+
+def refused_in_step(module: nn.Module, image_size: int, dtype: torch.dtype) -> str | None:
+    """The first operation of a step on four images that torch's strict deterministic mode, which is on, refuses.
+
+    None where it refuses none. Anything else that the step raises passes.
+
+    Args:
+        module: on the device to ask; not to be used afterwards.
+    """
+    _as_under_fsdp(module.train(), dtype)
+    device = next(module.parameters()).device
+    try:
+        module(torch.ones(4, 3, image_size, image_size, device=device, dtype=dtype)).sum().backward()
+    except RuntimeError as error:
+        operation, refusal, _ = str(error).partition(" does not have a deterministic implementation")
+        if not refusal:
+            raise
+        return operation
+    return None
 
 
 def _as_under_fsdp(module: nn.Module, dtype: torch.dtype) -> set[nn.Module]:

@@ -79,6 +79,7 @@ def _own_gpu() -> torch.device:
     if local_rank() >= gpus:
         raise UserError(f"ranks ({local_ranks()}) must be at most {gpus}, the number of GPUs of this node; start fewer")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    # NCCL asks when it starts, and then leaves out sums whose order varies. A run goes further (runs/run.py).
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # only wanted for finding bugs, and slow
     torch.backends.cudnn.allow_tf32 = False

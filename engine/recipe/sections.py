@@ -146,6 +146,8 @@ Precision = Literal["bf16", "float32", "float64"]
 Shard = Literal["full", "grad_op", "hybrid", "replicate"]
 SHARDED = "what is split over processes: all state; gradients and optimizer state; all within each replica; nothing"
 
+DETERMINISTIC = "the same bits from every run of one command on the same machines; false: faster, and to rounding alone"
+
 
 @section
 class Parallel:
@@ -153,6 +155,7 @@ class Parallel:
     precision: Precision = key("arithmetic of the trunk; under bf16 heads, BatchNorm and loss stay in float32")
     shard: Shard = key(SHARDED, default="full")
     replicate: int = key("number of replicas under shard hybrid; 1 in the other modes", AT_LEAST_1, default=1)
+    deterministic: bool = key(DETERMINISTIC, since=2, before=True, default=True)
 
 
 @section

@@ -3,6 +3,7 @@
 import secrets
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -69,12 +70,12 @@ class RunDirectory:
                 f"move {self.checkpoints} away to start anew, or pass another run.dir"
             )
 
-    def write_recipe(self, recipe: Recipe) -> None:
+    def write_recipe(self, recipe: Recipe, made_by: Mapping[str, str]) -> None:
         """Leave what runs, resolved, in recipe.yaml; its first line says by what and on what."""
         with agreement(self.world.host_group):
             if self.world.is_first:
-                made_by = ", ".join(f"{what} {value}" for what, value in self.world.made_by().items())
-                replace_file(self.path / "recipe.yaml", f"# {made_by}\n{dump(recipe)}")
+                words = ", ".join(f"{what} {value}" for what, value in made_by.items())
+                replace_file(self.path / "recipe.yaml", f"# {words}\n{dump(recipe)}")
 
     def _make(self) -> None:
         in_use = f"run.dir ({self.path}) must not be in use by another launch; stop it, or pass another run.dir"

@@ -154,6 +154,9 @@ class Finetuning(Supervised):
             steps_per_epoch=self.order.steps_per_epoch,
         )
 
+    def fresh_trunk(self) -> nn.Module:
+        return Classifier(self.weights.known().architecture.build(), len(self.classes)).trunk
+
     def start(self) -> None:
         recipe, world = self.recipe, self.world
         mesh = make_mesh(world, recipe.parallel.shard, recipe.parallel.replicate)

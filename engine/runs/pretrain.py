@@ -131,6 +131,10 @@ class Pretraining(Task):
         self.moco, self.recipe_file = moco, recipe_file
         self.schedule = make_schedule(recipe, self.order.steps_per_epoch)
 
+    def fresh_trunk(self) -> nn.Module:
+        model = self.recipe.model
+        return declared(model).build(freeze_patch_projection=model.freeze_patch_projection).module
+
     def start(self) -> None:
         self.trained = build_state(self.recipe, self.moco, self.world, self.schedule)
         self.probe = make_probe(self.recipe, self.world, self.splits, self.trained, self.dtype)

@@ -1,6 +1,8 @@
 """The life of a run: a task in its run directory, from its newest checkpoint to the end of its plan."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from engine.checkpoint.layout import read_pointer
@@ -8,7 +10,7 @@ from engine.checkpoint.load import newest_valid
 from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.retain import clean
 from engine.checkpoint.state import RunState
-from engine.distributed.agreement import agreement, broadcast
+from engine.distributed.agreement import agreement, all_gather, broadcast
 from engine.errors import UserError
 from engine.files import read_rows
 from engine.logger import say
@@ -19,6 +21,7 @@ from engine.runs.directory import RunDirectory, check_same_task
 from engine.runs.log import MetricsLog, Row
 from engine.runs.task import Plan, Task
 from engine.runs.trainer import Trainer
+from engine.training.determinism import deterministic, refused_in_trial
 
 
 def run(task: Task, started: float) -> Row:
@@ -31,14 +34,14 @@ def run(task: Task, started: float) -> Row:
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
     """
     recipe, world = task.recipe, task.world
-    with RunDirectory(Path(recipe.run.dir), world) as directory:
+    with RunDirectory(Path(recipe.run.dir), world) as directory, _as_deterministic_as_asked(task):
         _say_opening(task)
         found = _newest(directory, task)
         task.start()
         if found is not None:
             task.resume(*found)
             _say_resumed(found[0], task.step, task.plan())
-        directory.write_recipe(located(recipe, task.recipe_file))
+        directory.write_recipe(located(recipe, task.recipe_file), task.made_by())
         with agreement(world.host_group):
             kept = task.step if found else -1
             log = MetricsLog(directory.path, kept, monitor=task.monitor, enabled=world.is_first)
@@ -48,6 +51,21 @@ def run(task: Task, started: float) -> Row:
         log.close()
         left = task.finish(directory.path)
         return _closing(task, directory, trainer, left)
+
+
+@contextmanager
+def _as_deterministic_as_asked(task: Task) -> Iterator[None]:
+    """For the whole run; a recipe that does not say `parallel.deterministic` leaves it as every door has it."""
+    parallel, world = task.parallel, task.world
+    if parallel is None:
+        yield
+        return
+    if parallel.deterministic:
+        with agreement(world.host_group):
+            refused = refused_in_trial(task.fresh_trunk, task.crops.size, parallel, world.device)
+        task.refused = next(filter(None, all_gather(refused, world.host_group)), None)
+    with deterministic(parallel.deterministic, task.refused):
+        yield
 
 
 def _newest(directory: RunDirectory, task: Task) -> tuple[Path, Manifest, RunState] | None:
@@ -94,9 +112,20 @@ def check_same_recipe(state: RunState, manifest: Manifest, recipe: Recipe) -> No
 
 
 def _say_opening(task: Task) -> None:
-    world, parallel = task.world, getattr(task.recipe, "parallel", None)
+    world, parallel = task.world, task.parallel
     how = f", {parallel.precision}, shard {parallel.shard}, compile {parallel.compile}" if parallel else ""
-    say("\n".join([f"ranks     {world.size} on {world.device_name}{how}", *task.opening()]))
+    say("\n".join([f"ranks     {world.size} on {world.device_name}{how}", *_lost_bits(task), *task.opening()]))
+
+
+def _lost_bits(task: Task) -> list[str]:
+    """A line where the run is not deterministic."""
+    if task.refused:
+        how = f"{task.refused} has no deterministic form on {task.world.device_name}; attention keeps one, and is slower"
+    elif task.parallel is not None and not task.parallel.deterministic:
+        how = "parallel.deterministic is false"
+    else:
+        return []
+    return [f"bits      two runs of this command may differ in rounding, and a resumed run from an unbroken one: {how}"]
 
 
 def _say_resumed(checkpoint: Path, step: int, plan: Plan) -> None:

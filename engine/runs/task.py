@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.checkpoint.load import load
 from engine.checkpoint.manifest import Manifest
@@ -24,7 +24,7 @@ from engine.data.splits import Splits
 from engine.distributed.world import World
 from engine.errors import UserError
 from engine.recipe.load import dump
-from engine.recipe.sections import Recipe
+from engine.recipe.sections import Parallel, Recipe
 from engine.runs.log import Row
 from engine.training.update import Update
 
@@ -89,6 +89,8 @@ class Task(ABC):
         self.order = Order(recipe.run.seed, len(splits.train), batch, keep_partial, repeats)
         self.bad_images = BadImages(recipe.data.max_bad_fraction, world)
         self.licence: str | None = None  # of imported weights, which binds what is made of them
+        self.parallel: Parallel | None = getattr(recipe, "parallel", None)
+        self.refused: str | None = None  # an operation of the step that has no deterministic form here
 
     # ---- on which tasks differ
 
@@ -141,6 +143,10 @@ class Task(ABC):
     def shown(self) -> Mapping[str, bytes]:
         """Files for the run directory that show the newest evaluation, where that is the one that counts. On rank 0."""
         return {}
+
+    def fresh_trunk(self) -> nn.Module:
+        """Another one like that which is trained, on the device of torch's context; of tasks with `parallel`."""
+        raise NotImplementedError
 
     def finish(self, directory: Path) -> list[str]:
         """After the last step: what is still to be checked and left behind, and lines about it."""
@@ -206,6 +212,13 @@ class Task(ABC):
 
     # ---- checkpoints
 
+    def made_by(self) -> dict[str, str]:
+        """What computes here, and how far the same bits come of it again."""
+        if self.parallel is None:
+            return self.world.made_by()
+        found = f"in part: not {self.refused}" if self.refused else str(self.parallel.deterministic).lower()
+        return self.world.made_by() | {"deterministic": found}
+
     def state(self) -> RunState:
         return RunState(
             step=self.step,
@@ -213,7 +226,7 @@ class Task(ABC):
             images={split: fingerprint for split, (fingerprint, _) in self.images_bound().items()},
             bad_images=self.bad_images.count(),
             licence=self.licence,
-            made_by=self.world.made_by(),
+            made_by=self.made_by(),
         )
 
     def check_resume(self, state: RunState) -> None:
