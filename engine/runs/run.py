@@ -34,7 +34,7 @@ def run(task: Task, started: float) -> Row:
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
     """
     recipe, world = task.recipe, task.world
-    with RunDirectory(Path(recipe.run.dir), world) as directory, _as_deterministic_as_asked(task):
+    with RunDirectory(Path(recipe.run.dir), world) as directory, as_deterministic_as_asked(task):
         _say_opening(task)
         found = _newest(directory, task)
         task.start()
@@ -54,7 +54,7 @@ def run(task: Task, started: float) -> Row:
 
 
 @contextmanager
-def _as_deterministic_as_asked(task: Task) -> Iterator[None]:
+def as_deterministic_as_asked(task: Task) -> Iterator[None]:
     """For the whole run; a recipe that does not say `parallel.deterministic` leaves it as every door has it."""
     parallel, world = task.parallel, task.world
     if parallel is None:
@@ -120,7 +120,9 @@ def _say_opening(task: Task) -> None:
 def _lost_bits(task: Task) -> list[str]:
     """A line where the run is not deterministic."""
     if task.refused:
-        how = f"{task.refused} has no deterministic form on {task.world.device_name}; attention keeps one, and is slower"
+        how = (
+            f"{task.refused} has no deterministic form on {task.world.device_name}; attention keeps one, and is slower"
+        )
     elif task.parallel is not None and not task.parallel.deterministic:
         how = "parallel.deterministic is false"
     else:

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from engine.data.decode import Crops
 from engine.distributed.world import World, make_mesh, process_group
 from engine.evaluation.online_probe import OnlineProbe
 from engine.recipe.sections import Parallel
+from engine.runs.run import as_deterministic_as_asked
 from engine.torch_internals import lerp_each_
 from engine.training import update as update_module
 from engine.training.optim import LARS_TRUST, Lars
@@ -25,6 +28,7 @@ from models.moco import MoCo
 from models.norm import GlobalBatchNorm, set_batch_norm_group
 from tests.distributed.replays import GOLDEN, SHARDINGS
 from tests.replay import Trace, build
+from tests.training.trunks import Unpooled
 
 
 def images(trace: Trace, world: World, step: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -223,6 +227,20 @@ def bad_features_of_one_rank_leave_the_online_probe_alone_on_all(world: World) -
             assert all(torch.equal(tensor.nan_to_num(), other.nan_to_num()) for other in everyones)
 
 
+def what_one_rank_cannot_do_deterministically_binds_all(world: World) -> None:
+    odd = world.rank == world.size - 1
+    task = SimpleNamespace(
+        world=world,
+        parallel=Parallel(compile=False, precision="float32"),
+        crops=Crops(8, 1.0),
+        fresh_trunk=lambda: Unpooled() if odd else nn.Conv2d(3, 4, 1),
+        refused=None,
+    )
+    with as_deterministic_as_asked(task):
+        assert task.refused == "max_unpooling2d_forward_out"
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 LAWS = (
     bad_gradient_changes_nothing,
     momentum_shards_are_what_keys_see,
@@ -231,6 +249,7 @@ LAWS = (
     weights_depend_on_the_seed_alone,
     lars_takes_norms_of_whole_parameters,
     bad_features_of_one_rank_leave_the_online_probe_alone_on_all,
+    what_one_rank_cannot_do_deterministically_binds_all,
 )
 
 if __name__ == "__main__":

@@ -168,6 +168,7 @@ WRONG = {
     "parallel.precision": ["fp16", "32"],
     "parallel.shard": ["none", "1"],
     "parallel.replicate": [*INTEGER, "0"],
+    "parallel.deterministic": ["1", "yes", "null"],
 }
 WRONG |= {f"augment.{name}": [*NUMBER, "-0.1"] for name in ("brightness", "contrast", "saturation")}
 WRONG |= {f"augment.{name}_probability": [*NUMBER, "-0.1", "1.1"] for name in ("jitter", "grayscale", "flip")}

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from engine.distributed.world import process_group
@@ -11,6 +12,7 @@ from engine.errors import RunFailed, UserError
 from engine.recipe.load import load
 from engine.runs.pretrain import Pretraining, pretrain
 from tests.distributed.trajectories import RECIPE, SMALL
+from tests.training.trunks import Unpooled
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +134,44 @@ def test_a_log_that_is_taken_away_costs_nothing_but_itself(world, tmp_path, capf
         pretrain(recipe, RECIPE, world)
         assert (tmp_path / "checkpoints/step_0000004").is_dir()
         assert "result    unknown: metrics.jsonl has no rows" in capfd.readouterr().out
+
+
+LOST = "bits      two runs of this command may differ in rounding, and a resumed run from an unbroken one: "
+
+
+@pytest.mark.parametrize(
+    ("asked", "trunk", "said", "recorded", "mode"),
+    [
+        ("true", None, None, "true", (True, False)),
+        ("false", None, "parallel.deterministic is false", "false", (False, False)),
+        (
+            "true",
+            Unpooled,
+            "max_unpooling2d_forward_out has no deterministic form on CPU; attention keeps one, and is slower",
+            "in part: not max_unpooling2d_forward_out",
+            (True, True),
+        ),
+    ],
+)
+def test_how_deterministic_a_run_is_is_said_and_recorded(
+    world, tmp_path, capfd, monkeypatch, asked, trunk, said, recorded, mode
+):
+    """Of the trial the network is replaced; the run trains its own."""
+    modes, step = [], Pretraining.train_step
+
+    def spied(task, batch):
+        modes.append(
+            (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+        )
+        return step(task, batch)
+
+    monkeypatch.setattr(Pretraining, "train_step", spied)
+    if trunk:
+        monkeypatch.setattr(Pretraining, "fresh_trunk", lambda _: trunk())
+    train(world, tmp_path, f"parallel.deterministic={asked}", "train.max_steps=2")
+    assert modes == [mode] * 2
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("bits")]
+    assert lines == ([] if said is None else [LOST + said])
+    manifest = json.loads((tmp_path / "checkpoints/step_0000002/MANIFEST.json").read_text())
+    assert manifest["state"]["made_by"]["deterministic"] == recorded
+    assert f"deterministic {recorded}\n" in (tmp_path / "recipe.yaml").read_text()
