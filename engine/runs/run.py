@@ -120,9 +120,7 @@ def _say_opening(task: Task) -> None:
 def _lost_bits(task: Task) -> list[str]:
     """A line where the run is not deterministic."""
     if task.refused:
-        how = (
-            f"{task.refused} has no deterministic form on {task.world.device_name}; attention keeps one, and is slower"
-        )
+        how = f"{task.refused} has no deterministic form on {task.world.device_name}; attention keeps its own, slowly"
     elif task.parallel is not None and not task.parallel.deterministic:
         how = "parallel.deterministic is false"
     else:

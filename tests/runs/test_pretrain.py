@@ -147,7 +147,7 @@ LOST = "bits      two runs of this command may differ in rounding, and a resumed
         (
             "true",
             Unpooled,
-            "max_unpooling2d_forward_out has no deterministic form on CPU; attention keeps one, and is slower",
+            "max_unpooling2d_forward_out has no deterministic form on CPU; attention keeps its own, slowly",
             "in part: not max_unpooling2d_forward_out",
             (True, True),
         ),
@@ -160,9 +160,8 @@ def test_how_deterministic_a_run_is_is_said_and_recorded(
     modes, step = [], Pretraining.train_step
 
     def spied(task, batch):
-        modes.append(
-            (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
-        )
+        lenient = torch.is_deterministic_algorithms_warn_only_enabled()
+        modes.append((torch.are_deterministic_algorithms_enabled(), lenient))
         return step(task, batch)
 
     monkeypatch.setattr(Pretraining, "train_step", spied)
@@ -170,8 +169,9 @@ def test_how_deterministic_a_run_is_is_said_and_recorded(
         monkeypatch.setattr(Pretraining, "fresh_trunk", lambda _: trunk())
     train(world, tmp_path, f"parallel.deterministic={asked}", "train.max_steps=2")
     assert modes == [mode] * 2
-    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("bits")]
-    assert lines == ([] if said is None else [LOST + said])
+    lines = [line for line in capfd.readouterr().out.splitlines() if "bits" in line]
+    assert len(lines) == (said is not None)
+    assert said is None or lines[0].endswith(LOST + said)
     manifest = json.loads((tmp_path / "checkpoints/step_0000002/MANIFEST.json").read_text())
     assert manifest["state"]["made_by"]["deterministic"] == recorded
     assert f"deterministic {recorded}\n" in (tmp_path / "recipe.yaml").read_text()

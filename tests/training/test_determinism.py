@@ -45,8 +45,10 @@ def put() -> None:
 )
 def test_modes_are_as_asked_and_gone_afterwards(wanted, refused, within):
     before = flags()
-    with pytest.raises(ZeroDivisionError), deterministic(wanted, refused):
+    with deterministic(wanted, refused):
         assert flags() == within
+    assert flags() == before
+    with pytest.raises(ZeroDivisionError), deterministic(wanted, refused):
         raise ZeroDivisionError
     assert flags() == before
 
