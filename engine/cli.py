@@ -16,17 +16,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 from engine.distributed.launcher import complain, end_with_launcher, local_ranks, ranks
 from engine.errors import Interrupted, RunFailed, UserError
 from engine.logger import note, rank
-from engine.own_models import check_models, exit_if_hidden
+from engine.own_models import exit_if_hidden
 
-try:
-    from engine.recipe.keys import wrong
-    from engine.recipe.load import AnyRecipe, check_world, load, locate
-    from engine.recipe.sections import Source
-    from engine.recipe.shipped import find
-except ImportError:
-    # Every door imports this module first, so it is here that another `models` shows where it lacks what is asked for.
-    exit_if_hidden()
-    raise
+# Every door imports this module first, and what follows imports `models`, which must not be a stranger's.
+exit_if_hidden()
+
+from engine.recipe.keys import wrong  # noqa: E402
+from engine.recipe.load import AnyRecipe, check_world, load, locate  # noqa: E402
+from engine.recipe.sections import Source  # noqa: E402
+from engine.recipe.shipped import find  # noqa: E402
 
 if TYPE_CHECKING:
     from engine.data.source import Root
@@ -35,6 +33,7 @@ if TYPE_CHECKING:
 WORKERS_AT_MOST = 12  # processes per rank that decode, where --workers does not say
 SOURCES = get_args(Source)
 OVERRIDES = "dotted.key=value"
+WORDS = {"import_weights": "import"}  # of doors whose word for `mocov3` is a keyword, which can name no module
 RECIPE = "a YAML file, a run directory, or one of `mocov3 recipes`"
 IMAGES = "a folder of images, tars or one tar"
 ROOTS = {"data.root": "--train", "data.val_root": "--val"}  # of a recipe with labels
@@ -46,38 +45,40 @@ ROOTS = {"data.root": "--train", "data.val_root": "--val"}  # of a recipe with l
 def enter(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a front door on the command line's arguments and exit: 0 done, 2 user error (one line), else failure."""
     end_with_launcher(os.getppid())
-    sys.exit(carry_out(main, sys.argv[1:]))
+    carry_out(main, sys.argv[1:])
+    sys.exit()
 
 
-def carry_out(main: Callable[[list[str]], None], arguments: list[str]) -> int:
-    """Run a front door and say what ended it early. Returns 0; any other status ends this process at once."""
-    try:
-        check_models()
-        main(arguments)
-        sys.stdout.flush()
-        code = 0
-    except UserError as error:
-        complain(f"error: {error}")
-        code = 2
-    except RunFailed as failure:
-        complain(f"failed: {failure}")
-        code = 1
-    except Interrupted as stop:
-        code = 128 + stop.signum
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:  # who read the output has gone, as `head` does
-        code = 128 + signal.SIGPIPE
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    sys.stderr.flush()
-    if code:
+def carry_out(main: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Run a front door. What ends it early is said, and ends this process at once with its status."""
+    if status := _status(main, arguments):
         with suppress(BrokenPipeError):
             sys.stdout.flush()
+        sys.stderr.flush()
         # At once: Python's own way out would wait for loader workers, which heed no signal but die with this process.
-        os._exit(code)
-    return code
+        os._exit(status)
+
+
+def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
+    try:
+        main(arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        complain(f"error: {error}")
+        return 2
+    except RunFailed as failure:
+        complain(f"failed: {failure}")
+        return 1
+    except Interrupted as stop:
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of the output has gone, as `head` does
+        return 128 + signal.SIGPIPE
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
 
 
 @contextmanager
@@ -103,7 +104,7 @@ def result(found: dict[str, Any], table: str | None = None) -> None:
 class Parser(ArgumentParser):
     """A command line whose mistakes are UserErrors, one line each; its description is shown as it is written.
 
-    prog: the module of a door, and its command; messages call it as the user did.
+    prog: the module of a door, and its subcommand; messages name it as the user called it.
     """
 
     def __init__(self, prog: str, description: str | None = None, **more: Any):
@@ -115,11 +116,12 @@ class Parser(ArgumentParser):
 
 
 def _as_called(prog: str) -> str:
-    if not prog.startswith("engine."):  # argparse has made it of a parser's that was
+    if not prog.startswith("engine."):  # a subcommand's, which argparse made from its parent's
         return prog
-    if Path(sys.argv[0]).stem == "mocov3":
-        return prog.replace("engine.", "mocov3 ").replace("import_weights", "import")
-    return f"python -m {prog}"
+    if Path(sys.argv[0]).stem != "mocov3":
+        return f"python -m {prog}"
+    door, *command = prog.removeprefix("engine.").split()
+    return " ".join(["mocov3", WORDS.get(door, door), *command])
 
 
 def at_least(least: int, name: str, do: str) -> Callable[[str], int]:
@@ -248,7 +250,7 @@ def decoding_workers(options: Namespace) -> int:
 
 
 def cores() -> int:
-    """Of the processor, as many as this process may use."""
+    """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -267,7 +269,7 @@ def add_overrides(parser: ArgumentParser, example: str) -> None:
 def add_labelled_run(parser: ArgumentParser, recipes: str) -> None:
     """A recipe (`recipes`: which) and what stands in its place, beside `add_images`: `read_labelled_run`."""
     parser.set_defaults(recipes=recipes)
-    parser.add_argument("--recipe", metavar="RECIPE", type=find, help=f"{recipes}, or your own file")
+    parser.add_argument("--recipe", metavar="RECIPE", type=find, help=recipes)
     parser.add_argument("--out", metavar="RUN_DIR", help="instead of the recipe's run.dir")
     share = "of the training images, as many of every class, such as 1%% (default: all)"
     parser.add_argument("--labels", metavar="SHARE", help=share)

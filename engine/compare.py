@@ -1,4 +1,4 @@
-"""Compare runs: `python -m engine.compare RUN RUN ... OUT`.
+"""Compare runs: `mocov3 compare RUN RUN ... OUT`.
 
 A table and curves (loss, kNN, RankMe, images per second) against steps and time, from the metrics.jsonl of run
 directories; runs may be in progress. OUT ends in .png, .svg, .pdf or .html (one file that needs no other) and is

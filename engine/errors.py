@@ -1,6 +1,7 @@
 """The three ways in which a command ends early, and what an error says in one line of text."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -28,6 +29,12 @@ def one_line(value: Any) -> str:
 def reason(error: BaseException) -> str:
     """Why it failed, in one line: of an OSError what the system says, without the path."""
     return one_line(getattr(error, "strerror", None) or error)
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
+    """What an error ends with: the word that the user may have meant, or else `otherwise`."""
+    nearest = difflib.get_close_matches(word, list(known), 1)
+    return f"did you mean {nearest[0]}?" if nearest else otherwise
 
 
 def listed(names: Sequence[str], most: int = 10, between: str = ", ") -> str:

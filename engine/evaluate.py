@@ -1,4 +1,4 @@
-"""Evaluate a network: `python -m engine.evaluate COMMAND CHECKPOINT ...`, or torchrun with any number of ranks.
+"""Evaluate a network: `mocov3 evaluate COMMAND CHECKPOINT ...`, or `torchrun ... -m engine.evaluate` on several ranks.
 
   knn       how many validation images their nearest training images classify rightly
   rankme    the effective rank of the features; needs no labels
@@ -60,7 +60,7 @@ def linear(arguments: list[str]) -> None:
     """
     parser = cli.Parser("engine.evaluate linear", linear.__doc__)
     cli.add_subject(parser, *SIDES, required=False)
-    cli.add_labelled_run(parser, "recipes/linear_vit.yaml or another of task linear; or pass --fast")
+    cli.add_labelled_run(parser, "linear_vit or another of task linear; or pass --fast")
     parser.add_argument("--fast", action="store_true", help="minutes, and not the paper's protocol")
     options = parser.parse_intermixed_args(arguments)
     _fast_linear(options) if options.fast else _paper_linear(options)
@@ -101,7 +101,7 @@ def finetune(arguments: list[str]) -> None:
     parser = cli.Parser("engine.evaluate finetune", finetune.__doc__)
     cli.add_network(parser, "initial")
     cli.add_images(parser, *SIDES, required=False)
-    cli.add_labelled_run(parser, "recipes/finetune_vit_b.yaml or another of task finetune")
+    cli.add_labelled_run(parser, "finetune_vit_b or another of task finetune")
     options = parser.parse_intermixed_args(arguments)
     cli.check_baseline(options)
     recipe = cli.read_labelled_run(options, Finetune)

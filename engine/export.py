@@ -1,4 +1,4 @@
-"""Export weights: `python -m engine.export CHECKPOINT OUT --format FORMAT`.
+"""Export weights: `mocov3 export CHECKPOINT OUT --format FORMAT`.
 
 OUT is one file where it ends in .safetensors, .pt, .pth, .pth.tar or .onnx, else a folder with a model card.
 """

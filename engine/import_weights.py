@@ -1,7 +1,7 @@
-"""Import weights: `python -m engine.import_weights FILE RUN_DIR --recipe RECIPE [dotted.key=value ...]`.
+"""Import weights: `mocov3 import FILE RUN_DIR --recipe RECIPE [dotted.key=value ...]`.
 
 FILE is a published .pth.tar, an export of this project, or a trunk of timm, torchvision, DeiT, DINO or MAE.
-Then `python -m engine.run RECIPE run.dir=RUN_DIR [key=value ...]` goes on from it. The optimizer starts fresh.
+Then `mocov3 run RECIPE run.dir=RUN_DIR [key=value ...]` goes on from it. The optimizer starts fresh.
 """
 
 import json

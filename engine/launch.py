@@ -12,11 +12,16 @@ import signal
 import sys
 import threading
 import uuid
+from contextlib import suppress
 from importlib import import_module
+from typing import TYPE_CHECKING, NoReturn
 
 from engine.cli import carry_out, cores
 from engine.distributed.launcher import end_with_launcher, is_launched
 from engine.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 LOOK_SECONDS = 0.1
@@ -32,13 +37,13 @@ def read_ranks(text: str) -> int:
         if not torch.cuda.device_count():
             raise UserError("--ranks (gpus) must be a number where there is no GPU; leave it out for one process")
         return torch.cuda.device_count()
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1000):
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise UserError(f"--ranks ({text}) must be a number >= 1, or gpus; leave it out for one process")
     return int(text)
 
 
 def launch(door: str, arguments: list[str], ranks: int) -> None:
-    """Run the front door engine.`door` on so many ranks, to their end. They say what there is to say.
+    """Run engine.`door` on this many ranks until they end; what goes wrong they say themselves.
 
     Raises:
         SystemExit: with the ranks' status, where that is not 0.
@@ -50,7 +55,7 @@ def launch(door: str, arguments: list[str], ranks: int) -> None:
     agent = _Agent(door, arguments, ranks)
     received = _wait_and_pass_on(agent, ranks)
     if isinstance(agent.error, ChildFailedError):
-        _end(agent.error.failures, received)
+        _exit_as_ranks(agent.error.failures, received)
     elif agent.error is not None:
         raise agent.error
 
@@ -76,9 +81,9 @@ class _Agent(threading.Thread):
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+            logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # no log files
         )
-        logging.disable(logging.CRITICAL)  # the agent's own words on an end that the ranks have explained
+        logging.disable(logging.CRITICAL)  # the agent's own report of what the ranks have said
         try:
             elastic_launch(config, _rank)(os.getpid(), self.door, self.arguments)
         except BaseException as error:
@@ -101,30 +106,31 @@ def _rank(launcher: int, door: str, arguments: list[str]) -> None:
 
 
 def _wait_and_pass_on(agent: _Agent, ranks: int) -> list[int]:
-    """Until the agent has ended; returns the signals that came. An early one waits until all ranks are there."""
+    """Wait for the agent's end; returns the signals received. An early one is passed on when all ranks exist."""
     received: list[int] = []
-    waiting: list[int] = []
-
-    def receive(signum: int, _frame: object) -> None:
-        received.append(signum)
-        waiting.append(signum)
-
-    previous = {signum: signal.signal(signum, receive) for signum in PASSED_ON}
+    previous = {signum: signal.signal(signum, lambda number, _: received.append(number)) for signum in PASSED_ON}
     agent.start()
-    complete = False
+    complete, passed = False, 0
     while agent.is_alive():
         agent.join(LOOK_SECONDS)
         complete = complete or len(multiprocessing.active_children()) == ranks
-        while complete and waiting:
-            signum = waiting.pop(0)
-            for process in multiprocessing.active_children():
-                os.kill(process.pid, signum)
+        while complete and passed < len(received):
+            _pass_on(received[passed])
+            passed += 1
     for signum, handler in previous.items():
         signal.signal(signum, handler)
     return received
 
 
-def _end(failures: dict, received: list[int]) -> None:
+def _pass_on(signum: int) -> None:
+    for process in multiprocessing.active_children():
+        if process.pid is not None:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(process.pid, signum)
+
+
+def _exit_as_ranks(failures: "dict[int, ProcessFailure]", received: list[int]) -> NoReturn:
+    """Exit with the lowest failed rank's status; 128 + n for a signal passed on. Raises RunFailed for another."""
     rank, failure = min(failures.items())
     status = failure.exitcode
     if status >= 0:

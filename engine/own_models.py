@@ -1,4 +1,4 @@
-"""Whether `models` is the engine's own: a package or file of that name in the working directory would hide it."""
+"""Whether `models` is the engine's own: one in the working directory may hide it."""
 
 import sys
 from importlib.util import find_spec
@@ -7,16 +7,16 @@ from pathlib import Path
 from engine.distributed.launcher import complain
 from engine.errors import UserError
 
-OWN = Path(__file__).parents[1] / "models" / "__init__.py"
+OWN = Path(__file__).resolve().parents[1] / "models" / "__init__.py"
 
 
 def check_models() -> None:
-    """Raises UserError where Python finds another `models` than the one beside the engine."""
+    """Raises UserError where Python would import another `models` than the one beside the engine; imports neither."""
     spec = find_spec("models")
     found = spec and (spec.origin or next(iter(spec.submodule_search_locations or []), None))
-    if found is None or not Path(found).exists() or not OWN.samefile(found):
+    if found is None or Path(found).resolve() != OWN:
         do = "start from another folder, or with `mocov3 ...` or `python -P -m engine...`"
-        raise UserError(f"models ({found or 'missing'}) must be the engine's own, which it hides; {do}")
+        raise UserError(f"models ({found or 'missing'}) must not hide the engine's own; {do}")
 
 
 def exit_if_hidden() -> None:

@@ -5,11 +5,14 @@ On several nodes `torchrun ... -m engine.run RECIPE`, with the same arguments.
 The same command again resumes the run from its newest checkpoint, or says that it is finished.
 """
 
-from engine.cli import Parser, add_overrides, add_recipe, enter
+from pathlib import Path
+
+from engine.cli import Parser, add_overrides, add_recipe, enter, joined
 from engine.distributed.launcher import ranks
 from engine.launch import launch, read_ranks
 from engine.logger import note, say
 from engine.recipe.load import check_world, load
+from engine.recipe.sections import Pretrain
 
 
 def main(arguments: list[str]) -> None:
@@ -22,20 +25,34 @@ def main(arguments: list[str]) -> None:
 
     recipe = load(options.recipe, options.overrides)
     check_world(recipe, options.ranks or ranks())
-    if options.ranks and options.ranks > 1 and not options.print:
+    if options.print:
+        _print(recipe, options.recipe)
+    elif (options.ranks or 1) > 1:
         note(f"{options.ranks} ranks: loading PyTorch")
         launch("run", [str(options.recipe), *options.overrides], options.ranks)
-        return
-    (note if options.print else say)(f"{options.recipe} -> {recipe.run.dir}: loading PyTorch")
-    # These imports take seconds, and a mistake in the recipe should show before.
+    else:
+        _pretrain(recipe, options.recipe)
+
+
+# PyTorch takes seconds to load, and a mistake in the recipe should show before.
+
+
+def _print(recipe: Pretrain, file: Path) -> None:
+    with joined(str(file)) as world:
+        from engine.runs.pretrain import preview
+
+        text = preview(recipe, file, world)
+        if world.is_first:
+            print(text)
+
+
+def _pretrain(recipe: Pretrain, file: Path) -> None:
+    say(f"{file} -> {recipe.run.dir}: loading PyTorch")
     from engine.distributed.world import process_group
-    from engine.runs.pretrain import pretrain, preview
+    from engine.runs.pretrain import pretrain
 
     with process_group() as world:
-        if options.print:
-            print(preview(recipe, options.recipe, world))
-        else:
-            pretrain(recipe, options.recipe, world)
+        pretrain(recipe, file, world)
 
 
 if __name__ == "__main__":

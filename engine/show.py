@@ -1,9 +1,9 @@
 """Pictures of what was learned, and of what the model will see.
 
-  python -m engine.show views RECIPE OUT [dotted.key=value ...]     images and their augmented views
-  python -m engine.show attention CHECKPOINT IMAGE OUT              where the class token of a ViT looks
-  python -m engine.show neighbours CHECKPOINT --data ROOT OUT       images and those most like them
-  python -m engine.show embedding CHECKPOINT --data ROOT OUT        a map of the features
+  mocov3 show views RECIPE OUT [dotted.key=value ...]     images and their augmented views
+  mocov3 show attention CHECKPOINT IMAGE OUT              where the class token of a ViT looks
+  mocov3 show neighbours CHECKPOINT --data ROOT OUT       images and those most like them
+  mocov3 show embedding CHECKPOINT --data ROOT OUT        a map of the features
 
 CHECKPOINT is a run directory, a checkpoint directory, an exported file or folder, a published .pth.tar or timm/<name>.
 OUT ends in .png, .svg or .pdf; a file that is there is replaced.

@@ -63,8 +63,8 @@ class TarReader:
             os.close(descriptor)
 
 
-def open_index(tar: Path, keep: bool = True) -> TarIndex:
-    """The tar's index: the saved one if it still fits the tar, else a new one, which is saved unless `keep` is false.
+def open_index(tar: Path, *, read_only: bool = False) -> TarIndex:
+    """The tar's index: the saved one if it still fits the tar, else a new one, which is saved unless `read_only`.
 
     Raises UserError where the tar is compressed, cut short or broken. Saving is atomic and may happen twice at once.
     """
@@ -78,7 +78,7 @@ def open_index(tar: Path, keep: bool = True) -> TarIndex:
         index = _scan(tar)
     except OSError as error:
         raise UserError(f"tar ({tar}) must be readable; {reason(error)}") from error
-    if keep:
+    if not read_only:
         _save(index, tar, stamp)
     return index
 

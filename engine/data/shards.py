@@ -24,7 +24,7 @@ def open_shards(root: Root, split: Split) -> Source | None:
     chosen = part_of(root, split, train, val, tars)
     if split == "val" and not chosen:
         return None
-    source = ShardSource(chosen, root.keep_index) if chosen else None
+    source = ShardSource(chosen, read_only=root.read_only) if chosen else None
     if not source or not len(source):
         lack = "its tars have none" if chosen else "it has no *.tar"
         raise UserError(f"{root} must hold tars of images ({' '.join(IMAGE_SUFFIXES)}); {lack}")
@@ -34,8 +34,8 @@ def open_shards(root: Root, split: Split) -> Source | None:
 class ShardSource(FileSource):
     """All image files in some tars, one tar after the other, read in place."""
 
-    def __init__(self, tars: Sequence[Path], keep_index: bool = True):
-        indexes = [open_index(tar, keep_index) for tar in tars]
+    def __init__(self, tars: Sequence[Path], *, read_only: bool = False):
+        indexes = [open_index(tar, read_only=read_only) for tar in tars]
         names = Names.joined(index.names for index in indexes)
         super().__init__(names, np.concatenate([index.sizes_N for index in indexes]))
         self._offsets_N = np.concatenate([index.offsets_N for index in indexes])

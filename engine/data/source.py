@@ -27,7 +27,7 @@ class Root:
         kind: which of the sources (engine.data.opening).
         key: what messages call the path.
         dataset: the class of torchvision.datasets, for that source alone; dataset_options: its arguments.
-        keep_index: whether an index of a tar may be left on disk.
+        read_only: nothing is saved beside the images, and nothing fetched.
     """
 
     kind: str
@@ -35,7 +35,7 @@ class Root:
     key: str = "data.root"
     dataset: str | None = None
     dataset_options: Mapping[str, Any] = field(default_factory=dict)
-    keep_index: bool = True
+    read_only: bool = False
 
     def __str__(self) -> str:
         return f"{self.key} ({self.path})"

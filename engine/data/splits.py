@@ -22,23 +22,23 @@ class Splits(NamedTuple):
     val: Source | None
 
 
-def open_splits(data: Data, recipe_file: Path, world: World, *, batch: int, keep_index: bool = True) -> Splits:
+def open_splits(data: Data, recipe_file: Path, world: World, *, batch: int, read_only: bool = False) -> Splits:
     """The images of pre-training, labelled or not.
 
     batch: train.global_batch_size, which they must fill. Rank 0 opens first: it alone builds a missing index, which is
-    saved unless `keep_index` is false.
+    saved unless `read_only`.
 
     Raises:
         UserError: on every rank, where data is missing, differs between ranks, or is less than a batch.
     """
 
     def find() -> Splits:
-        root = _root(data, locate(data.root, recipe_file), "data.root", keep_index)
+        root = _root(data, locate(data.root, recipe_file), "data.root", read_only)
         train = open_source(root, "train")
         if data.val_root is None:
             val = open_source(root, "val")
         else:
-            val = _open_val(_root(data, locate(data.val_root, recipe_file), "data.val_root", keep_index))
+            val = _open_val(_root(data, locate(data.val_root, recipe_file), "data.val_root", read_only))
         _check_batch(batch, train, data.root)
         return Splits(train, None if val is None else align_labels(train, val))
 
@@ -93,8 +93,8 @@ def _open_val(root: Root) -> Source:
     return open_source(root, "all") if val is None else val
 
 
-def _root(data: Data, path: Path, key: str, keep_index: bool = True) -> Root:
-    return Root(data.source, path, key, data.dataset, data.dataset_options, keep_index)
+def _root(data: Data, path: Path, key: str, read_only: bool = False) -> Root:
+    return Root(data.source, path, key, data.dataset, data.dataset_options, read_only)
 
 
 def _check_batch(batch: int, train: Source, root: str | Path) -> None:

@@ -34,7 +34,8 @@ def open_torchvision(root: Root, split: Split) -> Source | None:
     if split == "all":
         raise UserError(f"{root} must have a validation split; torchvision's {root.dataset} has none")
     name, cls, refusal = root.dataset, _class_named(root.dataset), None
-    for each in _tries(cls, split, dict(root.dataset_options)):
+    options = {key: value for key, value in root.dataset_options.items() if not (root.read_only and key == "download")}
+    for each in _tries(cls, split, options):
         joined = len(each) > 1
         try:
             parts = [_open_part(cls, root, args, f"{name} {args['split']}" if joined else name) for args in each]

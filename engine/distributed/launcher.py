@@ -1,4 +1,7 @@
-"""The launcher of this process: torchrun, where there is one. Known before PyTorch is loaded, which takes seconds."""
+"""The launcher of this process, if it has one: torchrun, or `engine.launch`.
+
+It is known before PyTorch is loaded, which takes seconds.
+"""
 
 import os
 import sys
@@ -45,7 +48,7 @@ def complain(text: str) -> None:
 def end_with_launcher(launcher: int) -> None:
     """From now on this process, if a launcher started it, exits within seconds of the death of that process.
 
-    To be called early: a launcher that dies while PyTorch is loaded would not be missed.
+    launcher: its process id, taken early: one that dies while PyTorch is loaded would not be missed.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_exit_with, args=(launcher,), daemon=True).start()

@@ -19,10 +19,10 @@ from engine.weights.weights import EncoderName
 
 @dataclass(frozen=True)
 class Encoder:
-    """Called on images [B, 3, S, S] that `transform` made it gives their features [B, D], without gradients.
+    """Images [B, 3, S, S] made by `transform` -> features [B, D], without gradients.
 
     network: what computes them, in eval mode, on the CPU until `encoder.network.to("cuda")` moves it.
-    width: D. image_size: S.
+    width: D. image_size: S. subject: how evaluation sees the same network.
     """
 
     network: nn.Module
@@ -35,11 +35,12 @@ class Encoder:
         return self.subject.normalised(self.subject.crop(to_rgb(image)), "cpu")
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, image_B3SS: Tensor) -> Tensor:
+        """Raises ValueError for images of another shape."""
         expected = (3, self.image_size, self.image_size)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise ValueError(f"images ({list(images.shape)}) must be [B, {', '.join(map(str, expected))}]")
-        return self.network(images.to(next(self.network.parameters()).device))
+        if image_B3SS.ndim != 4 or image_B3SS.shape[1:] != expected:
+            raise ValueError(f"images ({list(image_B3SS.shape)}) must be [B, {', '.join(map(str, expected))}]")
+        return self.network(image_B3SS.to(next(self.network.parameters()).device))
 
 
 def open_encoder(checkpoint: str | Path, encoder: EncoderName) -> Encoder:

@@ -22,25 +22,20 @@ def summary(name: str) -> str:
 
 
 def find(recipe: str) -> Path:
-    """The path of a RECIPE: of a file, of a run directory, which holds one, or else of a shipped recipe of that name.
-
-    Raises UserError, which names the nearest, where there is none.
-    """
-    path = Path(recipe)
+    """The path of a RECIPE: a file, a run directory, or else the shipped recipe of that name. Raises UserError."""
+    path, must = Path(recipe), f"recipe ({one_line(recipe)}) must be a readable file"
     try:
         if (path / OF_A_RUN).is_file() or (path.exists() and not path.is_dir()):
             return path
         beside = sorted(path.parent.glob("*.yaml"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"recipe ({one_line(recipe)}) must be a readable file: {reason(error)}; pass the path of one"
-        ) from None
+        raise UserError(f"{must}: {reason(error)}; pass the path of one") from None
     if recipe in names():
         return FOLDER / f"{recipe}.yaml"
     known = {name: name for name in names()} | {file.stem: str(file) for file in beside}
     nearest = [known[name] for name in difflib.get_close_matches(path.stem, known, 1)]
-    do = f"did you mean {nearest[0]}?" if nearest else "`mocov3 recipes` lists those that are shipped"
-    raise UserError(f"recipe ({one_line(recipe)}) must be a readable file, a run or the name of a shipped recipe; {do}")
+    do = f"did you mean {nearest[0]}?" if nearest else "see `mocov3 recipes`"
+    raise UserError(f"{must}, a run or the name of a shipped recipe; {do}")
 
 
 def copy_text(name: str) -> str:

@@ -1,6 +1,5 @@
 """Pre-training, put together: recipe -> images, networks, state -> a run."""
 
-import dataclasses
 import time
 from functools import partial
 from pathlib import Path
@@ -53,15 +52,14 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
 def preview(recipe: Pretrain, recipe_file: Path, world: World) -> str:
     """The recipe with every key, and as comments what follows from it: sizes, and what a run says when it begins.
 
-    Nothing is written. Images that are not there are said to be so. Raises UserError.
+    Writes and fetches nothing; where images are missing, a comment says so. Raises UserError for a network that cannot
+    be built.
     """
     moco = make_moco(recipe)
     lines = [_sizes(moco)]
-    # Nothing is fetched either.
-    options = {name: value for name, value in recipe.data.dataset_options.items() if name != "download"}
-    data = dataclasses.replace(recipe.data, dataset_options=options)
+    batch = recipe.train.global_batch_size
     try:
-        splits = open_splits(data, recipe_file, world, batch=recipe.train.global_batch_size, keep_index=False)
+        splits = open_splits(recipe.data, recipe_file, world, batch=batch, read_only=True)
         lines += Pretraining(recipe, recipe_file, world, splits, moco).opening()
     except UserError as error:
         lines.append(f"data      {error}")
@@ -75,7 +73,7 @@ def _sizes(moco: MoCo) -> str:
 
     base = moco.base
     heads = f"projector {count(base.projector)}, predictor {count(moco.predictor)}"
-    return f"networks  trunk {count(base.trunk)} parameters, whose features have width {moco.width}; {heads}"
+    return f"networks  trunk {count(base.trunk)} parameters, features of width {moco.width}; {heads}"
 
 
 def make_moco(recipe: Pretrain) -> MoCo:

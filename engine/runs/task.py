@@ -68,7 +68,7 @@ class Task(ABC):
     monitor: ClassVar[str]  # the key by which a row of the monitor is known
     # How tensors begin that a checkpoint may have where the run has not, or the other way round.
     optional: ClassVar[tuple[str, ...]] = ()
-    recipe_file = Path()  # beside it the recipe's data may lie, if not in the working directory
+    recipe_file = Path()  # a relative path of its data that is not in the working directory lies beside this
 
     def __init__(
         self,
