@@ -73,12 +73,21 @@ def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
         return 128 + stop.signum
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of the output has gone, as `head` does
-        return 128 + signal.SIGPIPE
-    except Exception:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _has_lost_its_reader():
+            return 128 + signal.SIGPIPE
         sys.excepthook(*sys.exc_info())
         return 1
     return 0
+
+
+def _has_lost_its_reader() -> bool:
+    """Whether nobody reads stdout any more, as after `| head`."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 @contextmanager

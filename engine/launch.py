@@ -7,6 +7,7 @@ these signals held back and heeds them when it has left the terminal's process g
 
 import logging
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import sys
@@ -53,6 +54,8 @@ def launch(door: str, arguments: list[str], ranks: int) -> None:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
     agent = _Agent(door, arguments, ranks)
+    # It lets go of signals that the thread of its start holds back, so it starts before the agent's does so.
+    multiprocessing.resource_tracker.ensure_running()
     received = _wait_and_pass_on(agent, ranks)
     if isinstance(agent.error, ChildFailedError):
         _exit_as_ranks(agent.error.failures, received)
@@ -102,13 +105,19 @@ def _rank(launcher: int, door: str, arguments: list[str]) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         import_module(f"engine.{door}").main(arguments)
 
-    carry_out(main, arguments)
+    try:
+        carry_out(main, arguments)
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # nothing is left to stop
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
 
 
 def _wait_and_pass_on(agent: _Agent, ranks: int) -> list[int]:
     """Wait for the agent's end; returns the signals received. An early one is passed on when all ranks exist."""
     received: list[int] = []
-    previous = {signum: signal.signal(signum, lambda number, _: received.append(number)) for signum in PASSED_ON}
+    # What nohup had ignored stays so, in the ranks too.
+    heeded = [s for s in PASSED_ON if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, lambda number, _: received.append(number)) for signum in heeded}
     agent.start()
     complete, passed = False, 0
     while agent.is_alive():

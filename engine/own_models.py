@@ -12,10 +12,13 @@ OWN = Path(__file__).resolve().parents[1] / "models" / "__init__.py"
 
 def check_models() -> None:
     """Raises UserError where Python would import another `models` than the one beside the engine; imports neither."""
-    spec = find_spec("models")
+    try:
+        spec = find_spec("models")
+    except ValueError:  # a program has put a module of its own in that place
+        spec = None
     found = spec and (spec.origin or next(iter(spec.submodule_search_locations or []), None))
     if found is None or Path(found).resolve() != OWN:
-        do = "start from another folder, or with `mocov3 ...` or `python -P -m engine...`"
+        do = "start from another folder, or with `mocov3 ...` or `python -P -m engine...`, or in a process of its own"
         raise UserError(f"models ({found or 'missing'}) must not hide the engine's own; {do}")
 
 

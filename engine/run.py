@@ -1,6 +1,6 @@
 """Pre-train: `mocov3 run RECIPE [dotted.key=value ...]`, or `python -m engine.run`.
 
-On several nodes `torchrun ... -m engine.run RECIPE`, with the same arguments.
+On several nodes `torchrun ... -m engine.run RECIPE [dotted.key=value ...]`.
 
 The same command again resumes the run from its newest checkpoint, or says that it is finished.
 """

@@ -97,6 +97,7 @@ def test_shipped_recipes_are_listed_and_found_by_name(tmp_path, monkeypatch, cap
     assert shipped.find("quickstart").samefile(QUICK)
     assert refusal(shipped.find, "quikstart").endswith("; did you mean quickstart?")
     assert refusal(shipped.find, "no/such/vit_l.yaml").endswith("; did you mean vit_l?")
+    assert refusal(shipped.find, "VIT_S").endswith("; did you mean vit_s?")
     assert refusal(shipped.find, "zzz").endswith("; see `mocov3 recipes`")
     assert refusal(shipped.find, "x" * 5000).startswith("recipe (xxx")
     (tmp_path / "my_own.yaml").touch()
@@ -106,8 +107,12 @@ def test_shipped_recipes_are_listed_and_found_by_name(tmp_path, monkeypatch, cap
 def test_what_is_there_wins_over_a_shipped_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vit_s").mkdir()
-    assert shipped.find("vit_s").samefile(FILES["vit_s"]), "a folder without a recipe is none"
     (tmp_path / "vit_s/recipe.yaml").touch()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/recipe.yaml").touch()
+    assert shipped.find("vit_s").samefile(FILES["vit_s"]), "a folder that is no run is no recipe"
+    assert refusal(shipped.find, "mine").endswith("; did you mean mine/recipe.yaml?")
+    (tmp_path / "vit_s/checkpoints").mkdir()
     assert shipped.find("vit_s") == Path("vit_s")
     (tmp_path / "vit_b").touch()
     assert shipped.find("vit_b") == Path("vit_b")
@@ -145,6 +150,9 @@ def test_print_says_what_would_run_and_writes_nothing(tmp_path, monkeypatch, cap
     out = capsys.readouterr().out
     assert loads(out, "printed") == located(load(FILES["vit_s"]), FILES["vit_s"])
     assert "\n# data      data.root (data/imagenet) must exist; " in out
+    assert refusal(run, ["quickstart", "--print", "train.global_batch_size=5001"]).startswith(
+        "train.global_batch_size ("
+    )
     assert files(tmp_path) == before
 
 

@@ -16,7 +16,7 @@ from engine.errors import UserError, one_line, reason
 from engine.recipe.keys import keys_of, read, show, wrong
 from engine.recipe.plain import parse, unparse
 from engine.recipe.sections import RECIPES, SCHEMA, Data, Finetune, Model, Pretrain, Recipe
-from engine.recipe.shipped import OF_A_RUN
+from engine.recipe.shipped import OF_A_RUN, is_run
 from models.shapes import VIT_KEYS, may_freeze_patches, vit_shape
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
@@ -34,7 +34,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), kind: type[AnyRecipe] 
     """
     origin, file = f"recipe ({one_line(path)})", Path(path)
     try:
-        if (file / OF_A_RUN).is_file():
+        if is_run(file):
             file, overrides = file / OF_A_RUN, [f"run.dir={json.dumps(str(path))}", *overrides]
         text = file.read_bytes()
     except (OSError, ValueError) as error:

@@ -21,11 +21,16 @@ def summary(name: str) -> str:
         return file.readline().removeprefix("#").strip().rstrip(".")
 
 
+def is_run(path: Path) -> bool:
+    """Whether it is a run directory, whose recipe it holds. Raises OSError."""
+    return (path / OF_A_RUN).is_file() and (path / "checkpoints").is_dir()
+
+
 def find(recipe: str) -> Path:
     """The path of a RECIPE: a file, a run directory, or else the shipped recipe of that name. Raises UserError."""
     path, must = Path(recipe), f"recipe ({one_line(recipe)}) must be a readable file"
     try:
-        if (path / OF_A_RUN).is_file() or (path.exists() and not path.is_dir()):
+        if is_run(path) or (path.exists() and not path.is_dir()):
             return path
         beside = sorted(path.parent.glob("*.yaml"))
     except (OSError, ValueError) as error:
@@ -33,7 +38,8 @@ def find(recipe: str) -> Path:
     if recipe in names():
         return FOLDER / f"{recipe}.yaml"
     known = {name: name for name in names()} | {file.stem: str(file) for file in beside}
-    nearest = [known[name] for name in difflib.get_close_matches(path.stem, known, 1)]
+    nearest = [known[name] for name in difflib.get_close_matches(path.stem.casefold(), known, 1)]
+    nearest = [path / OF_A_RUN] if (path / OF_A_RUN).is_file() else nearest
     do = f"did you mean {nearest[0]}?" if nearest else "see `mocov3 recipes`"
     raise UserError(f"{must}, a run or the name of a shipped recipe; {do}")
 

@@ -33,7 +33,8 @@ class RunDirectory:
     def __init__(self, path: Path, world: World):
         self.path, self.world = path, world
         self.checkpoints = path / "checkpoints"
-        self.made: list[Path] = []  # the folder and its parents, those that were not there
+        self.made: list[Path] = []  # parents and the folder, those that were not there
+        self.is_new = False  # made and held by this launch
         self.held = ExitStack()
 
     def __enter__(self) -> "RunDirectory":
@@ -48,12 +49,17 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.made and kind is not None and issubclass(kind, UserError) and not self._has_steps():
-            remove_or_warn(self.path)
-            with suppress(OSError):  # something else lies there by now
-                for parent in self.made[1:]:
-                    parent.rmdir()
+        if kind is not None and issubclass(kind, UserError):
+            self._leave_nothing()
         self.held.close()
+
+    def _leave_nothing(self) -> None:
+        if self.is_new and not self._has_steps():
+            for name in (*OWN, "tensorboard", "checkpoints", ".lock"):
+                remove_or_warn(self.path / name)
+        with suppress(OSError):  # something else lies there
+            for path in reversed(self.made):
+                path.rmdir()
 
     def _has_steps(self) -> bool:
         log = self.path / "metrics.jsonl"  # has the first step, always
@@ -80,10 +86,12 @@ class RunDirectory:
     def _make(self) -> None:
         in_use = f"run.dir ({self.path}) must not be in use by another launch; stop it, or pass another run.dir"
         try:
-            made = [path for path in (self.path, *self.path.parents) if not path.exists()]
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.made = made
+            for path in [p for p in (*reversed(self.path.parents), self.path) if not p.exists()]:
+                path.mkdir(exist_ok=True)
+                self.made.append(path)
+            self.path.mkdir(exist_ok=True)  # raises where it is a file
             if self.held.enter_context(lock(self.path / ".lock", in_use, LOCK_SECONDS)):
+                self.is_new = self.path in self.made
                 remove_drafts(self.path, OWN)
             else:
                 warn(f"no file locks in {self.path}: nothing keeps another launch from writing there")

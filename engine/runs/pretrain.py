@@ -19,7 +19,7 @@ from engine.errors import UserError
 from engine.evaluation.online_probe import PREFIX
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.logger import say, warn
-from engine.recipe.load import dump, located
+from engine.recipe.load import dump, locate, located
 from engine.recipe.sections import Pretrain
 from engine.runs.log import Row
 from engine.runs.monitor import has_monitor, make_probe, monitor_row
@@ -52,8 +52,8 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
 def preview(recipe: Pretrain, recipe_file: Path, world: World) -> str:
     """The recipe with every key, and as comments what follows from it: sizes, and what a run says when it begins.
 
-    Writes and fetches nothing; where images are missing, a comment says so. Raises UserError for a network that cannot
-    be built.
+    Writes and fetches nothing; where images are missing, a comment says so. Raises UserError for what a run would
+    refuse.
     """
     moco = make_moco(recipe)
     lines = [_sizes(moco)]
@@ -62,6 +62,8 @@ def preview(recipe: Pretrain, recipe_file: Path, world: World) -> str:
         splits = open_splits(recipe.data, recipe_file, world, batch=batch, read_only=True)
         lines += Pretraining(recipe, recipe_file, world, splits, moco).opening()
     except UserError as error:
+        if locate(recipe.data.root, recipe_file).exists():
+            raise
         lines.append(f"data      {error}")
         lines.append(f"schedule  {recipe.train.epochs} epochs, whose steps follow from the images")
     return "\n".join([dump(located(recipe, recipe_file)), *(f"# {line}" for line in lines)])

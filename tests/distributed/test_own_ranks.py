@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,17 @@ def ranks_of(command: Command) -> list[int]:
     threads = Path(f"/proc/{command.process.pid}/task").glob("*/children")
     children = [int(pid) for path in threads for pid in path.read_text().split()]
     return sorted({pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()})
+
+
+def test_ctrl_c_while_the_ranks_load_is_no_traceback(tmp_path):
+    with Command(*OWN_RANKS, QUICKSTART, *overrides(tmp_path / "run"), start_new_session=True) as command:
+        while len(ranks_of(command)) < 2:
+            assert command.process.poll() is None
+            time.sleep(0.05)
+        os.killpg(command.process.pid, signal.SIGINT)
+        ended = command.end()
+    assert ended.code == 128 + signal.SIGINT, ended
+    assert "Traceback" not in ended.err
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@
 import errno
 import fcntl
 import os
+from pathlib import Path
 
 import pytest
 
-from engine.distributed.world import process_group
+from engine.distributed.world import World, process_group
 from engine.errors import UserError
 from engine.files import lock
 from engine.runs import directory
@@ -59,3 +60,46 @@ def test_what_a_killed_run_left_half_written_goes(tmp_path, world):
     with RunDirectory(tmp_path, world):
         names = {path.name for path in tmp_path.iterdir()}
     assert names == {".lock", "notes.tmp", "metrics.jsonl", "export.tmp-00000000"}
+
+
+def start(path: Path, world: World, error: type[Exception], *, row: str = "", left: str = "recipe.yaml") -> None:
+    """A run's beginning, which an error ends."""
+    with RunDirectory(path, world) as run:
+        run.checkpoints.mkdir(exist_ok=True)
+        (path / "metrics.jsonl").write_text(row)
+        (path / left).touch()
+        raise error("it cannot start")
+
+
+def test_a_start_that_a_mistake_ends_leaves_what_was_there(tmp_path, world):
+    with pytest.raises(UserError, match="cannot start"):
+        start(tmp_path / "a/b/run", world, UserError, row='{"step": 0, "knn_top1": 0.1}\n')
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="cannot start"):
+        start(tmp_path / "begun", world, UserError, row='{"step": 1, "loss": 3.5}\n')
+    with pytest.raises(KeyError, match="cannot start"):  # whoever looks for the fault wants to see what it made
+        start(tmp_path / "fault", world, KeyError)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="cannot start"):
+        start(tmp_path / "mine", world, UserError)
+    assert all((tmp_path / name / "recipe.yaml").exists() for name in ("begun", "fault", "mine"))
+
+
+def test_what_others_put_there_stays(tmp_path, world, monkeypatch):
+    with pytest.raises(UserError, match="cannot start"):
+        start(tmp_path / "run", world, UserError, left="notes.txt")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+    monkeypatch.setattr(directory, "LOCK_SECONDS", 0.0)
+    loser = RunDirectory(tmp_path / "late", world)
+    loser.made = [tmp_path / "late"]  # as where both launches saw that there was none
+    with RunDirectory(tmp_path / "late", world):
+        (tmp_path / "late/recipe.yaml").touch()
+        with pytest.raises(UserError, match="must not be in use"):
+            loser.__enter__()
+        assert (tmp_path / "late/recipe.yaml").exists()
+
+
+def test_parents_of_a_folder_that_cannot_be_made_go_again(tmp_path, world):
+    with pytest.raises(UserError, match="must be a writable folder"):
+        RunDirectory(tmp_path / "a" / ("x" * 300), world).__enter__()
+    assert not list(tmp_path.iterdir())
