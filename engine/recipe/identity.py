@@ -9,7 +9,12 @@ from engine.recipe.keys import keys_of, show
 from engine.recipe.sections import Recipe
 
 FREE_SECTIONS = frozenset({"checkpoint", "log", "evaluate", "parallel"})
-FREE_KEYS = frozenset({"schema", "run.dir", "data.root", "data.val_root", "data.workers", "train.max_steps"})
+FREE_KEYS = frozenset(
+    {
+        *("schema", "run.dir", "data.root", "data.val_root", "data.workers"),
+        *("train.max_steps", "train.micro_batch_size"),
+    }
+)
 
 
 def is_free(dotted: str) -> bool:

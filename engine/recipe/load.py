@@ -217,6 +217,15 @@ def check_world(recipe: Recipe, world_size: int) -> None:
     replicas = recipe.parallel.replicate if isinstance(recipe, Pretrain | Finetune) else 1
     if world_size % replicas:
         raise wrong("parallel.replicate", replicas, f"a divisor of the number of processes ({world_size})")
+    if isinstance(recipe, Pretrain):
+        _check_micro_batch(recipe.train.micro_batch_size, batch // world_size)
+
+
+def _check_micro_batch(size: int | None, batch: int) -> None:
+    if size is not None and batch % size:
+        fits = next(divisor for divisor in range(min(size, batch), 0, -1) if batch % divisor == 0)
+        do = f"pass train.micro_batch_size={fits}, or null for all at once"
+        raise wrong("train.micro_batch_size", size, f"a divisor of the images of a process ({batch})", do)
 
 
 def locate(path: str, recipe_file: str | Path) -> Path:

@@ -33,6 +33,7 @@ ARGUMENTS = Rule(", each a keyword argument", lambda value: all(name.isidentifie
 
 MAX_STEPS = "ends the run early, while the schedules still span all epochs; null: no limit"
 BATCH = "images of a step over all processes, whose number must divide it"
+MICRO_BATCH = "images of a process that pass the trunk together, to save memory at a price in time; null: all"
 NAMED = "null: as the named network has it"
 CROP_FRACTION = "side of the centre crop over the shorter side of the resized image; 1 sees the whole width"
 
@@ -86,6 +87,7 @@ class Train:
     epochs: int = key("passes over the training images, which the schedules span", AT_LEAST_1)
     warmup_epochs: float = key("epochs of linear rise of the learning rate, before its half cosine to 0", NOT_NEGATIVE)
     max_steps: int | None = key(MAX_STEPS, AT_LEAST_1, default=None)
+    micro_batch_size: int | None = key(MICRO_BATCH, AT_LEAST_1, since=2, before=None, default=None)
 
 
 Source = Literal["folder", "shards", "torchvision"]

@@ -19,6 +19,7 @@ from engine.errors import UserError
 from engine.evaluation.online_probe import PREFIX
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.logger import say, warn
+from engine.recipe.keys import wrong
 from engine.recipe.load import dump, locate, located
 from engine.recipe.sections import Pretrain
 from engine.runs.log import Row
@@ -27,12 +28,14 @@ from engine.runs.run import run
 from engine.runs.task import Task
 from engine.training.health import health
 from engine.training.loss import chance_level
+from engine.training.micro_batch import MicroBatches
 from engine.training.parallelize import check_compiler, compiled, dtype_of, materialize, parallelize
 from engine.training.schedule import MocoSchedule
 from engine.training.step import StepOutput, TrainState, train_step
 from engine.training.update import Update
 from engine.weights.weights import declared
 from models.moco import MoCo
+from models.norm import GlobalBatchNorm
 
 
 def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
@@ -90,9 +93,18 @@ def make_moco(recipe: Pretrain) -> MoCo:
             architecture = declared(model)
             architecture.check_step(bf16=recipe.parallel.precision == "bf16")
             build = partial(architecture.build, freeze_patch_projection=model.freeze_patch_projection)
-            return MoCo(build, model.projector_hidden_dim, model.output_dim)
+            moco = MoCo(build, model.projector_hidden_dim, model.output_dim)
         except ValueError as error:
             raise UserError(str(error)) from error
+    size = recipe.train.micro_batch_size
+    if size is not None and has_batch_norm(moco.base.trunk):
+        do = "pass train.micro_batch_size=null, and start more processes where memory is short"
+        raise wrong("train.micro_batch_size", size, f"null for {model.name}, whose BatchNorm spans the whole batch", do)
+    return moco
+
+
+def has_batch_norm(trunk: nn.Module) -> bool:
+    return any(isinstance(part, GlobalBatchNorm) for part in trunk.modules())
 
 
 def make_schedule(recipe: Pretrain, steps_per_epoch: int) -> MocoSchedule:
@@ -129,6 +141,8 @@ class Pretraining(Task):
         views = compiled(views) if recipe.parallel.compile else views
         super().__init__(recipe, world, splits, crops, views, mean=augment.mean, std=augment.std)
         self.moco, self.recipe_file = moco, recipe_file
+        self.local_batch = self.order.batch // world.size
+        self.micro_batch = recipe.train.micro_batch_size or self.local_batch
         self.schedule = make_schedule(recipe, self.order.steps_per_epoch)
 
     def fresh_trunk(self) -> nn.Module:
@@ -155,10 +169,32 @@ class Pretraining(Task):
                 say(f"probe     the online probe starts fresh at step {state.step:,}: the run had none until then")
 
     def train_step(self, batch: Batch) -> StepOutput:
-        output = train_step(self.trained, self.images(batch))
+        output = train_step(self.trained, self.views(batch))
         if self.probe is not None:
             self.probe.learn(output.features, batch.shown_B)
         return output
+
+    def views(self, batch: Batch) -> Tensor | MicroBatches:
+        """What the step sees of a batch. Of micro-batches only the crops, in bytes, are on the device all the while."""
+        if self.micro_batch == self.local_batch:
+            return self.images(batch)
+        crops, sample_B = self.on_device(batch)
+
+        def make(rows: slice) -> Tensor:
+            return self.augmented(crops[:, rows], sample_B[rows], batch.epoch)
+
+        return MicroBatches(make, self.local_batch, self.micro_batch)
+
+    def picture(self, batch: Batch) -> Tensor:
+        some = slice(self.micro_batch)
+        return super().picture(batch._replace(crops=batch.crops[:, some], sample_B=batch.sample_B[some]))
+
+    @property
+    def less_memory(self) -> str:
+        if self.micro_batch == 1 or has_batch_norm(self.moco.base.trunk):
+            return super().less_memory
+        half = next(m for m in range(self.micro_batch // 2, 0, -1) if self.local_batch % m == 0)
+        return f"train.micro_batch_size={half} or with {super().less_memory}"
 
     def metrics(self, output: StepOutput) -> Row:
         row = health(output, self.trained)

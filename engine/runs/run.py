@@ -1,9 +1,12 @@
 """The life of a run: a task in its run directory, from its newest checkpoint to the end of its plan."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from engine.checkpoint.layout import read_pointer
 from engine.checkpoint.load import newest_valid
@@ -11,7 +14,7 @@ from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.retain import clean
 from engine.checkpoint.state import RunState
 from engine.distributed.agreement import agreement, all_gather, broadcast
-from engine.errors import UserError
+from engine.errors import RunFailed, UserError, one_line
 from engine.files import read_rows
 from engine.logger import say
 from engine.recipe.identity import resume_differences
@@ -34,7 +37,11 @@ def run(task: Task, started: float) -> Row:
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
     """
     recipe, world = task.recipe, task.world
-    with RunDirectory(Path(recipe.run.dir), world) as directory, as_deterministic_as_asked(task):
+    with (
+        RunDirectory(Path(recipe.run.dir), world) as directory,
+        _memory_in_words(task, directory),
+        as_deterministic_as_asked(task),
+    ):
         _say_opening(task)
         found = _newest(directory, task)
         task.start()
@@ -66,6 +73,21 @@ def as_deterministic_as_asked(task: Task) -> Iterator[None]:
         task.refused = next(filter(None, all_gather(refused, world.host_group)), None)
     with deterministic(parallel.deterministic, task.refused):
         yield
+
+
+@contextmanager
+def _memory_in_words(task: Task, directory: RunDirectory) -> Iterator[None]:
+    """Raises RunFailed in place of torch's error, of many lines, where the device has no memory left."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+        newest = read_pointer(directory.checkpoints, "latest")
+        kept = f"{newest} is kept and the same command goes on from it" if newest else "there is no checkpoint yet"
+        raise RunFailed(
+            f"{task.world.device_name} had no memory left for {asked[1] if asked else one_line(error)} more; {kept}; "
+            f"the same run takes less memory with {task.less_memory}"
+        ) from error
 
 
 def _newest(directory: RunDirectory, task: Task) -> tuple[Path, Manifest, RunState] | None:

@@ -132,6 +132,11 @@ class Task(ABC):
     def result(self, rows: list[Row]) -> str:
         """The rows of the run in words. Called on rank 0."""
 
+    @property
+    def less_memory(self) -> str:
+        """With what the run takes less memory and stays the same, in words."""
+        return "more processes"
+
     def images_bound(self) -> dict[str, tuple[str, str]]:
         """The images that a resume must find as they were: {split: (fingerprint, what the user calls them)}."""
         return {"train": (self.splits.train.fingerprint, f"data.root ({self.recipe.data.root})")}
@@ -192,8 +197,15 @@ class Task(ABC):
 
     def images(self, batch: Batch) -> Tensor:
         """What the networks see of a batch: normalised [V*B, 3, S, S] on the device."""
-        crops, sample_B = (t.to(self.world.device, non_blocking=True) for t in (batch.crops, batch.sample_B))
-        return self.augment(crops, sample_B, torch.full((), batch.epoch, device=self.world.device))
+        return self.augmented(*self.on_device(batch), batch.epoch)
+
+    def on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Crops and samples of a batch."""
+        device = self.world.device
+        return batch.crops.to(device, non_blocking=True), batch.sample_B.to(device, non_blocking=True)
+
+    def augmented(self, crops: Tensor, sample_B: Tensor, epoch: int) -> Tensor:
+        return self.augment(crops, sample_B, torch.full((), epoch, device=self.world.device))
 
     def describe(self, output: Any) -> Row:
         """The loss row of a step. May raise RunFailed."""
@@ -205,7 +217,7 @@ class Task(ABC):
 
     def picture(self, batch: Batch) -> Tensor:
         """uint8 [3, H, W]: what the networks see, one column per image, view 1 above view 2."""
-        # The whole batch again: another shape would be compiled again.
+        # As many as in a step: another shape would be compiled again.
         views = self.images(batch).float().cpu().unflatten(0, (self.crops.views, -1))[:, :PICTURED]
         pixels = (denormalise(views, self.mean, self.std) * 255).byte()  # [V, N, 3, S, S]
         return pixels.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)

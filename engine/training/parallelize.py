@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine.errors import UserError
@@ -89,6 +89,16 @@ def saved(module: nn.Module) -> dict[str, Tensor]:
     persistent = module.state_dict().keys()
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: tensor for name, tensor in tensors.items() if name in persistent}
+
+
+def add_up_gradients(root: nn.Module, *, last: bool) -> None:
+    """Let the next backward pass of `root` add its gradients to those before on this rank alone; the last one sends
+    the sum to the ranks that keep it, once for all. Weights that rest gathered from forward to backward (grad_op,
+    replicate) stay so until then."""
+    sharded = cast(FSDPModule, root)
+    sharded.set_requires_gradient_sync(last)
+    rests_sharded = all(isinstance(parameter, DTensor) for parameter in root.parameters())
+    sharded.set_reshard_after_backward(last or rests_sharded)
 
 
 def compile_forward(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from engine.recipe.sections import Optimizer
 from engine.torch_internals import lerp_each_
 from engine.training.loss import contrastive_loss
+from engine.training.micro_batch import MicroBatches, passes_over
 from engine.training.optim import build_optimizer
 from engine.training.parallelize import local, saved
 from engine.training.schedule import MocoSchedule
@@ -73,21 +74,22 @@ class TrainState:
         return self.saved | self.update.tensors()
 
 
-def train_step(state: TrainState, images: Tensor) -> StepOutput:
+def train_step(state: TrainState, images: Tensor | MicroBatches) -> StepOutput:
     """Update the networks once on two views [V*B, 3, H, W] of this rank's images: view 1's batch, then view 2's.
 
-    The loss is over the global batch, so W ranks with B images each make the step of one rank with all of them. Where a
-    gradient on any rank is not finite, the step moves the momentum encoder alone.
+    The loss is over the global batch, so W ranks with B images each make the step of one rank with all of them, and
+    micro-batches that of the whole batch. Where a gradient on any rank is not finite, the step moves the momentum
+    encoder alone.
     """
-    moco, step = state.moco, state.update.step
+    passes, step = passes_over(images, state.moco), state.update.step
     momentum = state.schedule.momentum_at(step)
     state.update.begin()
 
     # Parameters alone: the momentum encoder's BatchNorm buffers follow its own forward.
     lerp_each_(state.momentum_shards, state.base_shards, 1 - momentum)
-    keys = moco.keys(images)
+    keys = passes.keys()
     gathered = KeyGather(keys, state.group)
-    features, queries = moco.queries(images)
+    features, queries = passes.queries()
 
     q1_BP, q2_BP = queries.chunk(2)
     k1_GP, k2_GP = gathered.wait()
@@ -95,7 +97,7 @@ def train_step(state: TrainState, images: Tensor) -> StepOutput:
     one = contrastive_loss(q1_BP, k2_GP, first, state.temperature)
     two = contrastive_loss(q2_BP, k1_GP, first, state.temperature)
     loss = one.loss + two.loss
-    loss.backward()
+    passes.backward(loss)
     applied = state.update.apply(state.schedule.learning_rate_at(step))
 
     return StepOutput(
