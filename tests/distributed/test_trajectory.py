@@ -88,7 +88,8 @@ def sharded(kind: str, shard: str) -> tuple:
 
 
 def test_two_ranks(alone, tmp_path):
-    """Every sharding, and 1 and 3 workers; then a run in two halves, and one that goes on with one rank.
+    """Every sharding, and 1 and 3 workers; then a run in two halves, one in micro-batches of 1 and then of 2, and one
+    that goes on with one rank.
 
     One half of resnet_halves has no online probe.
     """
@@ -97,6 +98,7 @@ def test_two_ranks(alone, tmp_path):
     runs += [("vit_halves", "vit", f"train.max_steps={s}") for s in (9, 20)]
     runs += [("resnet_halves", "resnet", "train.max_steps=9", WITHOUT), ("resnet_halves", "resnet")]
     runs += [("conv", "vit_conv"), ("to_one", "vit", "train.max_steps=9")]
+    runs += [("micro", "vit", f"train.max_steps={s}", f"train.micro_batch_size={m}") for s, m in ((9, 1), (20, 2))]
     launch(2, tmp_path, *runs)
     for kind, shard in pairs:
         assert_same_run(tmp_path / f"{kind}_{shard}", alone / kind)
@@ -104,6 +106,7 @@ def test_two_ranks(alone, tmp_path):
         assert_bitwise(tmp_path / f"{kind}_halves", tmp_path / f"{kind}_full", probe=kind == "vit")
     assert ["probe_loss" in row for row in rows(tmp_path / "resnet_halves")] == [False] * 9 + [True] * 11
     assert_same_run(tmp_path / "conv", alone / "vit_conv")
+    assert_same_run(tmp_path / "micro", alone / "vit")
 
     launch(1, tmp_path, ("to_one", "vit", "parallel.shard=replicate", "data.workers=0"))
     assert_same_run(tmp_path / "to_one", alone / "vit")

@@ -144,6 +144,7 @@ WRONG = {
     "train.epochs": [*INTEGER, "0"],
     "train.warmup_epochs": [*NUMBER, "-1"],
     "train.max_steps": ["0", "ten", "1.5"],
+    "train.micro_batch_size": ["0", "ten", "1.5"],
     "data.source": ["zip", "null"],
     "data.root": ["3", "null", "''"],
     "data.val_root": ["3", "''"],
@@ -252,6 +253,18 @@ def test_the_world_divides_the_batch_and_the_replicas_divide_the_world():
         check_world(recipe, 256)
     with pytest.raises(UserError, match=r"parallel.replicate \(2\) must be a divisor of .* \(1\)"):
         check_world(recipe, 1)
+
+
+def test_the_micro_batch_divides_the_images_of_a_process():
+    recipe = load(QUICK, ["train.micro_batch_size=32"])
+    for world in (1, 2, 4):
+        check_world(recipe, world)
+    for world, size, fits in ((8, 32, 16), (4, 12, 8)):
+        words = (
+            rf"train.micro_batch_size \({size}\) must be a divisor of .* \({128 // world}\); pass .*={fits}, or null"
+        )
+        with pytest.raises(UserError, match=words):
+            check_world(load(QUICK, [f"train.micro_batch_size={size}"]), world)
 
 
 def test_paths_are_looked_for_here_and_then_beside_the_recipe(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from engine.distributed.world import process_group
 from engine.errors import RunFailed, UserError
 from engine.recipe.load import load
 from engine.runs.pretrain import Pretraining, pretrain
-from tests.distributed.trajectories import RECIPE, SMALL
+from tests.distributed.trajectories import KINDS, RECIPE, SMALL
 from tests.training.trunks import Unpooled
 
 
@@ -56,6 +56,47 @@ def test_a_run_keeps_its_precision(world, tmp_path):
     train(world, tmp_path, "train.max_steps=1")
     with pytest.raises(UserError, match=r"parallel.precision \(float32\) must be float64"):
         train(world, tmp_path, "train.max_steps=2", "parallel.precision=float32")
+
+
+def test_micro_batches_are_refused_where_batch_norm_is_in_the_trunk(world, tmp_path):
+    """Before there is a run directory."""
+    for kind in ("vit_conv", "resnet"):
+        values = [*KINDS[kind], "train.micro_batch_size=4"]
+        name = load(RECIPE, [*SMALL, *values]).model.name
+        words = rf"train.micro_batch_size \(4\) must be null for {name}, whose BatchNorm spans the whole batch; pass "
+        with pytest.raises(UserError, match=words):
+            train(world, tmp_path / "run", *values)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_picture_shows_one_micro_batch(world, tmp_path, monkeypatch):
+    """Never more images than that are made at once."""
+    augmented, made = Pretraining.augmented, []
+    monkeypatch.setattr(
+        Pretraining, "augmented", lambda task, crops, *rest: made.append(len(crops[0])) or augmented(task, crops, *rest)
+    )
+    train(world, tmp_path, "train.max_steps=2", "train.micro_batch_size=4")
+    assert made == [4] * (2 * 2 + 1 + 2 * 2)
+
+
+def test_full_memory_ends_a_run_in_one_line(world, tmp_path, monkeypatch):
+    def full(task, batch):
+        if task.step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total ...")
+        return steps(task, batch)
+
+    steps = Pretraining.train_step
+    monkeypatch.setattr(Pretraining, "train_step", full)
+    more = r"; the same run takes less memory with train.micro_batch_size=4 or with more processes$"
+    with pytest.raises(
+        RunFailed, match=rf"^CPU had no memory left for 2.50 GiB more; there is no checkpoint yet{more}"
+    ):
+        train(world, tmp_path / "new")
+    kept = "step_0000002 is kept and the same command goes on from it"
+    with pytest.raises(RunFailed, match=f"{kept}{more.replace('=4', '=1')}"):
+        train(world, tmp_path / "run", "checkpoint.every_steps=2", "train.micro_batch_size=2")
+    with pytest.raises(RunFailed, match=f"{kept}; the same run takes less memory with more processes$"):
+        train(world, tmp_path / "conv", "checkpoint.every_steps=2", *KINDS["vit_conv"])
 
 
 def test_unreadable_images_are_borne_up_to_their_share(world, tmp_path):
