@@ -83,10 +83,10 @@ def _memory_in_words(task: Task, directory: RunDirectory) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         newest = read_pointer(directory.checkpoints, "latest")
-        kept = f"{newest} is kept and the same command goes on from it" if newest else "there is no checkpoint yet"
+        kept = f"checkpoint {newest} is kept" if newest else "there is no checkpoint yet"
         raise RunFailed(
-            f"{task.world.device_name} had no memory left for {asked[1] if asked else one_line(error)} more; {kept}; "
-            f"the same run takes less memory with {task.less_memory}"
+            f"{task.world.device_name} had no memory left for {asked[1] if asked else one_line(error)} more; {kept}: "
+            f"go on with {task.less_memory}, which makes the same run in less memory"
         ) from error
 
 

@@ -205,7 +205,8 @@ class Task(ABC):
         return batch.crops.to(device, non_blocking=True), batch.sample_B.to(device, non_blocking=True)
 
     def augmented(self, crops: Tensor, sample_B: Tensor, epoch: int) -> Tensor:
-        return self.augment(crops, sample_B, torch.full((), epoch, device=self.world.device))
+        # Compiled code is made for one layout, and a part of a batch may have another.
+        return self.augment(crops.contiguous(), sample_B, torch.full((), epoch, device=self.world.device))
 
     def describe(self, output: Any) -> Row:
         """The loss row of a step. May raise RunFailed."""

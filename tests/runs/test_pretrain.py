@@ -14,6 +14,8 @@ from engine.runs.pretrain import Pretraining, pretrain
 from tests.distributed.trajectories import KINDS, RECIPE, SMALL
 from tests.training.trunks import Unpooled
 
+SIZE = "train.micro_batch_size"
+
 
 @pytest.fixture(scope="module")
 def world():
@@ -87,16 +89,14 @@ def test_full_memory_ends_a_run_in_one_line(world, tmp_path, monkeypatch):
 
     steps = Pretraining.train_step
     monkeypatch.setattr(Pretraining, "train_step", full)
-    more = r"; the same run takes less memory with train.micro_batch_size=4 or with more processes$"
-    with pytest.raises(
-        RunFailed, match=rf"^CPU had no memory left for 2.50 GiB more; there is no checkpoint yet{more}"
-    ):
+    left = "^CPU had no memory left for 2.50 GiB more; {}: go on with {}, which makes the same run in less memory$"
+    with pytest.raises(RunFailed, match=left.format("there is no checkpoint yet", f"{SIZE}=4 or with more processes")):
         train(world, tmp_path / "new")
-    kept = "step_0000002 is kept and the same command goes on from it"
-    with pytest.raises(RunFailed, match=f"{kept}{more.replace('=4', '=1')}"):
-        train(world, tmp_path / "run", "checkpoint.every_steps=2", "train.micro_batch_size=2")
-    with pytest.raises(RunFailed, match=f"{kept}; the same run takes less memory with more processes$"):
-        train(world, tmp_path / "conv", "checkpoint.every_steps=2", *KINDS["vit_conv"])
+    kept, every = "checkpoint step_0000002 is kept", "checkpoint.every_steps=2"
+    with pytest.raises(RunFailed, match=left.format(kept, f"{SIZE}=1 or with more processes")):
+        train(world, tmp_path / "run", every, f"{SIZE}=2")
+    with pytest.raises(RunFailed, match=left.format(kept, "more processes")):
+        train(world, tmp_path / "conv", every, *KINDS["vit_conv"])
 
 
 def test_unreadable_images_are_borne_up_to_their_share(world, tmp_path):
