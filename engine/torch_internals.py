@@ -74,6 +74,16 @@ def allow_variants(count: int) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)
 
 
+def graphs_compiled() -> int:
+    """How many graphs this process has compiled so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def graph_breaks() -> int:
+    """How often this process has compiled a function in pieces so far, because one graph could not hold it."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
 def has_cpp_compiler() -> bool:
     """Whether the C++ compiler is there that compiling for a CPU calls: it looks where the compilation itself will."""
     from torch._inductor import cpp_builder, exc  # takes seconds to import

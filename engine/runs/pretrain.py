@@ -1,6 +1,7 @@
 """Pre-training, put together: recipe -> images, networks, state -> a run."""
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -107,6 +108,12 @@ def has_batch_norm(trunk: nn.Module) -> bool:
     return any(isinstance(part, GlobalBatchNorm) for part in trunk.modules())
 
 
+def make_augment(recipe: Pretrain) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """What turns crops, samples and epoch into images, on the device (engine.data.augment)."""
+    augment = Augment(recipe.augment, recipe.run.seed, dtype_of(recipe.parallel)).__call__
+    return compiled(augment) if recipe.parallel.compile else augment
+
+
 def make_schedule(recipe: Pretrain, steps_per_epoch: int) -> MocoSchedule:
     return MocoSchedule(
         peak_lr=recipe.peak_lr,
@@ -137,9 +144,7 @@ class Pretraining(Task):
         augment = recipe.augment
         crops = Crops(recipe.model.image_size, augment.crop_min, views=moco.views)
         self.dtype = dtype_of(recipe.parallel)
-        views = Augment(augment, recipe.run.seed, self.dtype).__call__
-        views = compiled(views) if recipe.parallel.compile else views
-        super().__init__(recipe, world, splits, crops, views, mean=augment.mean, std=augment.std)
+        super().__init__(recipe, world, splits, crops, make_augment(recipe), mean=augment.mean, std=augment.std)
         self.moco, self.recipe_file = moco, recipe_file
         self.local_batch = self.order.batch // world.size
         self.micro_batch = recipe.train.micro_batch_size or self.local_batch

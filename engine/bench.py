@@ -1,0 +1,121 @@
+"""How fast the engine is: `python -m engine.bench COMMAND ...`; step and checkpoint also with torchrun.
+
+  step        a recipe's train step on made-up images, against the published code's way of doing the same
+  loss        the contrastive loss at large batches, against the whole matrix of logits
+  checkpoint  how long a save keeps a run from training
+  data        decoding and cropping on one core, against the published code's pipeline
+
+Each command says more with --help. No images are needed. The last line on stdout is the result as JSON.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+
+from engine import cli
+from engine.distributed.launcher import ranks
+from engine.errors import UserError
+from engine.recipe.load import check_world, load
+from engine.recipe.sections import Pretrain
+
+
+def main(arguments: list[str]) -> None:
+    parser = cli.Parser("engine.bench", __doc__)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    COMMANDS[parser.parse_args(arguments[:1]).command](arguments[1:])
+
+
+def step(arguments: list[str]) -> None:
+    """The real augmentation and train step, on noise that already lies on the device.
+
+    images_per_second  over all processes, in median steps after warm-up
+    ratio              the reference's time over ours, measured by turns; on a CPU of CPU time, which neighbours do not
+                       lengthen. Both sides have the engine's augmentation. null without --vs
+    mfu                useful work per GPU over the dense bf16 peak of its data sheet: 2 views x (3 base + 1 momentum)
+                       forwards of the trunk, nothing that is computed twice. null where the peak is not known
+    peak_memory_gb     10^9 bytes of tensors; on a CPU the process's peak resident set
+    graph_breaks       of compiled code; recompiles: after warm-up, over an epoch's end and changes of the rate
+    steps              that were counted; parts: milliseconds of each, in steps of their own; on a CPU of CPU time
+
+    --vs reference: eager, autocast, a forward for each view, attention with an explicit softmax, plain BatchNorm, one
+    parameter at a time. reference+: the same with fused attention, torch.compile and channels_last.
+    """
+    parser = cli.Parser("engine.bench step", step.__doc__)
+    _add_recipe(parser)
+    parser.add_argument("--vs", choices=("none", "reference", "reference+"), default="none", help="default: none")
+    parser.add_argument("--profile", type=Path, metavar="OUT.json", help="a trace of three more steps, for Perfetto")
+    options = parser.parse_intermixed_args(arguments)
+    recipe = _read_recipe(options)
+    if options.profile is not None and (options.profile.is_dir() or not options.profile.parent.is_dir()):
+        raise UserError(f"--profile ({options.profile}) must be a file in a folder that exists; name another")
+
+    with cli.joined(str(options.recipe)) as world:
+        from engine.benchmarks.step import measure_step
+
+        found = measure_step(recipe, world, options.vs, options.profile)
+    cli.result(found)
+
+
+def loss(arguments: list[str]) -> None:
+    """One forward and backward of the loss of one view's queries, as one rank of a large batch computes it.
+
+    peak_memory_gb is what memory grows by, queries and keys included; dense_seconds is null where the whole matrix of
+    logits would not fit into half of the free memory.
+    """
+    parser = cli.Parser("engine.bench loss", loss.__doc__)
+    for name, what in (("--global-batch", "keys, of all ranks"), ("--local-batch", "queries, of one rank")):
+        parser.add_argument(name, type=cli.at_least(1, name, f"it is the number of {what}"), required=True, help=what)
+    dim = cli.at_least(1, "--dim", "256 is usual")
+    parser.add_argument("--dim", type=dim, default=256, help="their width (default: 256)")
+    options = parser.parse_args(arguments)
+
+    with cli.joined("loss") as world:
+        from engine.benchmarks.loss import measure_loss
+
+        found = measure_loss(options.global_batch, options.local_batch, options.dim, world.device)
+    cli.result(found)
+
+
+def checkpoint(arguments: list[str]) -> None:
+    """The real save of the real state, into a temporary folder ($TMPDIR says on which disk) that is removed afterwards.
+
+    stall_seconds is how long training stands still, step_seconds a step on made-up images, gigabytes 10^9 bytes.
+    """
+    parser = cli.Parser("engine.bench checkpoint", checkpoint.__doc__)
+    _add_recipe(parser)
+    options = parser.parse_intermixed_args(arguments)
+    recipe = _read_recipe(options)
+
+    with cli.joined(str(options.recipe)) as world:
+        from engine.benchmarks.checkpoint import measure_checkpoint
+
+        found = measure_checkpoint(recipe, world)
+    cli.result(found)
+
+
+def data(arguments: list[str]) -> None:
+    """JPEG files of 500 x 375 pixels to two views of 224, in CPU time on one core. The engine decodes and crops there
+    and does the rest on the device; the published pipeline does all of it there."""
+    cli.Parser("engine.bench data", data.__doc__).parse_args(arguments)
+    from engine.benchmarks.data import measure_data
+
+    cli.result(measure_data())
+
+
+def _add_recipe(parser: cli.Parser) -> None:
+    parser.add_argument("--recipe", type=Path, required=True, help="one of task pretrain; its images are not needed")
+    batch = cli.at_least(2, "--batch", "BatchNorm and the loss need two images")
+    parser.add_argument("--batch", type=batch, help="instead of the recipe's train.global_batch_size")
+    cli.add_overrides(parser, "parallel.compile=false")
+
+
+def _read_recipe(options: Namespace) -> Pretrain:
+    batch = [] if options.batch is None else [f"train.global_batch_size={options.batch}"]
+    recipe = load(options.recipe, [*batch, *options.overrides])
+    check_world(recipe, ranks())
+    return recipe
+
+
+COMMANDS = {"step": step, "loss": loss, "checkpoint": checkpoint, "data": data}
+
+if __name__ == "__main__":
+    cli.enter(main)

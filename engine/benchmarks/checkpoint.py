@@ -1,0 +1,51 @@
+"""How long a save keeps a run from training."""
+
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from engine.benchmarks.clock import median, timed
+from engine.benchmarks.step import Subject
+from engine.checkpoint.save import save
+from engine.checkpoint.state import RunState
+from engine.distributed.agreement import agreement, broadcast
+from engine.distributed.world import World
+from engine.recipe.identity import fingerprint
+from engine.recipe.load import dump
+from engine.recipe.sections import Pretrain
+
+STEPS = {"cuda": 10, "cpu": 3}  # before anything counts, and then again
+
+
+def measure_checkpoint(recipe: Pretrain, world: World) -> dict[str, Any]:
+    """Save the state of a run of the recipe, after a few steps on made-up images, as a run saves it.
+
+    stall_seconds: how long training stands still. The folder is a temporary one ($TMPDIR says on which disk, which all
+    nodes must see) and is gone afterwards.
+
+    Raises UserError where the network cannot be or the folder cannot be written. All ranks call it together.
+    """
+    steps = STEPS[world.device.type]
+    subject = Subject(recipe, world, 2 * steps)
+    subject.run(steps)
+    step_seconds = median([timed(partial(subject.run, 1), world.device) for _ in range(steps)]).wall
+    state = RunState(subject.state.update.step, dump(recipe), images={}, made_by=world.made_by())
+    with ExitStack() as held:
+        folder = None
+        with agreement(world.host_group):
+            if world.is_first:
+                folder = held.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
+        checkpoints = Path(broadcast(folder, world.host_group))
+        write = partial(
+            save,
+            checkpoints,
+            subject.state.tensors(),
+            state,
+            recipe_sha256=fingerprint(recipe),
+            group=world.host_group,
+        )
+        stall_seconds = timed(write, world.device).wall
+        gigabytes = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file()) / 1e9
+    return {"stall_seconds": stall_seconds, "step_seconds": step_seconds, "gigabytes": gigabytes}

@@ -1,0 +1,167 @@
+"""Every command of `engine.bench` runs on a CPU and says what it promises."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine import bench
+from engine.benchmarks import data, loss
+from engine.benchmarks.step import Subject
+from engine.distributed.world import process_group
+from engine.errors import UserError
+from engine.recipe.load import load
+from engine.training.loss import contrastive_loss
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes/quickstart.yaml"
+PARTS = {"augmentation", "momentum_update", "keys", "queries_and_loss", "backward", "optimizer", "other"}
+NO_DATA = "data.root=no/such/folder"
+
+
+@pytest.fixture
+def found(capsys):
+    """The result of a command."""
+
+    def run(*arguments: object) -> dict:
+        bench.main([str(argument) for argument in arguments])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+def test_step(found, tmp_path):
+    trace = tmp_path / "trace.json"
+    result = found("step", "--recipe", RECIPE, "--batch", 4, "--vs", "reference", "--profile", trace, NO_DATA)
+    assert result["images_per_second"] > 0
+    assert result["ratio"] > 0
+    assert result["peak_memory_gb"] > 0.05
+    assert result["parts"].keys() == PARTS
+    assert all(result["parts"][part] > 0 for part in PARTS - {"other", "momentum_update"})
+    exact = {"mfu": None, "graph_breaks": 0, "recompiles": 0, "device": "CPU", "steps": 6}
+    assert {key: result[key] for key in exact} == exact
+    assert len(result) == 9
+    names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
+    assert all(names.count(part) >= 3 for part in PARTS - {"other"})
+
+
+def test_step_alone_has_no_ratio(found):
+    assert found("step", "--recipe", RECIPE, "--batch", 2)["ratio"] is None
+
+
+def test_the_counted_steps_cross_the_end_of_an_epoch_and_end_with_the_schedule():
+    for epochs, per_epoch in ((1, 15), (2, 8), (30, 8)):
+        recipe = load(RECIPE, [f"train.epochs={epochs}", "train.warmup_epochs=0", "train.global_batch_size=2"])
+        with process_group() as world:
+            schedule = Subject(recipe, world, 15).schedule
+        assert schedule.steps_per_epoch == per_epoch
+        assert schedule.total_steps >= 15
+    assert schedule.learning_rate_at(7) != schedule.learning_rate_at(8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("versus", ["none", "reference+"])
+def test_compiled_steps_compile_nothing_more(found, versus):
+    more = ["parallel.compile=true", "parallel.precision=bf16"]
+    result = found("step", "--recipe", RECIPE, "--batch", 4, "--vs", versus, *more)
+    assert (result["graph_breaks"], result["recompiles"]) == (0, 0)
+
+
+def test_checkpoint(found, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    result = found("checkpoint", "--recipe", RECIPE, "--batch", 4, NO_DATA)
+    assert result.keys() == {"stall_seconds", "step_seconds", "gigabytes"}
+    assert result["stall_seconds"] > 0
+    assert result["step_seconds"] > 0
+    # Weights of both encoders, the predictor, and two moments of what is trained: of some 700,000 parameters.
+    assert 0.005 < result["gigabytes"] < 0.05
+    assert not list(tmp_path.iterdir())
+
+
+def test_data(found, monkeypatch):
+    monkeypatch.setattr(data, "IMAGES", 2)
+    result = found("data")
+    ours, theirs = (result[f"{side}images_per_second_per_core"] for side in ("", "reference_"))
+    assert result == {
+        "images_per_second_per_core": ours,
+        "reference_images_per_second_per_core": theirs,
+        "ratio": pytest.approx(ours / theirs),
+    }
+    (file,) = data.make_files(1)
+    assert 50_000 < len(file) < 200_000
+
+
+def test_both_pipelines_give_two_views():
+    files = data.make_files(2)
+    views = data.transform(files, [data.published_pipeline(view) for view in (0, 1)])
+    assert [view.shape for view in views] == [(3, 224, 224)] * 4
+    crops = data.cut(files, data.Crops(data.SIZE, data.CROP_MIN))
+    assert crops.shape == (2, 2, 3, 224, 224)
+    assert crops[0].std() > 10
+
+
+def test_loss(found):
+    result = found("loss", "--global-batch", 64, "--local-batch", 8, "--dim", 16)
+    assert result.keys() == {"peak_memory_gb", "seconds", "dense_seconds"}
+    assert result["seconds"] > 0
+    assert result["dense_seconds"] > 0
+
+
+def test_both_losses_are_one():
+    q, k = torch.randn(4, 8, dtype=torch.float64), torch.randn(12, 8, dtype=torch.float64)
+    dense = loss.dense_loss(q, k)
+    torch.testing.assert_close(dense, contrastive_loss(q, k, 0, loss.TEMPERATURE, chunk=5).loss)
+    similarity = F.cosine_similarity(q[:, None], k[None], dim=2)
+    assert dense.item() == pytest.approx(0.4 * F.cross_entropy(similarity / 0.2, torch.arange(4)).item())
+
+
+def test_no_dense_loss_where_it_does_not_fit(monkeypatch):
+    monkeypatch.setattr(loss, "free_memory", lambda device: 2 * 3 * 4 * 8 * 64 - 1)
+    assert loss.measure_loss(64, 8, 4, torch.device("cpu"))["dense_seconds"] is None
+    monkeypatch.setattr(loss, "free_memory", lambda device: 2 * 3 * 4 * 8 * 64)
+    assert loss.measure_loss(64, 8, 4, torch.device("cpu"))["dense_seconds"] is not None
+
+
+@pytest.mark.parametrize(("keys", "gigabytes"), [(65536, 0.5), (131072, 0.7)])
+def test_memory_of_large_batches(keys, gigabytes):
+    """In a process of its own, which has done nothing larger; the matrix of logits alone would take more."""
+    command = [sys.executable, "-m", "engine.bench", "loss", "--global-batch", str(keys), "--local-batch", "1024"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    least = keys * 256 * 4 / 1e9  # the keys
+    assert least < json.loads(done.stdout.splitlines()[-1])["peak_memory_gb"] < gigabytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["stp"], "argument COMMAND: invalid choice: 'stp'"),
+        (["step"], "the following arguments are required: --recipe; see `python -m engine.bench step --help`"),
+        (["step", "--recipe", ROOT / "recipes/linear_vit.yaml"], r"task \(linear\) must be pretrain"),
+        (["step", "--recipe", RECIPE, "--batch", 1], r"--batch \(1\) must be >= 2"),
+        (["step", "--recipe", RECIPE, "parallel.compil=true"], "did you mean parallel.compile"),
+        (["step", "--recipe", RECIPE, "--profile", ROOT], r"--profile \(.*\) must be a file in a folder that exists"),
+        (["step", "--recipe", RECIPE, "--profile", "no/such/out.json"], "must be a file in a folder that exists"),
+        (
+            ["loss", "--global-batch", 8, "--local-batch", 16],
+            r"--local-batch \(16\) must be at most --global-batch \(8",
+        ),
+        (["loss", "--global-batch", 0, "--local-batch", 1], r"--global-batch \(0\) must be >= 1"),
+        (["data", "more"], "unrecognized arguments: more"),
+    ],
+)
+def test_refusals(arguments, complaint):
+    with pytest.raises(UserError, match=complaint) as caught:
+        bench.main([str(argument) for argument in arguments])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reference_has_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"^train.global_batch_size \(128\) must be divisible by the number of proc"):
+        bench.main(["step", "--recipe", str(RECIPE)])
