@@ -19,6 +19,8 @@ from engine.torch_internals import (
     copy_each_,
     end_workers,
     forget_forwards,
+    graph_breaks,
+    graphs_compiled,
     has_cpp_compiler,
     lerp_each_,
     multiply_each,
@@ -94,6 +96,21 @@ def test_as_many_variants_as_allowed_are_compiled(monkeypatch):
         compiled(torch.ones(size))
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         compiled(torch.ones(4))
+
+
+def test_graphs_and_their_breaks_are_counted():
+    def broken(x: Tensor) -> Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    whole = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    graphs, breaks = graphs_compiled(), graph_breaks()
+    for size in (1, 2, 2):
+        whole(torch.ones(size))
+    assert (graphs_compiled() - graphs, graph_breaks() - breaks) == (2, 0)
+    torch.compile(broken, backend="eager", dynamic=False)(torch.ones(1))
+    assert (graphs_compiled() - graphs, graph_breaks() - breaks) == (4, 1)
 
 
 @pytest.mark.parametrize(("compiler", "there"), [("true", True), ("no-such-compiler", False)])

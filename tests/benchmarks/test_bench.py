@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from engine import bench
 from engine.benchmarks import data, loss
-from engine.benchmarks.step import Subject
+from engine.benchmarks.step import Subject, measure_step
 from engine.distributed.world import process_group
 from engine.errors import UserError
 from engine.recipe.load import load
@@ -149,7 +150,7 @@ def test_memory_of_large_batches(keys, gigabytes):
         (["step", "--recipe", RECIPE, "--profile", "no/such/out.json"], "must be a file in a folder that exists"),
         (
             ["loss", "--global-batch", 8, "--local-batch", 16],
-            r"--local-batch \(16\) must be at most --global-batch \(8",
+            r"--local-batch \(16\) must be at most --global",
         ),
         (["loss", "--global-batch", 0, "--local-batch", 1], r"--global-batch \(0\) must be >= 1"),
         (["data", "more"], "unrecognized arguments: more"),
@@ -161,7 +162,10 @@ def test_refusals(arguments, complaint):
     assert "\n" not in str(caught.value)
 
 
-def test_a_reference_has_one_process(monkeypatch):
+def test_the_launch_must_suit(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match=r"^train.global_batch_size \(128\) must be divisible by the number of proc"):
         bench.main(["step", "--recipe", str(RECIPE)])
+    monkeypatch.delenv("WORLD_SIZE")
+    with process_group() as world, pytest.raises(UserError, match=r"^--vs \(reference\) must be none with several"):
+        measure_step(load(RECIPE), replace(world, size=3), "reference", None)
