@@ -8,6 +8,7 @@
 Each command says more with --help. No images are needed. The last line on stdout is the result as JSON.
 """
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -45,13 +46,14 @@ def step(arguments: list[str]) -> None:
     parser.add_argument("--profile", type=Path, metavar="OUT.json", help="a trace of three more steps, for Perfetto")
     options = parser.parse_intermixed_args(arguments)
     recipe = _read_recipe(options)
-    if options.profile is not None and (options.profile.is_dir() or not options.profile.parent.is_dir()):
-        raise UserError(f"--profile ({options.profile}) must be a file in a folder that exists; name another")
+    trace = options.profile
+    if trace is not None and (trace.is_dir() or not os.access(trace.parent, os.W_OK)):
+        raise UserError(f"--profile ({trace}) must be a file in a folder that exists and may be written; name another")
 
     with cli.joined(str(options.recipe)) as world:
         from engine.benchmarks.step import measure_step
 
-        found = measure_step(recipe, world, options.vs, options.profile)
+        found = measure_step(recipe, world, options.vs, trace)
     cli.result(found)
 
 

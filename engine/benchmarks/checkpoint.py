@@ -47,5 +47,7 @@ def measure_checkpoint(recipe: Pretrain, world: World) -> dict[str, Any]:
             group=world.host_group,
         )
         stall_seconds = timed(write, world.device).wall
-        gigabytes = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file()) / 1e9
+        # Rank 0 alone looks: it removes the folder as soon as it has.
+        files = [file for file in checkpoints.rglob("*") if file.is_file()] if world.is_first else []
+        gigabytes = broadcast(sum(file.stat().st_size for file in files) / 1e9, world.host_group)
     return {"stall_seconds": stall_seconds, "step_seconds": step_seconds, "gigabytes": gigabytes}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import record_function
@@ -18,13 +18,23 @@ from engine.training.step import TrainState
 WHOLE, AUGMENTATION, OTHER = "step", "augmentation", "other"
 
 
+class Span(NamedTuple):
+    """A call: of which part, inside of which other, and the marks of its beginning and end."""
+
+    part: str
+    within: str | None
+    start: Any
+    end: Any
+
+
 class Parts:
-    """Milliseconds of each part of each step: between events on a GPU, CPU time on a CPU. In a profile the parts are
-    ranges of these names."""
+    """Milliseconds of each part of each step: between events on a GPU, CPU time on a CPU. A part inside another counts
+    for itself alone. In a profile the parts are ranges of these names."""
 
     def __init__(self, device: torch.device):
         self.on_gpu, self.device = device.type == "cuda", device
-        self.spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self.under_way: list[str] = []
+        self.spans: list[Span] = []
         self.steps: list[dict[str, float]] = []
 
     def named(self, part: str, function: Callable) -> Callable:
@@ -32,12 +42,15 @@ class Parts:
 
         @wraps(function)
         def call(*arguments: Any, **options: Any) -> Any:
+            within = self.under_way[-1] if self.under_way else None
             with record_function(part):
+                self.under_way.append(part)
                 start = self._mark()
                 try:
                     return function(*arguments, **options)
                 finally:
-                    self.spans[part].append((start, self._mark()))
+                    self.spans.append(Span(part, within, start, self._mark()))
+                    self.under_way.pop()
 
         return call
 
@@ -60,9 +73,14 @@ class Parts:
     def end_step(self) -> None:
         """What was counted since the last call is a step's; `other` is what no part has of the whole."""
         finish(self.device)
-        ms = {part: sum(map(self._ms, spans)) for part, spans in self.spans.items()}
-        whole = ms.pop(WHOLE)
-        self.steps.append(ms | {OTHER: whole - sum(ms.values())})
+        ms: dict[str, float] = defaultdict(float)
+        for span in self.spans:
+            spent = self._ms(span)
+            ms[span.part] += spent
+            if span.within is not None:
+                ms[span.within] -= spent
+        ms[OTHER] = ms.pop(WHOLE)
+        self.steps.append(dict(ms))
         self.spans.clear()
 
     def medians(self) -> dict[str, float]:
@@ -76,9 +94,8 @@ class Parts:
         event.record()
         return event
 
-    def _ms(self, span: tuple[Any, Any]) -> float:
-        start, end = span
-        return start.elapsed_time(end) if self.on_gpu else 1e3 * (end - start)
+    def _ms(self, span: Span) -> float:
+        return span.start.elapsed_time(span.end) if self.on_gpu else 1e3 * (span.end - span.start)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Parts are timed from outside, once each, and nothing of it is left."""
 
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ def test_each_part_is_met_in_a_step_and_nothing_stays():
         own = set(vars(state.moco)), set(vars(state.update))
         with parts.watching(state):
             parts.named("step", subject.step)()
-            assert {part: len(spans) for part, spans in parts.spans.items()} == CALLS
+            assert Counter(span.part for span in parts.spans) == CALLS
+            assert {span.within for span in parts.spans} == {None, "step"}
             parts.end_step()
         assert before == (step.lerp_each_, step.contrastive_loss, torch.autograd.backward)
         assert own == (set(vars(state.moco)), set(vars(state.update)))
@@ -37,20 +39,27 @@ def test_each_part_is_met_in_a_step_and_nothing_stays():
 
 
 def test_parts_add_up_to_the_whole(monkeypatch):
-    """On a clock of our own: 5 ms pass in a part, 2 beside it."""
+    """On a clock of our own: in a step 2 ms pass beside its parts; one of them has another inside."""
     now = [0.0]
     monkeypatch.setattr(time, "process_time", lambda: now[0])
     parts = Parts(torch.device("cpu"))
 
-    def whole(factor: float) -> None:
-        for _ in range(2):
-            parts.named("inner", lambda: now.__setitem__(0, now[0] + 0.0025 * factor))()
-        now[0] += 0.002
+    def spend(ms: float) -> None:
+        now[0] += ms / 1e3
 
-    for factor in (1, 3, 2):
-        parts.named("step", whole)(factor)
+    def outer(ms: float) -> None:
+        spend(4)
+        parts.named("inner", spend)(ms)
+
+    def whole(ms: float) -> None:
+        for _ in range(2):
+            parts.named("outer", outer)(ms)
+        spend(2)
+
+    for ms in (1, 5, 3):
+        parts.named("step", whole)(ms)
         parts.end_step()
-    assert parts.medians() == pytest.approx({"inner": 10, OTHER: 2})
+    assert parts.medians() == pytest.approx({"outer": 8, "inner": 6, OTHER: 2})
 
 
 def test_sides_take_turns():
