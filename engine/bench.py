@@ -41,11 +41,9 @@ def step(arguments: list[str]) -> None:
     parameter at a time. reference+: the same with fused attention, torch.compile and channels_last.
     """
     parser = cli.Parser("engine.bench step", step.__doc__)
-    _add_recipe(parser)
     parser.add_argument("--vs", choices=("none", "reference", "reference+"), default="none", help="default: none")
     parser.add_argument("--profile", type=Path, metavar="OUT.json", help="a trace of three more steps, for Perfetto")
-    options = parser.parse_intermixed_args(arguments)
-    recipe = _read_recipe(options)
+    options, recipe = _read_recipe(parser, arguments)
     trace = options.profile
     if trace is not None and (trace.is_dir() or not os.access(trace.parent, os.W_OK)):
         raise UserError(f"--profile ({trace}) must be a file in a folder that exists and may be written; name another")
@@ -83,9 +81,7 @@ def checkpoint(arguments: list[str]) -> None:
     stall_seconds is how long training stands still, step_seconds a step on made-up images, gigabytes 10^9 bytes.
     """
     parser = cli.Parser("engine.bench checkpoint", checkpoint.__doc__)
-    _add_recipe(parser)
-    options = parser.parse_intermixed_args(arguments)
-    recipe = _read_recipe(options)
+    options, recipe = _read_recipe(parser, arguments)
 
     with cli.joined(str(options.recipe)) as world:
         from engine.benchmarks.checkpoint import measure_checkpoint
@@ -103,18 +99,17 @@ def data(arguments: list[str]) -> None:
     cli.result(measure_data())
 
 
-def _add_recipe(parser: cli.Parser) -> None:
+def _read_recipe(parser: cli.Parser, arguments: list[str]) -> tuple[Namespace, Pretrain]:
+    """Options, and the recipe that they name with what they put in its place. Raises UserError."""
     parser.add_argument("--recipe", type=Path, required=True, help="one of task pretrain; its images are not needed")
     batch = cli.at_least(2, "--batch", "BatchNorm and the loss need two images")
     parser.add_argument("--batch", type=batch, help="instead of the recipe's train.global_batch_size")
     cli.add_overrides(parser, "parallel.compile=false")
-
-
-def _read_recipe(options: Namespace) -> Pretrain:
-    batch = [] if options.batch is None else [f"train.global_batch_size={options.batch}"]
-    recipe = load(options.recipe, [*batch, *options.overrides])
+    options = parser.parse_intermixed_args(arguments)
+    size = [] if options.batch is None else [f"train.global_batch_size={options.batch}"]
+    recipe = load(options.recipe, [*size, *options.overrides])
     check_world(recipe, ranks())
-    return recipe
+    return options, recipe
 
 
 COMMANDS = {"step": step, "loss": loss, "checkpoint": checkpoint, "data": data}
