@@ -1,13 +1,17 @@
 """What work costs on a device: seconds and memory, and two sides measured by turns."""
 
+import re
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+STATUS = Path("/proc/self/status")
 
 
 class Seconds(NamedTuple):
@@ -55,6 +59,8 @@ def peak_memory_gb(device: torch.device) -> float:
     in memory (its peak resident set), libraries included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if STATUS.exists():  # Linux, where getrusage counts what the process that started this one had in memory, too
+        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)[1]) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
