@@ -14,6 +14,7 @@ DOORS = {
     "import": "start from published or other weights",
     "show": "pictures: views, attention, neighbours, a map",
     "compare": "runs, as a table and curves",
+    "bench": "speed and memory: step, loss, checkpoint, data",
     "recipes": "list the shipped recipes, copy one",
     "keys": "every key of a recipe: type, range, default, meaning",
 }

@@ -1,4 +1,4 @@
-"""How fast the engine is: `python -m engine.bench COMMAND ...`; step and checkpoint also with torchrun.
+"""How fast the engine is: `mocov3 bench COMMAND ...`; step and checkpoint also with torchrun.
 
   step        a recipe's train step on made-up images, against the published code's way of doing the same
   loss        the contrastive loss at large batches, against the whole matrix of logits
@@ -101,7 +101,7 @@ def data(arguments: list[str]) -> None:
 
 def _read_recipe(parser: cli.Parser, arguments: list[str]) -> tuple[Namespace, Pretrain]:
     """Options, and the recipe that they name with what they put in its place. Raises UserError."""
-    parser.add_argument("--recipe", type=Path, required=True, help="one of task pretrain; its images are not needed")
+    cli.add_recipe(parser, "--recipe", required=True)
     batch = cli.at_least(2, "--batch", "BatchNorm and the loss need two images")
     parser.add_argument("--batch", type=batch, help="instead of the recipe's train.global_batch_size")
     cli.add_overrides(parser, "parallel.compile=false")

@@ -15,6 +15,7 @@ from engine.distributed.world import World
 from engine.recipe.identity import fingerprint
 from engine.recipe.load import dump
 from engine.recipe.sections import Pretrain
+from engine.training.determinism import deterministic
 
 STEPS = {"cuda": 10, "cpu": 3}  # before anything counts, and then again
 
@@ -28,9 +29,10 @@ def measure_checkpoint(recipe: Pretrain, world: World) -> dict[str, Any]:
     Raises UserError where the network cannot be or the folder cannot be written. All ranks call it together.
     """
     steps = STEPS[world.device.type]
-    subject = Subject(recipe, world, 2 * steps)
-    subject.run(steps)
-    step_seconds = median([timed(partial(subject.run, 1), world.device) for _ in range(steps)]).wall
+    with deterministic(recipe.parallel.deterministic):
+        subject = Subject(recipe, world, 2 * steps)
+        subject.run(steps)
+        step_seconds = median([timed(partial(subject.run, 1), world.device) for _ in range(steps)]).wall
     state = RunState(subject.state.update.step, dump(recipe), images={}, made_by=world.made_by())
     with ExitStack() as held:
         folder = None

@@ -13,6 +13,7 @@ from torch.profiler import record_function
 
 from engine.benchmarks.clock import finish
 from engine.training import step
+from engine.training.micro_batch import MicroPasses, WholePasses
 from engine.training.step import TrainState
 
 WHOLE, AUGMENTATION, OTHER = "step", "augmentation", "other"
@@ -59,10 +60,10 @@ class Parts:
         """Meanwhile the calls in `state`'s steps are named."""
         places = (
             (step, "lerp_each_", "momentum_update"),
-            (state.moco, "keys", "keys"),
-            (state.moco, "queries", "queries_and_loss"),
+            *((passes, "keys", "keys") for passes in (WholePasses, MicroPasses)),
+            *((passes, "queries", "queries_and_loss") for passes in (WholePasses, MicroPasses)),
             (step, "contrastive_loss", "queries_and_loss"),
-            (torch.autograd, "backward", "backward"),
+            *((passes, "backward", "backward") for passes in (WholePasses, MicroPasses)),
             (state.update, "apply", "optimizer"),
         )
         with ExitStack() as stack:

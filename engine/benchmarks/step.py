@@ -26,6 +26,8 @@ from engine.errors import UserError
 from engine.recipe.sections import Pretrain
 from engine.runs.pretrain import build_state, make_augment, make_moco, make_schedule
 from engine.torch_internals import graph_breaks, graphs_compiled
+from engine.training.determinism import deterministic
+from engine.training.micro_batch import MicroBatches
 from engine.training.parallelize import check_compiler
 from engine.training.step import train_step
 from engine.weights.weights import declared
@@ -72,15 +74,21 @@ class Subject:
         generator = torch.Generator(self.device).manual_seed(recipe.run.seed)
         shape, options = (moco.views, B, 3, S, S), {"generator": generator, "device": self.device}
         self.crops_VBCSS = torch.randint(256, shape, dtype=torch.uint8, **options)
+        self.micro_batch = recipe.train.micro_batch_size
         self.sample_B = torch.arange(B, device=self.device) + world.rank * B
         self.compiled = self.breaks = 0  # graphs, and breaks of graphs, in this side's steps
 
-    def images(self, step: int) -> Tensor:
+    def images(self, step: int, rows: slice = slice(None)) -> Tensor:
+        """Views of the step's images, or of some of them."""
         epoch = torch.full((), step // self.schedule.steps_per_epoch, device=self.device)
-        return self.augment(self.crops_VBCSS, self.sample_B, epoch)
+        return self.augment(self.crops_VBCSS[:, rows].contiguous(), self.sample_B[rows], epoch)
 
     def step(self) -> None:
-        train_step(self.state, self.images(self.state.update.step))
+        now, batch = self.state.update.step, len(self.sample_B)
+        if self.micro_batch in (None, batch):
+            train_step(self.state, self.images(now))
+        else:
+            train_step(self.state, MicroBatches(partial(self.images, now), batch, self.micro_batch))
 
     def run(self, steps: int) -> None:
         compiled, breaks = graphs_compiled(), graph_breaks()
@@ -100,6 +108,11 @@ def measure_step(recipe: Pretrain, world: World, versus: str, trace: Path | None
     Raises:
         UserError: the recipe's network cannot be; a reference has no ranks; the profile cannot be written.
     """
+    with deterministic(recipe.parallel.deterministic):
+        return _measure_step(recipe, world, versus, trace)
+
+
+def _measure_step(recipe: Pretrain, world: World, versus: str, trace: Path | None) -> dict[str, Any]:
     if versus != "none" and world.size > 1:
         raise UserError(f"--vs ({versus}) must be none with several processes: the reference has one; start one")
     plan = PLANS[world.device.type]
