@@ -84,9 +84,9 @@ def test_fsdp_forgets_forwards_without_backward():
         assert notes(forgetting) == 0
 
 
-def test_as_many_variants_as_allowed_are_compiled(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_as_many_variants_as_allowed_are_compiled():
     config = torch._dynamo.config
-    monkeypatch.setattr(config, "recompile_limit", 1)
     allow_variants(3)
     assert config.recompile_limit == 3
     allow_variants(2)
