@@ -3,6 +3,8 @@
 Shapes: V views, B images of this rank, C channels, S positions (1 for a vector).
 """
 
+from typing import Any
+
 import torch
 import torch.distributed._functional_collectives as functional
 from timm.layers import BatchNormAct2d
@@ -50,32 +52,113 @@ class GlobalBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         views = self.views if self.training else 1
-        x_VBCS = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(views, -1, x.shape[1], x[0, 0].numel())
-        if self.training:
-            y_VBCS = self._normalise_and_track(x_VBCS)
-        else:
-            scale_C = (self.running_var + self.eps).rsqrt()
-            y_VBCS = (x_VBCS - self.running_mean[:, None]) * scale_C[:, None]
+        x_VBCS = x.reshape(views, -1, x.shape[1], x[0, 0].numel())
+        y_VBCS = self._normalise_and_track(x_VBCS) if self.training else self._normalise_by_running(x_VBCS)
+        return self.activation(y_VBCS.reshape(x.shape))
+
+    def _normalise_by_running(self, x_VBCS: Tensor) -> Tensor:
+        scale_C = (self.running_var + self.eps).rsqrt()
+        y_VBCS = (x_VBCS.to(_statistics_dtype(x_VBCS)) - self.running_mean[:, None]) * scale_C[:, None]
         if self.weight is not None:
             y_VBCS = y_VBCS * self.weight[:, None] + self.bias[:, None]
-        return self.activation(y_VBCS.reshape(x.shape).to(x.dtype))
+        return y_VBCS.to(x_VBCS.dtype)
 
     def _normalise_and_track(self, x_VBCS: Tensor) -> Tensor:
-        # Two passes, not E[x^2] - E[x]^2: the variance stays exact however far the mean is from zero.
+        y_VBCS, mean_VC, variance_VC = _NormaliseByBatch.apply(
+            x_VBCS, self.weight, self.bias, self.eps, self.ranks, self.group_name
+        )
         count = x_VBCS.shape[1] * x_VBCS.shape[3] * self.ranks
-        mean_VC = self._sum_over_ranks(x_VBCS.sum((1, 3))) / count
-        centred_VBCS = x_VBCS - mean_VC[:, None, :, None]
-        variance_VC = self._sum_over_ranks(centred_VBCS.square().sum((1, 3))) / count
         with torch.no_grad():
             for mean_C, variance_C in zip(mean_VC, variance_VC, strict=True):
                 self.running_mean.lerp_(mean_C, self.momentum)
                 self.running_var.lerp_(variance_C * (count / max(count - 1, 1)), self.momentum)
             self.num_batches_tracked.add_(self.views)
-        return centred_VBCS * (variance_VC + self.eps).rsqrt()[:, None, :, None]
+        return y_VBCS
 
-    def _sum_over_ranks(self, x: Tensor) -> Tensor:
-        # The gradient of this sum is again a sum over ranks: every rank's loss depends on every rank's input.
-        return x if self.group_name is None else functional.all_reduce(x, "sum", self.group_name)
+
+class _NormaliseByBatch(torch.autograd.Function):
+    """weight * (x - mean) / sqrt(variance + eps) + bias, of each view by its own statistics over all ranks.
+
+    For its backward it keeps x as it came and a few numbers for each channel; autograd would keep float32 copies of x.
+    Ranks speak to each other once forward and once backward, for all views together.
+
+    Returns [V, B, C, S] in the type of x, and mean and variance [V, C], which take no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_VBCS: Tensor,
+        weight_C: Tensor | None,
+        bias_C: Tensor | None,
+        eps: float,
+        ranks: int,
+        group_name: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = _statistics_dtype(x_VBCS)
+        # The variance is taken of values near zero, so it is exact however far the mean is from zero.
+        near_VC = x_VBCS.mean((1, 3), dtype=dtype)
+        moved_VBCS = x_VBCS - _wide(near_VC)
+        rest_VC = moved_VBCS.mean((1, 3)).double()  # what rounding left of the mean
+        variance_VC = moved_VBCS.square().mean((1, 3)).double() - rest_VC.square()
+        mean_VC = near_VC.double() + rest_VC
+        if group_name is not None:
+            mean_VC, variance_VC = _over_ranks(mean_VC, variance_VC, ranks, group_name)
+        rstd_VC = (variance_VC + eps).rsqrt()
+        shift_VC = (near_VC.double() - mean_VC) * rstd_VC
+        scale_VC, offset_VC = rstd_VC, shift_VC
+        if weight_C is not None:
+            scale_VC, offset_VC = rstd_VC * weight_C, shift_VC * weight_C + bias_C
+        y_VBCS = torch.addcmul(_wide(offset_VC.to(dtype)), moved_VBCS, _wide(scale_VC.to(dtype)))
+        ctx.ranks, ctx.group_name = ranks, group_name
+        ctx.save_for_backward(x_VBCS, weight_C, near_VC, rstd_VC.to(dtype), shift_VC.to(dtype))
+        statistics = mean_VC.to(dtype), variance_VC.to(dtype)
+        ctx.mark_non_differentiable(*statistics)
+        return y_VBCS.to(x_VBCS.dtype), *statistics
+
+    @staticmethod
+    def backward(ctx: Any, dy_VBCS: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x_VBCS, weight_C, near_VC, rstd_VC, shift_VC = ctx.saved_tensors
+        moved_VBCS = x_VBCS - _wide(near_VC)
+        # Over this rank's batch, sums of dy and of dy * normalised x: the gradients of bias and weight.
+        sum_VC = dy_VBCS.sum((1, 3), dtype=rstd_VC.dtype)
+        product_VC = (dy_VBCS * moved_VBCS).sum((1, 3)) * rstd_VC + shift_VC * sum_VC
+        sums_2VC = torch.stack([sum_VC, product_VC])
+        if ctx.group_name is not None:  # every rank's loss depends on every rank's input
+            sums_2VC = functional.all_reduce(sums_2VC, "sum", ctx.group_name)
+        dy_mean_VC, product_mean_VC = sums_2VC / (x_VBCS.shape[1] * x_VBCS.shape[3] * ctx.ranks)
+        # dx = scale * (dy - mean of dy - normalised x * mean of the products), with one factor for each channel
+        scale_VC = rstd_VC if weight_C is None else rstd_VC * weight_C
+        slope_VC, constant_VC = rstd_VC * product_mean_VC, dy_mean_VC + shift_VC * product_mean_VC
+        through_mean_VBCS = torch.addcmul(_wide(scale_VC * constant_VC), moved_VBCS, _wide(scale_VC * slope_VC))
+        dx_VBCS = (dy_VBCS * _wide(scale_VC) - through_mean_VBCS).to(x_VBCS.dtype)
+        if weight_C is None:
+            return dx_VBCS, None, None, None, None, None
+        return dx_VBCS, product_VC.sum(0).to(weight_C), sum_VC.sum(0).to(weight_C), None, None, None
+
+
+def _over_ranks(mean_VC: Tensor, variance_VC: Tensor, ranks: int, group_name: str) -> tuple[Tensor, Tensor]:
+    """Mean and variance of all ranks' values from those of each rank's (float64, of equally many), by one all-reduce.
+
+    Squares of means far from zero would drown a small variance. So a mean is split into its first 12 bits, whose
+    squares and sums are exact, and the fine rest: mean^2 = coarse^2 + fine * (2 * coarse + fine).
+    """
+    coarse_VC = (mean_VC.view(torch.int64) & -(1 << 41)).view(torch.float64)
+    fine_VC = mean_VC - coarse_VC
+    rest_VC = fine_VC * (2 * coarse_VC + fine_VC) + variance_VC
+    parts_4VC = torch.stack([coarse_VC, fine_VC, coarse_VC.square(), rest_VC])
+    coarse_VC, fine_VC, square_VC, rest_VC = functional.all_reduce(parts_4VC, "sum", group_name).unbind()
+    of_coarse_VC = ranks * square_VC - coarse_VC.square()
+    of_rest_VC = ranks * rest_VC - fine_VC * (2 * coarse_VC + fine_VC)
+    return (coarse_VC + fine_VC) / ranks, ((of_coarse_VC + of_rest_VC) / ranks**2).clamp(min=0)
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _wide(channels_VC: Tensor) -> Tensor:
+    return channels_VC[:, None, :, None]
 
 
 def set_views(module: nn.Module, views: int) -> None:

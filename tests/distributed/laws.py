@@ -149,6 +149,42 @@ def batch_norm_is_global(world: World) -> None:
         torch.testing.assert_close(ours.eval()(x.detach()), theirs.eval()(x.detach()))
 
 
+def small_variance_far_from_zero_is_exact(world: World) -> None:
+    """Mean 1e4, variance 1e-2, and another mean on every rank: statistics and output against float64."""
+    channels, rows = 4, 512
+    generator = torch.Generator().manual_seed(9)
+    whole_VB = 1e4 + 0.1 * torch.randn(2, world.size, rows, channels, generator=generator, dtype=torch.float64)
+    whole_VB = (whole_VB + 0.03 * torch.arange(world.size, dtype=torch.float64)[:, None, None]).float()
+    exact_VB = whole_VB.double().flatten(1, 2) - 1e4  # near zero, where the reference is exact too
+    variance_VC, mean_VC = torch.var_mean(exact_VB, 1, correction=0)
+    expected = (exact_VB - mean_VC[:, None]) * (variance_VC[:, None] + 1e-5).rsqrt()
+    for dtype, tolerance in ((torch.float32, 3e-7), (torch.float64, 1e-9)):
+        ours = GlobalBatchNorm(channels, affine=False, momentum=1.0, views=2).to(world.device, dtype)
+        set_batch_norm_group(ours, world.group)
+        y = ours(whole_VB[:, world.rank].flatten(0, 1).to(world.device, dtype)).unflatten(0, (2, -1))
+        # With momentum 1 the buffers are the last view's statistics.
+        unbiased_C = variance_VC[1] * exact_VB.shape[1] / (exact_VB.shape[1] - 1)
+        torch.testing.assert_close(ours.running_var.double().cpu(), unbiased_C, rtol=tolerance, atol=0)
+        torch.testing.assert_close(ours.running_mean.double().cpu(), 1e4 + mean_VC[1], rtol=tolerance, atol=0)
+        mine = expected.unflatten(1, (world.size, rows))[:, world.rank]
+        torch.testing.assert_close(y.double().cpu(), mine, rtol=0, atol=10 * tolerance)
+
+
+def batch_norm_compiles_into_one_graph(world: World) -> None:
+    """Values, gradients and buffers of the compiled module are those of the eager one."""
+    x = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(world.rank)).to(world.device)
+    found = []
+    for compile in (False, True):
+        module = nn.Sequential(GlobalBatchNorm(3, views=2), nn.ReLU(inplace=True)).to(world.device)
+        set_batch_norm_group(module, world.group)
+        function = torch.compile(module, fullgraph=True, backend="aot_eager") if compile else module
+        given = x.clone().requires_grad_()
+        y = function(given)
+        y.square().sum().backward()
+        found.append([y, given.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
 def weights_depend_on_the_seed_alone(world: World) -> None:
     def make() -> MoCo:
         shape = {"image_size": 16, "patch_size": 8, "dim": 12, "depth": 2, "heads": 3, "conv_stem": False}
@@ -246,6 +282,8 @@ LAWS = (
     momentum_shards_are_what_keys_see,
     nothing_grows_with_the_steps,
     batch_norm_is_global,
+    small_variance_far_from_zero_is_exact,
+    batch_norm_compiles_into_one_graph,
     weights_depend_on_the_seed_alone,
     lars_takes_norms_of_whole_parameters,
     bad_features_of_one_rank_leave_the_online_probe_alone_on_all,

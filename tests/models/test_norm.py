@@ -1,0 +1,104 @@
+"""BatchNorm over the global batch, in one process: its gradient, what it keeps, how often ranks speak.
+
+What needs several ranks is in tests/distributed/laws.py.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet50
+
+from engine.recipe.load import load
+from engine.runs.pretrain import make_moco
+from models import norm
+from models.norm import GlobalBatchNorm
+from models.resnet import build_resnet
+from models.shapes import RESNET_SHAPES
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def kept_bytes(module: nn.Module, x: Tensor) -> int:
+    """What a forward keeps for its backward beside parameters, each storage once."""
+    parameters = {id(p.untyped_storage()) for p in module.parameters()}
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[id(storage)] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        module.train()(x)
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in parameters)
+
+
+def test_resnet_keeps_what_it_keeps_with_torchs_batch_norm():
+    """In bf16, per crop of 224 x 224: activations, which convolutions need too, and few numbers for each channel."""
+    with torch.device("meta"):
+        ours, theirs = build_resnet(**RESNET_SHAPES["resnet50"]).module, resnet50()
+        theirs.fc = nn.Identity()
+        images = torch.empty(8, 3, 224, 224, dtype=torch.bfloat16)
+    for parameter in (*ours.parameters(), *theirs.parameters()):
+        parameter.data = parameter.data.bfloat16()  # as FSDP gathers them; buffers stay float32
+    found, wanted = (kept_bytes(module, images) / len(images) for module in (ours, theirs))
+    assert 40e6 < wanted < 50e6
+    assert found < 1.01 * wanted
+
+
+@pytest.mark.parametrize(("affine", "size"), [(True, (3, 2)), (True, ()), (False, ())])
+def test_its_gradient_is_that_of_its_function(affine, size):
+    module = GlobalBatchNorm(3, affine=affine, views=2).double()
+    weights = [nn.Parameter(torch.tensor([0.5, 1.0, -2.0], dtype=torch.float64)) for _ in range(2 * affine)]
+
+    def function(x: Tensor, *weights: Tensor) -> Tensor:
+        named = dict(zip(("weight", "bias"), weights, strict=False))
+        # The ReLU in place changes the module's output, as it does in trunks and heads.
+        return nn.functional.relu(torch.func.functional_call(module, named, x) + 0.1, inplace=True)
+
+    x = (torch.randn(6, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 7).requires_grad_()
+    assert torch.autograd.gradcheck(function, (x, *weights))
+
+
+def test_relu_in_place_and_low_precision_leave_the_gradient_as_it_is():
+    """Against torch's BatchNorm of each view in float32, from one input in bf16."""
+    generator = torch.Generator().manual_seed(2)
+    x = (torch.randn(8, 5, 4, 4, generator=generator) * 2 + 3).bfloat16().requires_grad_()
+    weights = torch.randn(x.shape, generator=generator)
+    ours = nn.Sequential(GlobalBatchNorm(5, views=2), nn.ReLU(inplace=True)).bfloat16()
+    theirs = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU(inplace=True))
+    for module in (ours[0], theirs[0]):
+        module.running_mean, module.running_var = torch.zeros(5), torch.ones(5)
+        module.weight.data.copy_(torch.linspace(0.5, 2, 5))
+        module.bias.data.copy_(torch.linspace(-1, 1, 5))
+    whole = x.detach().float().requires_grad_()
+    theirs[0].weight.data.copy_(ours[0].weight)
+    theirs[0].bias.data.copy_(ours[0].bias)
+    y, expected = ours(x), torch.cat([theirs(view) for view in whole.chunk(2)])
+    (y * weights).sum().backward()
+    (expected * weights).sum().backward()
+    near = {"rtol": 0.01, "atol": 0.01, "check_dtype": False}
+    torch.testing.assert_close(y, expected, **near)
+    torch.testing.assert_close(x.grad, whole.grad, **near)
+    torch.testing.assert_close(ours[0].weight.grad, theirs[0].weight.grad, **near | {"atol": 0.1})
+    torch.testing.assert_close(ours[0].running_mean, theirs[0].running_mean)
+    torch.testing.assert_close(ours[0].running_var, theirs[0].running_var)
+    assert y.dtype == x.grad.dtype == ours[0].weight.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("recipe", "layers"), [("resnet50_100ep", 53), ("vit_s", 0), ("vit_conv_s", 4)])
+def test_ranks_speak_once_a_pass_for_each_batch_norm(recipe, layers, monkeypatch):
+    """Keys forward, queries forward and backward, however many views: 167 for ResNet-50, 13 for a ViT."""
+    calls = []
+    monkeypatch.setattr(norm.functional, "all_reduce", lambda x, *_: calls.append(x.shape) or x)
+    moco = make_moco(load(RECIPES / f"{recipe}.yaml"))
+    for module in moco.modules():
+        if isinstance(module, GlobalBatchNorm):
+            module.ranks, module.group_name = 2, "two ranks"
+    images = torch.empty(4, 3, 224, 224, device="meta")
+    moco.keys(images)
+    moco.queries(images)[1].sum().backward()
+    keys, queries = (2, 2 + 1) if layers == 53 else (3, 3 + 2)
+    assert len(calls) == (layers + keys) + 2 * (layers + queries) == {53: 167, 0: 13, 4: 25}[layers]
