@@ -9,6 +9,7 @@ import torch
 import torch.distributed._functional_collectives as functional
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class GlobalBatchNorm(nn.Module):
@@ -17,7 +18,7 @@ class GlobalBatchNorm(nn.Module):
     In training the input holds `views` crop batches one after another, [V*B, C, ...]. Each is normalised by its own
     mean and variance over all ranks, and the running statistics move once for each, in order. In evaluation the
     running statistics normalise. Statistics are computed in float32 (float64 for float64 input), whatever the input's
-    type; the output has the input's type.
+    type, and combined over ranks in float64; the output has the input's type.
 
     Unlike `torch.nn.SyncBatchNorm` it runs on the CPU and compiles into one graph, and its running statistics are equal
     on every rank. Parameter and buffer names are those of `torch.nn.BatchNorm2d`.
@@ -95,15 +96,8 @@ class _NormaliseByBatch(torch.autograd.Function):
         ranks: int,
         group_name: str | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = _statistics_dtype(x_VBCS)
-        # The variance is taken of values near zero, so it is exact however far the mean is from zero.
-        near_VC = x_VBCS.mean((1, 3), dtype=dtype)
-        moved_VBCS = x_VBCS - _wide(near_VC)
-        rest_VC = moved_VBCS.mean((1, 3)).double()  # what rounding left of the mean
-        variance_VC = moved_VBCS.square().mean((1, 3)).double() - rest_VC.square()
-        mean_VC = near_VC.double() + rest_VC
-        if group_name is not None:
-            mean_VC, variance_VC = _over_ranks(mean_VC, variance_VC, ranks, group_name)
+        near_VC, moved_VBCS, mean_VC, variance_VC = _statistics(x_VBCS, ranks, group_name)
+        dtype = near_VC.dtype
         rstd_VC = (variance_VC + eps).rsqrt()
         shift_VC = (near_VC.double() - mean_VC) * rstd_VC
         scale_VC, offset_VC = rstd_VC, shift_VC
@@ -112,11 +106,12 @@ class _NormaliseByBatch(torch.autograd.Function):
         y_VBCS = torch.addcmul(_wide(offset_VC.to(dtype)), moved_VBCS, _wide(scale_VC.to(dtype)))
         ctx.ranks, ctx.group_name = ranks, group_name
         ctx.save_for_backward(x_VBCS, weight_C, near_VC, rstd_VC.to(dtype), shift_VC.to(dtype))
-        statistics = mean_VC.to(dtype), variance_VC.to(dtype)
-        ctx.mark_non_differentiable(*statistics)
-        return y_VBCS.to(x_VBCS.dtype), *statistics
+        mean_VC, variance_VC = mean_VC.to(dtype), variance_VC.to(dtype)
+        ctx.mark_non_differentiable(mean_VC, variance_VC)
+        return y_VBCS.to(x_VBCS.dtype), mean_VC, variance_VC
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy_VBCS: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x_VBCS, weight_C, near_VC, rstd_VC, shift_VC = ctx.saved_tensors
         moved_VBCS = x_VBCS - _wide(near_VC)
@@ -135,6 +130,21 @@ class _NormaliseByBatch(torch.autograd.Function):
         if weight_C is None:
             return dx_VBCS, None, None, None, None, None
         return dx_VBCS, product_VC.sum(0).to(weight_C), sum_VC.sum(0).to(weight_C), None, None, None
+
+
+def _statistics(x_VBCS: Tensor, ranks: int, group_name: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A number near the mean of this rank's values, the values without it; mean and variance over all ranks (float64).
+
+    The variance is taken of values near zero, so nothing of it is lost however far the mean is from zero.
+    """
+    near_VC = x_VBCS.mean((1, 3), dtype=_statistics_dtype(x_VBCS))
+    moved_VBCS = x_VBCS - _wide(near_VC)
+    rest_VC = moved_VBCS.mean((1, 3)).double()  # what rounding left of the mean
+    variance_VC = moved_VBCS.square().mean((1, 3)).double() - rest_VC.square()
+    mean_VC = near_VC.double() + rest_VC
+    if group_name is not None:
+        mean_VC, variance_VC = _over_ranks(mean_VC, variance_VC, ranks, group_name)
+    return near_VC, moved_VBCS, mean_VC, variance_VC
 
 
 def _over_ranks(mean_VC: Tensor, variance_VC: Tensor, ranks: int, group_name: str) -> tuple[Tensor, Tensor]:
