@@ -118,10 +118,13 @@ class _NormaliseByBatch(torch.autograd.Function):
         # Over this rank's batch, sums of dy and of dy * normalised x: the gradients of bias and weight.
         sum_VC = dy_VBCS.sum((1, 3), dtype=rstd_VC.dtype)
         product_VC = (dy_VBCS * moved_VBCS).sum((1, 3)) * rstd_VC + shift_VC * sum_VC
-        sums_2VC = torch.stack([sum_VC, product_VC])
+        # Not the sums themselves: compiled code adds the ranks' up in place, and the sums, which it lays into the same
+        # memory, are needed afterwards.
+        count = x_VBCS.shape[1] * x_VBCS.shape[3] * ctx.ranks
+        means_2VC = torch.stack([sum_VC / count, product_VC / count])
         if ctx.group_name is not None:  # every rank's loss depends on every rank's input
-            sums_2VC = functional.all_reduce(sums_2VC, "sum", ctx.group_name)
-        dy_mean_VC, product_mean_VC = sums_2VC / (x_VBCS.shape[1] * x_VBCS.shape[3] * ctx.ranks)
+            means_2VC = functional.all_reduce(means_2VC, "sum", ctx.group_name)
+        dy_mean_VC, product_mean_VC = means_2VC.unbind()
         # dx = scale * (dy - mean of dy - normalised x * mean of the products), with one factor for each channel
         scale_VC = rstd_VC if weight_C is None else rstd_VC * weight_C
         slope_VC, constant_VC = rstd_VC * product_mean_VC, dy_mean_VC + shift_VC * product_mean_VC
@@ -156,6 +159,7 @@ def _over_ranks(mean_VC: Tensor, variance_VC: Tensor, ranks: int, group_name: st
     coarse_VC = (mean_VC.view(torch.int64) & -(1 << 41)).view(torch.float64)
     fine_VC = mean_VC - coarse_VC
     rest_VC = fine_VC * (2 * coarse_VC + fine_VC) + variance_VC
+    # Nothing of what is stacked is used afterwards: compiled code adds the ranks' numbers up in the same memory.
     parts_4VC = torch.stack([coarse_VC, fine_VC, coarse_VC.square(), rest_VC])
     coarse_VC, fine_VC, square_VC, rest_VC = functional.all_reduce(parts_4VC, "sum", group_name).unbind()
     of_coarse_VC = ranks * square_VC - coarse_VC.square()
