@@ -1,13 +1,15 @@
 """Vision transformers as MoCo v3 builds them, on timm's VisionTransformer (paper sections 4.2 and 5).
 
-Shapes: N images, D channels.
+Shapes: N images, T tokens (CLS first), D channels, H heads, E = D / H channels of a head.
 """
 
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+import torch.nn.functional as F
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from models.drop_path import drop_path_places
@@ -21,7 +23,7 @@ WAVELENGTH = 10_000.0  # of the slowest sine, in patches / 2 pi
 def build_vit(*, image_size: int, patch_size: int, dim: int, depth: int, heads: int, conv_stem: bool = False) -> Trunk:
     """A pre-norm ViT whose CLS token is the feature: [N, 3, H, W] -> [N, D]. Positions are fixed sines and cosines."""
     make = partial(
-        VisionTransformer,
+        ClsTransformer,
         img_size=image_size,
         patch_size=patch_size,
         embed_dim=dim,
@@ -32,6 +34,7 @@ def build_vit(*, image_size: int, patch_size: int, dim: int, depth: int, heads: 
         global_pool="token",
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         weight_init="skip",
+        block_fn=ClsBlock,
         **({"embed_layer": ConvStem} if conv_stem else {}),
     )
     module = make()
@@ -45,6 +48,47 @@ def build_vit(*, image_size: int, patch_size: int, dim: int, depth: int, heads: 
         layers=module.group_matcher(coarse=False),
         no_weight_decay=frozenset(module.no_weight_decay()),
     )
+
+
+class ClsTransformer(VisionTransformer):
+    """timm's, whose forward ends in the CLS token and computes nothing that this does not need: in the last block keys
+    and values of all tokens, but query, projection and MLP of CLS alone.
+
+    `forward_features` and all other methods are timm's, and give all tokens.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] -> the CLS token after the final norm, [N, D]."""
+        # Not len(images), which is a plain number and would fix N in an exported program.
+        cls_N1D = self.cls_token.expand(images.shape[0], -1, -1)
+        token_NTD = torch.cat([cls_N1D, self.patch_embed(images)], dim=1) + self.pos_embed
+        *before, last = self.blocks
+        for block in before:
+            token_NTD = block(token_NTD)
+        return self.norm(last(token_NTD, cls_only=True))
+
+
+class ClsBlock(Block):
+    """timm's, which can give the new CLS token alone."""
+
+    def forward(self, token_NTD: Tensor, *options: Any, cls_only: bool = False, **named_options: Any) -> Tensor:
+        """[N, T, D] -> [N, T, D], or [N, D] with `cls_only`."""
+        if not cls_only:
+            return super().forward(token_NTD, *options, **named_options)
+        cls_ND = token_NTD[:, 0]
+        cls_ND = cls_ND + self.drop_path1(cls_attention(self.attn, self.norm1(token_NTD)))
+        return cls_ND + self.drop_path2(self.mlp(self.norm2(cls_ND)))
+
+
+def cls_attention(attention: Attention, token_NTD: Tensor) -> Tensor:
+    """What `attention` gives for the first token, [N, D]."""
+    parts = (token_NTD.shape[-1], 2 * token_NTD.shape[-1])  # query; key and value
+    (q_weight, kv_weight), (q_bias, kv_bias) = attention.qkv.weight.split(parts), attention.qkv.bias.split(parts)
+    q_ND = F.linear(token_NTD[:, 0], q_weight, q_bias)
+    q_NH1E = q_ND.unflatten(1, (attention.num_heads, 1, -1))
+    kv_NT2HE = F.linear(token_NTD, kv_weight, kv_bias).unflatten(2, (2, attention.num_heads, -1))
+    k_NHTE, v_NHTE = kv_NT2HE.permute(2, 0, 3, 1, 4).unbind()
+    return attention.proj(F.scaled_dot_product_attention(q_NH1E, k_NHTE, v_NHTE).flatten(1))
 
 
 class ConvStem(nn.Module):

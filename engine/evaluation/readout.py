@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from models.vit import ClsTransformer
 
 CHOICES = "own, cls, mean or last<n>, such as last4"
 
@@ -23,7 +24,7 @@ def readout(trunk: nn.Module, choice: str) -> nn.Module:
     Raises:
         UserError: there is no such choice, or the trunk has no such tokens or blocks.
     """
-    if choice == "own":
+    if choice == "own" or (choice == "cls" and isinstance(trunk, ClsTransformer)):
         return trunk
     last = re.fullmatch(r"last([1-9][0-9]*)", choice)
     if choice not in ("cls", "mean") and not last:

@@ -74,7 +74,7 @@ def class_attention(trunk: nn.Module, images_B3SS: Tensor) -> Tensor:
     attention.fused_attn = False  # the fused kernel never holds the weights
     hook = attention.attn_drop.register_forward_pre_hook(keep)
     try:
-        trunk(images_B3SS)
+        trunk.forward_features(images_B3SS)  # all tokens: the forward of a trunk may leave queries out
     finally:
         hook.remove()
         attention.fused_attn = fused
