@@ -25,9 +25,14 @@ def subtract_each(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Sequen
     return torch._foreach_sub(tensors, others)
 
 
-def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """tensor * factor, for each pair."""
-    return torch._foreach_mul(tensors, factors)
+def scale_each(tensors: Sequence[Tensor], factor_N: Tensor) -> Sequence[Tensor]:
+    """tensor * factor, for each of N tensors and its number on the device."""
+    # One kernel for all of them wants factors of the tensors' own shapes, and one fills these too.
+    sizes = [tensor.numel() for tensor in tensors]
+    wide = torch.cat([factor.expand(size) for factor, size in zip(factor_N.unbind(), sizes, strict=True)])
+    scaled = [part.view_as(tensor) for part, tensor in zip(wide.split(sizes), tensors, strict=True)]
+    torch._foreach_mul_(scaled, tensors)
+    return scaled
 
 
 def norm_each(tensors: Sequence[Tensor]) -> Tensor:
@@ -44,6 +49,33 @@ def copy_each_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
 def lerp_each_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
     """Move each tensor towards its end by this share of the way, in place."""
     torch._foreach_lerp_(tensors, ends, weight)
+
+
+@torch.no_grad()
+def descend_each_(
+    tensors: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    *,
+    momentum: float,
+    lr: float,
+    unless: Tensor | None,
+) -> None:
+    """average = momentum * average + step and tensor = tensor - lr * average for each, in place; nothing is written
+    where `unless` (a number on the device) is 1, whatever the steps hold. It is what SGD(fused=True) does."""
+    torch._fused_sgd_(
+        tensors,
+        steps,
+        averages,
+        weight_decay=0.0,
+        momentum=momentum,
+        lr=lr,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+        found_inf=unless,
+    )
 
 
 # ---- FSDP

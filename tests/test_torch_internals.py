@@ -17,14 +17,15 @@ from engine.torch_internals import (
     add_each,
     allow_variants,
     copy_each_,
+    descend_each_,
     end_workers,
     forget_forwards,
     graph_breaks,
     graphs_compiled,
     has_cpp_compiler,
     lerp_each_,
-    multiply_each,
     norm_each,
+    scale_each,
     stored_chunk,
     subtract_each,
 )
@@ -46,13 +47,13 @@ def test_lists_of_tensors():
     expected = {
         "add": [x + 0.5 * y for x, y in zip(a, b, strict=True)],
         "subtract": [x - y for x, y in zip(a, b, strict=True)],
-        "multiply": [x * y for x, y in zip(a, b, strict=True)],
+        "scale": [x * y for x, y in zip(a, (2.0, -0.3, 0.0), strict=True)],
         "lerp": [x + 0.25 * (y - x) for x, y in zip(a, b, strict=True)],
     }
     norm_A = torch.stack([x.double().norm() for x in a])
     torch.testing.assert_close(list(add_each(a, b, factor=0.5)), expected["add"])
     torch.testing.assert_close(list(subtract_each(a, b)), expected["subtract"])
-    torch.testing.assert_close(list(multiply_each(a, b)), expected["multiply"])
+    torch.testing.assert_close(list(scale_each(a, torch.tensor([2.0, -0.3, 0.0]))), expected["scale"])
     torch.testing.assert_close(norm_each(a), norm_A)
     assert norm_each([torch.full((2,), 3e38)]).isfinite().all()
     places = [x.data_ptr() for x in a]
@@ -61,6 +62,27 @@ def test_lists_of_tensors():
     copy_each_(a, b)
     torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert [x.data_ptr() for x in a] == places
+
+
+@pytest.mark.parametrize("unless", [None, torch.tensor(0.0)])
+def test_a_descent_with_momentum(unless):
+    a, b = pairs()
+    averages = [torch.full_like(x, 3.0) for x in a]
+    new_averages = [0.5 * 3.0 + y for y in b]
+    expected = [x - 0.1 * average for x, average in zip(a, new_averages, strict=True)]
+    descend_each_(a, b, averages, momentum=0.5, lr=0.1, unless=unless)
+    torch.testing.assert_close(averages, new_averages)
+    torch.testing.assert_close(a, expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1.0])
+def test_a_descent_that_must_not_be_writes_nothing(bad):
+    a, b = pairs()
+    a[0][0] = -0.0  # which any sum with 0 would turn into 0
+    averages, steps = [torch.full_like(x, -0.0) for x in a], [torch.full_like(x, bad) for x in b]
+    before = [x.clone().view(torch.int32) for x in (*a, *averages)]
+    descend_each_(a, steps, averages, momentum=0.5, lr=0.1, unless=torch.tensor(1.0))
+    assert all(torch.equal(x.view(torch.int32), bits) for x, bits in zip((*a, *averages), before, strict=True))
 
 
 def test_fsdp_forgets_forwards_without_backward():

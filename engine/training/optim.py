@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.recipe.sections import Optimizer
-from engine.torch_internals import add_each, multiply_each, norm_each
+from engine.torch_internals import add_each, descend_each_, norm_each, scale_each
 from engine.training.parallelize import local
 
 LARS_MOMENTUM = 0.9
@@ -68,24 +68,20 @@ class Lars(torch.optim.Optimizer):
         plain = [p for p in group["params"] if p.ndim <= 1]
         weights, gradients = [local(p) for p in scaled], [local(p.grad) for p in scaled]
         updates = add_each(gradients, weights, group["weight_decay"])
-        updates = multiply_each(updates, self._trust_ratios(weights, updates))
-        updates = [*updates, *(local(p.grad) for p in plain)]
-        for parameter, update in zip(scaled + plain, updates, strict=True):
-            self._apply(local(parameter), local(self.state[parameter]["mu"]), update, group["lr"])
+        updates = scale_each(updates, self._trust_ratios(weights, updates))
+        descend_each_(
+            [*weights, *(local(p) for p in plain)],
+            [*updates, *(local(p.grad) for p in plain)],
+            [local(self.state[p]["mu"]) for p in (*scaled, *plain)],
+            momentum=LARS_MOMENTUM,
+            lr=group["lr"],
+            unless=self.found_inf,
+        )
 
-    def _apply(self, parameter: Tensor, mu: Tensor, update: Tensor, lr: float) -> None:
-        new_mu = LARS_MOMENTUM * mu + update
-        new_parameter = parameter - lr * new_mu
-        if self.found_inf is not None:
-            new_mu = torch.where(self.found_inf > 0, mu, new_mu)
-            new_parameter = torch.where(self.found_inf > 0, parameter, new_parameter)
-        mu.copy_(new_mu)
-        parameter.copy_(new_parameter)
-
-    def _trust_ratios(self, parameters: Sequence[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
+    def _trust_ratios(self, parameters: Sequence[Tensor], updates: Sequence[Tensor]) -> Tensor:
         squares = norm_each([*parameters, *updates]).square()
         dist.all_reduce(squares, group=self.shard_group)
         parameter_norms, update_norms = squares.sqrt().chunk(2)
         both = (parameter_norms > 0) & (update_norms > 0)
         ratios = torch.where(both, LARS_TRUST * parameter_norms / update_norms, 1.0)
-        return list(ratios.to(updates[0].dtype).unbind())
+        return ratios.to(updates[0].dtype)
