@@ -118,7 +118,9 @@ class KeyGather:
 
     def __init__(self, keys: Tensor, group: dist.ProcessGroup):
         self.keys = keys.new_empty(group.size(), *keys.shape)
-        self.work = dist.all_gather(list(self.keys), keys.contiguous(), group=group, async_op=True)
+        # One name in torch 2.14, another before.
+        gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+        self.work = gather(self.keys.flatten(0, 1), keys.contiguous(), group=group, async_op=True)
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """Keys of view 1 and of view 2, [G, P] each, rank by rank."""

@@ -21,7 +21,7 @@ from engine.training import update as update_module
 from engine.training.optim import LARS_TRUST, Lars
 from engine.training.parallelize import local, materialize, parallelize
 from engine.training.schedule import Schedule
-from engine.training.step import TrainState, train_step
+from engine.training.step import KeyGather, TrainState, train_step
 from engine.training.update import gradient_norm
 from models.architecture import Architecture
 from models.moco import MoCo
@@ -100,6 +100,17 @@ def momentum_shards_are_what_keys_see(world: World) -> None:
         after = state.moco.keys(x)
         assert not torch.allclose(before, after), shard
         assert after.abs().max().item() == 0, shard  # a network of zeros answers zero
+
+
+def keys_come_rank_by_rank(world: World) -> None:
+    """Of each view, to the bit, into one piece of memory; also keys that do not lie row by row."""
+    generator = torch.Generator().manual_seed(world.rank)
+    keys = torch.randn(4, 6, generator=generator).to(world.device).T
+    everyones = [torch.empty(6, 4, device=world.device) for _ in range(world.size)]
+    dist.all_gather(everyones, keys.contiguous())
+    gather = KeyGather(keys, world.group)
+    for found_GP, rows in zip(gather.wait(), (slice(0, 3), slice(3, 6)), strict=True):
+        assert torch.equal(found_GP, torch.cat([other[rows] for other in everyones]))
 
 
 def nothing_grows_with_the_steps(world: World) -> None:
@@ -280,6 +291,7 @@ def what_one_rank_cannot_do_deterministically_binds_all(world: World) -> None:
 LAWS = (
     bad_gradient_changes_nothing,
     momentum_shards_are_what_keys_see,
+    keys_come_rank_by_rank,
     nothing_grows_with_the_steps,
     batch_norm_is_global,
     small_variance_far_from_zero_is_exact,
