@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import NoReturn
 
 import engine
-from engine.cli import WORDS, enter
+from engine.cli import WORDS, enter, show
 from engine.errors import UserError, did_you_mean, one_line
 
 DOORS = {
@@ -24,9 +24,9 @@ def main(arguments: list[str]) -> None:
     """Open the door that the first argument names, with the rest."""
     door, *rest = arguments or ["--help"]
     if door in ("-h", "--help"):
-        print(_help())
+        show(_help())
     elif door == "--version":
-        print(f"mocov3 {engine.__version__}")
+        show(f"mocov3 {engine.__version__}")
     elif door in DOORS:
         modules = {word: module for module, word in WORDS.items()}
         import_module(f"engine.{modules.get(door, door)}").main(rest)

@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from engine.distributed.launcher import complain, end_with_launcher, local_ranks, ranks
+from engine.distributed.launcher import end_with_launcher, local_ranks, ranks
 from engine.errors import Interrupted, RunFailed, UserError
-from engine.logger import note, rank
+from engine.logger import complain, note, rank
 from engine.own_models import exit_if_hidden
 
 # Every door imports this module first, and what follows imports `models`, which must not be a stranger's.
@@ -100,11 +100,16 @@ def joined(what: str) -> Iterator["World"]:
         yield world
 
 
+def show(text: str) -> None:
+    """What a door was asked to print, from rank 0 alone."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def result(found: dict[str, Any], table: str | None = None) -> None:
     """What a door ends with, from rank 0 alone: a table for people where there is one, then the result as one line of
     JSON."""
-    if rank() == 0:
-        print(*([table] if table else []), json.dumps(found), sep="\n", flush=True)
+    show("\n".join([*([table] if table else []), json.dumps(found)]))
 
 
 # ---- options and what they say ---------------------------------------------------------------------------------------

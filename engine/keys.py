@@ -10,7 +10,7 @@ A resume may change the keys that are marked with *.
 
 import textwrap
 
-from engine.cli import Parser, enter
+from engine.cli import Parser, enter, show
 from engine.errors import UserError, did_you_mean, one_line
 from engine.recipe.describe import KeyDoc, describe_keys
 from engine.recipe.sections import RECIPES
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("name", nargs="?", default="", metavar="NAME", help="a section or a key")
     parser.add_argument("--task", choices=tuple(RECIPES), default="pretrain", help="default: pretrain")
     options = parser.parse_args(arguments)
-    print("\n".join(line for key in chosen(options.task, options.name) for line in described(key)))
+    show("\n".join(line for key in chosen(options.task, options.name) for line in described(key)))
 
 
 def chosen(task: str, name: str) -> list[KeyDoc]:

@@ -15,14 +15,12 @@ import threading
 import uuid
 from contextlib import suppress
 from importlib import import_module
-from typing import TYPE_CHECKING, NoReturn
+from multiprocessing.process import BaseProcess
+from typing import NoReturn
 
 from engine.cli import carry_out, cores
 from engine.distributed.launcher import end_with_launcher, is_launched
 from engine.errors import RunFailed, UserError
-
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 LOOK_SECONDS = 0.1
@@ -56,9 +54,10 @@ def launch(door: str, arguments: list[str], ranks: int) -> None:
     agent = _Agent(door, arguments, ranks)
     # It lets go of signals that the thread of its start holds back, so it starts before the agent's does so.
     multiprocessing.resource_tracker.ensure_running()
-    received = _wait_and_pass_on(agent, ranks)
+    processes, received = _wait_and_pass_on(agent, ranks)
     if isinstance(agent.error, ChildFailedError):
-        _exit_as_ranks(agent.error.failures, received)
+        _check_killed(processes, received)
+        _exit_as(min(agent.error.failures.items())[1].exitcode)
     elif agent.error is not None:
         raise agent.error
 
@@ -112,40 +111,47 @@ def _rank(launcher: int, door: str, arguments: list[str]) -> None:
         os._exit(128 + signal.SIGINT)
 
 
-def _wait_and_pass_on(agent: _Agent, ranks: int) -> list[int]:
-    """Wait for the agent's end; returns the signals received. An early one is passed on when all ranks exist."""
+def _wait_and_pass_on(agent: _Agent, ranks: int) -> tuple[list[BaseProcess], list[int]]:
+    """Wait for the agent's end; returns the ranks' processes, in order, and the signals received, of which an early one
+    is passed on when all ranks exist."""
+    processes: list[BaseProcess] = []
     received: list[int] = []
     # What nohup had ignored stays so, in the ranks too.
     heeded = [s for s in PASSED_ON if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
     previous = {signum: signal.signal(signum, lambda number, _: received.append(number)) for signum in heeded}
     agent.start()
-    complete, passed = False, 0
+    passed = 0
     while agent.is_alive():
         agent.join(LOOK_SECONDS)
-        complete = complete or len(multiprocessing.active_children()) == ranks
-        while complete and passed < len(received):
-            _pass_on(received[passed])
+        if len(processes) < ranks:
+            processes = sorted(multiprocessing.active_children(), key=lambda process: process.pid or 0)
+        while len(processes) == ranks and passed < len(received):
+            _pass_on(received[passed], processes)
             passed += 1
     for signum, handler in previous.items():
         signal.signal(signum, handler)
-    return received
+    return processes, received
 
 
-def _pass_on(signum: int) -> None:
-    for process in multiprocessing.active_children():
-        if process.pid is not None:
+def _pass_on(signum: int, processes: list[BaseProcess]) -> None:
+    for process in processes:
+        if process.pid is not None and process.is_alive():
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(process.pid, signum)
 
 
-def _exit_as_ranks(failures: "dict[int, ProcessFailure]", received: list[int]) -> NoReturn:
-    """Exit with the lowest failed rank's status; 128 + n for a signal passed on. Raises RunFailed for another."""
-    rank, failure = min(failures.items())
-    status = failure.exitcode
-    if status >= 0:
-        sys.exit(status)
-    if -status in received:
-        sys.exit(128 - status)
-    name = signal.Signals(-status).name
-    likely = ", often for want of memory" if name == "SIGKILL" else ""
-    raise RunFailed(f"rank {rank} was ended by {name}{likely}; the newest checkpoint is kept: the same command goes on")
+def _check_killed(processes: list[BaseProcess], received: list[int]) -> None:
+    """Raises RunFailed where a rank was killed by a signal that nobody passed on; the others end because of it."""
+    by_agent = signal.SIGTERM  # which ends all ranks when one has ended
+    for rank, process in enumerate(processes):
+        number = -(process.exitcode or 0)
+        if number > 0 and number not in (*received, by_agent):
+            name = signal.Signals(number).name
+            likely = ", often for want of memory" if name == "SIGKILL" else ""
+            kept = "the newest checkpoint is kept: the same command goes on"
+            raise RunFailed(f"rank {rank} was ended by {name}{likely}; {kept}")
+
+
+def _exit_as(status: int) -> NoReturn:
+    """Exit with the status of a rank; 128 + n for one that signal n ended."""
+    sys.exit(status if status >= 0 else 128 - status)

@@ -1,17 +1,19 @@
 """One voice: what a command says to its user, through Python's logger `engine`.
 
 On a terminal a line is plain; in a log file it begins with the time and the rank that speaks. A program that has given
-the logger `engine` a handler of its own gets the lines there instead. Results (JSON) and the one line of an error are
-no part of this: engine.cli prints them bare.
+the logger `engine` a handler of its own gets the lines there instead. Results are no part of this: engine.cli prints
+them bare, as `complain` does the one line of an error.
 """
 
 import logging
 import os
 import sys
+import time
 from functools import cache
 
 from tqdm import tqdm
 
+FIRST_WORD_SECONDS = 10.0
 SAID, NOTED, WARNED = logging.INFO, logging.INFO + 5, logging.WARNING
 
 
@@ -30,6 +32,17 @@ def note(text: str) -> None:
 def warn(text: str) -> None:
     """What went wrong without ending the command, on stderr, from this process whatever its rank."""
     _logger().log(WARNED, f"warning: {text}")
+
+
+def complain(text: str) -> None:
+    """Say on stderr, bare, why this process ends early; what ends all ranks of a node alike is said once.
+
+    A launcher ends a node's ranks as soon as one has ended: the others wait until the first, which mostly failed alike,
+    has spoken. One that is still there after that failed alone.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        time.sleep(FIRST_WORD_SECONDS)
+    print(text, file=sys.stderr, flush=True)
 
 
 def rank() -> int:

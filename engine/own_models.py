@@ -4,8 +4,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from engine.distributed.launcher import complain
 from engine.errors import UserError
+from engine.logger import complain
 
 OWN = Path(__file__).resolve().parents[1] / "models" / "__init__.py"
 

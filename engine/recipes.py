@@ -6,7 +6,7 @@ mocov3 recipes copy NAME [FOLDER]   one of them to edit: `mocov3 recipes copy vi
 
 from pathlib import Path
 
-from engine.cli import Parser, enter, result
+from engine.cli import Parser, enter, result, show
 from engine.errors import UserError, did_you_mean, one_line, reason
 from engine.recipe.shipped import copy_text, names, summary
 
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
         result({"file": str(copy(options.name, options.folder))})
     else:
         width = max(map(len, names()))
-        print("\n".join(f"{name:{width}}  {summary(name)}" for name in names()))
+        show("\n".join(f"{name:{width}}  {summary(name)}" for name in names()))
 
 
 def copy(name: str, folder: Path) -> Path:

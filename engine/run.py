@@ -7,7 +7,7 @@ The same command again resumes the run from its newest checkpoint, or says that 
 
 from pathlib import Path
 
-from engine.cli import Parser, add_overrides, add_recipe, enter, joined
+from engine.cli import Parser, add_overrides, add_recipe, enter, joined, show
 from engine.distributed.launcher import ranks
 from engine.launch import launch, read_ranks
 from engine.logger import note, say
@@ -42,8 +42,7 @@ def _print(recipe: Pretrain, file: Path) -> None:
         from engine.runs.pretrain import preview
 
         text = preview(recipe, file, world)
-        if world.is_first:
-            print(text)
+    show(text)
 
 
 def _pretrain(recipe: Pretrain, file: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_program_may_take_the_lines_over(foreign, capsys):
 
 
 def test_there_is_no_other_voice():
-    """But engine.cli, which prints results and the one line of an error bare."""
+    """But engine.cli, which prints results bare."""
     speaks = re.compile(r"^(print|warnings\.warn|tqdm\.write|sys\.(__)?std(out|err)(__)?\.write)$")
     for path in sorted(ENGINE.rglob("*.py")):
         calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]

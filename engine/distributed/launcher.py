@@ -4,13 +4,11 @@ It is known before PyTorch is loaded, which takes seconds.
 """
 
 import os
-import sys
 import threading
 import time
 from functools import cache
 
 ORPHAN_CHECK_SECONDS = 1.0
-FIRST_WORD_SECONDS = 10.0
 
 
 def is_launched() -> bool:
@@ -31,17 +29,6 @@ def local_ranks() -> int:
 def local_rank() -> int:
     """This process's number among those of its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def complain(text: str) -> None:
-    """Say on stderr, bare, why this process ends early; what ends all ranks of a node alike is said once.
-
-    A launcher ends a node's ranks as soon as one has ended: the others wait until the first, which mostly failed alike,
-    has spoken. One that is still there after that failed alone.
-    """
-    if local_rank() > 0:
-        time.sleep(FIRST_WORD_SECONDS)
-    print(text, file=sys.stderr, flush=True)
 
 
 @cache

@@ -75,7 +75,6 @@ def test_a_rank_that_is_killed_is_said_in_one_line(interrupted):
         "failed: rank 1 was ended by SIGKILL, often for want of memory; "
         "the newest checkpoint is kept: the same command goes on"
     ]
-    assert "Traceback" not in killed.err
     assert finished.code == 0
 
 
