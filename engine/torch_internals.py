@@ -5,7 +5,8 @@ means something else. `models`, which knows nothing of engine, keeps its own in 
 same test lists them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -104,6 +105,22 @@ def forget_forwards(root: nn.Module) -> None:
 def allow_variants(count: int) -> None:
     """Let at least this many compiled forms of one function be kept: each shape of a module's class is one."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)
+
+
+@cache
+def keeping(share: float, backend: str = "inductor") -> Callable:
+    """A backend of torch.compile whose code keeps about this share of what it would keep for its backward pass, beside
+    its inputs, and computes the rest again, what is cheap first; what came from other ranks it keeps. 0: inputs alone.
+
+    torch reads the share when it compiles. One object for each, so that modules of one class share compiled code.
+    """
+    inner = torch._dynamo.lookup_backend(backend)
+
+    def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        with torch._functorch.config.patch(activation_memory_budget=share):
+            return inner(graph, inputs)
+
+    return compile_graph
 
 
 def graphs_compiled() -> int:

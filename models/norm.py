@@ -3,6 +3,8 @@
 Shapes: V views, B images of this rank, C channels, S positions (1 for a vector).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ class GlobalBatchNorm(nn.Module):
         # A name and a number, not the group itself: compiled code guards what it finds in that, and compiles again.
         self.group_name: str | None = None  # None: this rank holds the whole batch
         self.ranks = 1
+        self.is_tracking = True  # whether a forward in training moves the running statistics
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -68,13 +71,16 @@ class GlobalBatchNorm(nn.Module):
         y_VBCS, mean_VC, variance_VC = _NormaliseByBatch.apply(
             x_VBCS, self.weight, self.bias, self.eps, self.ranks, self.group_name
         )
-        count = x_VBCS.shape[1] * x_VBCS.shape[3] * self.ranks
-        with torch.no_grad():
-            for mean_C, variance_C in zip(mean_VC, variance_VC, strict=True):
-                self.running_mean.lerp_(mean_C, self.momentum)
-                self.running_var.lerp_(variance_C * (count / max(count - 1, 1)), self.momentum)
-            self.num_batches_tracked.add_(self.views)
+        if self.is_tracking:
+            self._track(mean_VC, variance_VC, x_VBCS.shape[1] * x_VBCS.shape[3] * self.ranks)
         return y_VBCS
+
+    @torch.no_grad()
+    def _track(self, mean_VC: Tensor, variance_VC: Tensor, count: int) -> None:
+        for mean_C, variance_C in zip(mean_VC, variance_VC, strict=True):
+            self.running_mean.lerp_(mean_C, self.momentum)
+            self.running_var.lerp_(variance_C * (count / max(count - 1, 1)), self.momentum)
+        self.num_batches_tracked.add_(self.views)
 
 
 class _NormaliseByBatch(torch.autograd.Function):
@@ -180,6 +186,23 @@ def set_views(module: nn.Module, views: int) -> None:
     for child in module.modules():
         if isinstance(child, GlobalBatchNorm):
             child.views = views
+
+
+@contextmanager
+def without_tracking(module: nn.Module) -> Iterator[None]:
+    """Meanwhile forwards leave the running statistics in `module` as they are: they repeat what has moved them."""
+    norms = [child for child in module.modules() if isinstance(child, GlobalBatchNorm)]
+    for norm in norms:
+        norm.is_tracking = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.is_tracking = True
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(child, GlobalBatchNorm) for child in module.modules())
 
 
 def set_batch_norm_group(module: nn.Module, group: torch.distributed.ProcessGroup) -> None:

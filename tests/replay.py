@@ -56,7 +56,15 @@ def our_name(name: str) -> str:
     return f"{part}.projector.{leaf}" if child in ("head", "fc") else f"{part}.trunk.{rest}"
 
 
-def build(trace: Trace, world: World, precision: str, compile: bool, shard: str, replicate: int = 1) -> TrainState:
+def build(
+    trace: Trace,
+    world: World,
+    precision: str,
+    compile: bool,
+    shard: str,
+    replicate: int = 1,
+    activation_checkpoint: str = "none",
+) -> TrainState:
     """The trace's networks in the real engine, with the trace's initial weights."""
     trunk = dict(trace.config["trunk"])
     kind, image_size = trunk.pop("kind"), trunk.pop("image_size")
@@ -69,7 +77,13 @@ def build(trace: Trace, world: World, precision: str, compile: bool, shard: str,
     with torch.device("meta"):
         moco = MoCo(build_trunk, trace.config["hidden_dim"], trace.config["output_dim"])
     mesh = make_mesh(world, shard, replicate)
-    parallel = Parallel(compile=compile, precision=precision, shard=shard, replicate=replicate)
+    parallel = Parallel(
+        compile=compile,
+        precision=precision,
+        shard=shard,
+        replicate=replicate,
+        activation_checkpoint=activation_checkpoint,
+    )
     parallelize(moco, mesh, world.group, parallel)
     materialize(moco, world.device, moco.initial_values(seed=0))
     fill(moco, trace.initial())

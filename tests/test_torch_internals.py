@@ -23,6 +23,7 @@ from engine.torch_internals import (
     graph_breaks,
     graphs_compiled,
     has_cpp_compiler,
+    keeping,
     lerp_each_,
     norm_each,
     scale_each,
@@ -133,6 +134,36 @@ def test_graphs_and_their_breaks_are_counted():
     assert (graphs_compiled() - graphs, graph_breaks() - breaks) == (2, 0)
     torch.compile(broken, backend="eager", dynamic=False)(torch.ones(1))
     assert (graphs_compiled() - graphs, graph_breaks() - breaks) == (4, 1)
+
+
+def test_compiled_code_keeps_as_little_as_asked():
+    """For sin(sin(...)) of a product: all that its backward pass needs, what is dear, and the inputs alone."""
+
+    def chain(x: Tensor, w: Tensor) -> Tensor:
+        y = x @ w
+        for _ in range(6):
+            y = y.sin()
+        return y @ w
+
+    def kept(share: float) -> tuple[int, list[Tensor]]:
+        x, w = (torch.linspace(0, 1, 64).view(8, 8).requires_grad_() for _ in range(2))
+        held: set[int] = set()
+
+        def hold(tensor: Tensor) -> Tensor:
+            held.add(tensor.data_ptr())
+            return tensor
+
+        compiled = torch.compile(chain, fullgraph=True, backend=keeping(share, "aot_eager_decomp_partition"))
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            y = compiled(x, w)
+        y.sum().backward()
+        return len(held), [x.grad, w.grad]
+
+    (inputs, found), (some, as_some), (_, expected) = kept(0.0), kept(0.5), kept(1.0)
+    assert (inputs, some) == (2, 3)
+    torch.testing.assert_close([found, as_some], [expected, expected])
+    assert keeping(0.5) is keeping(0.5)
+    assert torch._functorch.config.activation_memory_budget == 1.0
 
 
 @pytest.mark.parametrize(("compiler", "there"), [("true", True), ("no-such-compiler", False)])

@@ -146,9 +146,11 @@ class Evaluate:
 Interpolation = Literal["bilinear", "bicubic"]
 Precision = Literal["bf16", "float32", "float64"]
 Shard = Literal["full", "grad_op", "hybrid", "replicate"]
+ActivationCheckpoint = Literal["none", "selective", "full"]
 SHARDED = "what is split over processes: all state; gradients and optimizer state; all within each replica; nothing"
 
 DETERMINISTIC = "the same bits from every run of one command on the same machines; false: faster, and to rounding alone"
+RECOMPUTED = "what the backward pass computes again of a trunk's blocks, to save memory: nothing; what is cheap; all"
 
 
 @section
@@ -158,6 +160,7 @@ class Parallel:
     shard: Shard = key(SHARDED, default="full")
     replicate: int = key("number of replicas under shard hybrid; 1 in the other modes", AT_LEAST_1, default=1)
     deterministic: bool = key(DETERMINISTIC, since=2, before=True, default=True)
+    activation_checkpoint: ActivationCheckpoint = key(RECOMPUTED, since=2, before="none", default="none")
 
 
 @section

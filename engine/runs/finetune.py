@@ -35,6 +35,7 @@ from engine.recipe.sections import Finetune
 from engine.runs.log import Row
 from engine.runs.run import run
 from engine.runs.supervised import Supervised, digest
+from engine.training.activation_checkpoint import check_activation_checkpoint
 from engine.training.finetune_step import FinetuneOutput, FinetuneState, finetune_step
 from engine.training.parallelize import check_compiler, dtype_of, materialize, parallelize
 from engine.training.schedule import Schedule
@@ -103,6 +104,7 @@ def make_classifiers(recipe: Finetune, weights: Weights, classes: int) -> tuple[
             ema = None if recipe.train.ema_decay is None else Classifier(build(), classes).requires_grad_(False)
         except ValueError as error:
             raise UserError(str(error)) from error
+    check_activation_checkpoint(classifier.trunk, recipe.parallel.activation_checkpoint, weights.origin)
     return classifier, ema
 
 

@@ -27,6 +27,7 @@ from engine.runs.log import Row
 from engine.runs.monitor import has_monitor, make_probe, monitor_row
 from engine.runs.run import run
 from engine.runs.task import Task
+from engine.training.activation_checkpoint import check_activation_checkpoint
 from engine.training.health import health
 from engine.training.loss import chance_level
 from engine.training.micro_batch import MicroBatches
@@ -36,7 +37,7 @@ from engine.training.step import StepOutput, TrainState, train_step
 from engine.training.update import Update
 from engine.weights.weights import declared
 from models.moco import MoCo
-from models.norm import GlobalBatchNorm
+from models.norm import has_batch_norm
 
 
 def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
@@ -97,15 +98,12 @@ def make_moco(recipe: Pretrain) -> MoCo:
             moco = MoCo(build, model.projector_hidden_dim, model.output_dim)
         except ValueError as error:
             raise UserError(str(error)) from error
+    check_activation_checkpoint(moco.base.trunk, recipe.parallel.activation_checkpoint, model.name)
     size = recipe.train.micro_batch_size
     if size is not None and has_batch_norm(moco.base.trunk):
         do = "pass train.micro_batch_size=null, and start more processes where memory is short"
         raise wrong("train.micro_batch_size", size, f"null for {model.name}, whose BatchNorm spans the whole batch", do)
     return moco
-
-
-def has_batch_norm(trunk: nn.Module) -> bool:
-    return any(isinstance(part, GlobalBatchNorm) for part in trunk.modules())
 
 
 def make_augment(recipe: Pretrain) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -1,4 +1,4 @@
-"""How the networks are laid over the ranks: compile, then FSDP2, then weights. Read from top to bottom."""
+"""How the networks are laid over the ranks: activation checkpoints, compile, FSDP2, weights. Read it from the top."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine.errors import UserError
 from engine.recipe.sections import Parallel
-from engine.torch_internals import allow_variants, forget_forwards, has_cpp_compiler
+from engine.torch_internals import allow_variants, forget_forwards, has_cpp_compiler, keeping
+from engine.training.activation_checkpoint import KEPT_SHARE, checkpoint_forward
 from models.norm import set_batch_norm_group
 from models.parts import Network
 from models.trunk import blocks, cast_constants
@@ -46,26 +47,33 @@ def parallelize(network: Network, mesh: DeviceMesh, group: ProcessGroup, paralle
         # has a backward pass to do so, and its update writes shards, which weights still gathered from the last step
         # would hide.
         resting = parallel.shard in ("full", "hybrid") or not part.is_trained
-        (_shard_trunk if part.is_trunk else _shard_head)(part.module, mesh, parallel, resting)
+        if part.is_trunk:
+            _lay_trunk(part.module, mesh, parallel, resting, part.is_trained)
+        else:
+            _lay_head(part.module, mesh, parallel, resting)
         if not part.is_trained:
             forget_forwards(part.module)
 
 
-def _shard_trunk(trunk: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool) -> None:
+def _lay_trunk(trunk: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool, is_trained: bool) -> None:
     inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     outer = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
     if parallel.precision == "bf16":
         cast_constants(trunk, torch.bfloat16)
     else:
         inner = outer = MixedPrecisionPolicy()
+    # What is not trained keeps nothing for a backward pass.
+    mode = parallel.activation_checkpoint if is_trained else "none"
     for block in blocks(trunk):
-        if parallel.compile:
-            compile_forward(block)
+        if mode != "none" and not parallel.compile:
+            checkpoint_forward(block, mode)
+        if parallel.compile:  # what is compiled decides itself what it computes again
+            compile_forward(block, KEPT_SHARE[mode])
         fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=resting)
     fully_shard(trunk, mesh=mesh, mp_policy=outer, reshard_after_forward=resting)
 
 
-def _shard_head(head: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool) -> None:
+def _lay_head(head: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool) -> None:
     if parallel.compile:
         compile_forward(head)
     fully_shard(head, mesh=mesh, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=resting)
@@ -101,16 +109,20 @@ def add_up_gradients(root: nn.Module, *, last: bool) -> None:
     sharded.set_reshard_after_backward(last or rests_sharded)
 
 
-def compile_forward(module: nn.Module) -> None:
-    """Compile a module's forward, in place; FSDP's hooks stay outside, and names as they are."""
+def compile_forward(module: nn.Module, kept: float = 1.0) -> None:
+    """Compile a module's forward, in place; FSDP's hooks stay outside, and names as they are.
+
+    kept: the share that stays of what its backward pass needs beside its inputs; the rest is computed again.
+    """
     # Modules of one class share a cache: each shape of a ResNet's bottleneck is an entry, with and without gradient.
     allow_variants(COMPILED_VARIANTS)
-    module.forward = compiled(module.forward)
+    module.forward = compiled(module.forward, kept)
 
 
-def compiled(function: Callable[P, T]) -> Callable[P, T]:
+def compiled(function: Callable[P, T], kept: float = 1.0) -> Callable[P, T]:
     """A function of tensors as one graph, for the shapes that it meets."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    backend = "inductor" if kept == 1.0 else keeping(kept)
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
 
 def check_compiler(parallel: Parallel, device: torch.device) -> None:

@@ -57,10 +57,19 @@ class Kept:
 class Run:
     """A trace's networks and its steps, whole or in pieces."""
 
-    def __init__(self, world: World, shard: str, pieces: int | None, *, compile: bool = False):
-        self.trace = Trace(GOLDEN / f"{TRACE}.safetensors")
+    def __init__(
+        self,
+        world: World,
+        shard: str,
+        pieces: int | None,
+        *,
+        compile: bool = False,
+        trace: str = TRACE,
+        checkpoint: str = "none",
+    ):
+        self.trace = Trace(GOLDEN / f"{trace}.safetensors")
         replicas = world.size if shard == "hybrid" else 1
-        self.state: TrainState = build(self.trace, world, "float64", compile, shard, replicas)
+        self.state: TrainState = build(self.trace, world, "float64", compile, shard, replicas, checkpoint)
         self.rows, self.world, self.pieces = self.trace.config["global_batch"] // world.size, world, pieces
         self.compile, self.made = compile, []
         self.kept = Kept()

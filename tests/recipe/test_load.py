@@ -170,6 +170,7 @@ WRONG = {
     "parallel.shard": ["none", "1"],
     "parallel.replicate": [*INTEGER, "0"],
     "parallel.deterministic": ["1", "yes", "null"],
+    "parallel.activation_checkpoint": ["true", "half", "null"],
 }
 WRONG |= {f"augment.{name}": [*NUMBER, "-0.1"] for name in ("brightness", "contrast", "saturation")}
 WRONG |= {f"augment.{name}_probability": [*NUMBER, "-0.1", "1.1"] for name in ("jitter", "grayscale", "flip")}

@@ -1,0 +1,68 @@
+"""Activation checkpoints: what a trunk's blocks keep for their backward pass, and what they compute again for it.
+
+none: all is kept. selective: matrix products, attention, convolutions and what came from other ranks are kept, and what
+is cheap is computed again (norms, activations, sums). full: a block's input alone is kept.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from engine.recipe.keys import wrong
+from engine.recipe.sections import ActivationCheckpoint
+from models.norm import has_batch_norm, without_tracking
+from models.trunk import blocks
+
+# Of what compiled code would keep beside its inputs. 0.7 spares all matrix products: a ViT's block keeps 20 bytes for
+# each of a token's channels in bf16 in place of 32.
+KEPT_SHARE: dict[ActivationCheckpoint, float] = {"none": 1.0, "selective": 0.7, "full": 0.0}
+
+DEAR = {"mm", "addmm", "bmm", "baddbmm", "convolution"}  # and all forms of scaled_dot_product_attention
+
+
+def check_activation_checkpoint(trunk: nn.Module, mode: ActivationCheckpoint, name: str) -> None:
+    """Raises UserError where the blocks of the trunk of this name cannot be checkpointed so."""
+    if mode == "full" and any(map(has_batch_norm, blocks(trunk))):
+        # Their statistics would be sent a second time, and moved.
+        must = f"none or selective for {name}, whose blocks have BatchNorm over all ranks"
+        raise wrong("parallel.activation_checkpoint", mode, must)
+
+
+def checkpoint_forward(block: nn.Module, mode: ActivationCheckpoint) -> None:
+    """Let a block's backward pass compute its forward again, in place; for a block that is not compiled."""
+    forward, contexts = block.forward, partial(_contexts, block)
+    options: dict[str, Any] = {"context_fn": contexts} if mode == "selective" else {}
+
+    @wraps(forward)
+    def spare(*inputs: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*inputs, **named)
+        # No random numbers are drawn in a block: which branches a drop path leaves out is set before the forward.
+        again = partial(forward, **named)
+        return checkpoint(again, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+
+    block.forward = spare
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Around the forward, and around what is computed again of it."""
+    keep, reuse = create_selective_checkpoint_contexts(_policy)
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with without_tracking(block), reuse:
+            yield
+
+    return keep, again()
+
+
+def _policy(_: Any, operation: Callable, *inputs: Any, **named: Any) -> CheckpointPolicy:
+    overload: Any = operation
+    name = overload.overloadpacket.__name__
+    is_dear = name in DEAR or "scaled_dot_product" in name or overload.namespace == "_c10d_functional"
+    return CheckpointPolicy.MUST_SAVE if is_dear else CheckpointPolicy.PREFER_RECOMPUTE
