@@ -6,6 +6,7 @@ same test lists them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -142,6 +143,30 @@ def has_cpp_compiler() -> bool:
     except exc.InvalidCxxCompiler:
         return False
     return True
+
+
+# ---- shapes without values
+
+
+def without_data() -> AbstractContextManager:
+    """Within it tensors have no data, whatever device they say: operations take no time and no memory, and act as they
+    would on that device."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def watching(see: Callable[[Any, Any], None]) -> AbstractContextManager:
+    """Within it `see` is called with every operation and its results."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            results = func(*args, **(kwargs or {}))
+            see(func, results)
+            return results
+
+    return Watch()
 
 
 # ---- loader and checkpoints

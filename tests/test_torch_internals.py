@@ -29,6 +29,8 @@ from engine.torch_internals import (
     scale_each,
     stored_chunk,
     subtract_each,
+    watching,
+    without_data,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -172,6 +174,22 @@ def test_the_compiler_is_looked_for_where_torch_looks(compiler, there):
 
     with config.patch({"cpp.cxx": (compiler,)}):
         assert has_cpp_compiler() is there
+
+
+def test_tensors_without_data_act_as_on_their_device():
+    with torch.device("meta"):
+        layer = nn.Linear(4, 1 << 40)
+    with without_data():
+        assert layer.to_empty(device="cpu")(torch.empty(1 << 20, 4)).shape == (1 << 20, 1 << 40)
+        assert layer.weight.device.type == "cpu"
+
+
+def test_operations_are_watched():
+    seen = []
+    with watching(lambda operation, results: seen.append((operation.overloadpacket.__name__, results))):
+        y = torch.ones(2) + 1
+    assert (seen[0][0], seen[-1][0]) == ("ones", "add")
+    assert seen[-1][1] is y
 
 
 def test_workers_end_while_their_iterator_lives():

@@ -197,7 +197,7 @@ class Pretraining(Task):
         if self.micro_batch == 1 or has_batch_norm(self.moco.base.trunk):
             return super().less_memory
         half = next(m for m in range(self.micro_batch // 2, 0, -1) if self.local_batch % m == 0)
-        return f"train.micro_batch_size={half} or with {super().less_memory}"
+        return f"train.micro_batch_size={half}, {super().less_memory}"
 
     def metrics(self, output: StepOutput) -> Row:
         row = health(output, self.trained)

@@ -26,6 +26,7 @@ from engine.errors import UserError
 from engine.recipe.load import dump
 from engine.recipe.sections import Parallel, Recipe
 from engine.runs.log import Row
+from engine.training.activation_checkpoint import stronger
 from engine.training.update import Update
 
 PICTURED = 8  # images of which TensorBoard shows what the networks see
@@ -135,7 +136,17 @@ class Task(ABC):
     @property
     def less_memory(self) -> str:
         """With what the run takes less memory and stays the same, in words."""
-        return "more processes"
+        mode = self.stronger_checkpoint
+        return f"parallel.activation_checkpoint={mode} or more processes" if mode else "more processes"
+
+    @property
+    def stronger_checkpoint(self) -> str | None:
+        """The activation checkpoint that saves more memory than the recipe's; None where there is none."""
+        if self.parallel is None:
+            return None
+        with torch.device("meta"):
+            trunk = self.fresh_trunk()
+        return stronger(self.parallel.activation_checkpoint, trunk)
 
     def images_bound(self) -> dict[str, tuple[str, str]]:
         """The images that a resume must find as they were: {split: (fingerprint, what the user calls them)}."""

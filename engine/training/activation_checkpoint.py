@@ -4,7 +4,7 @@ none: all is kept. selective: matrix products, attention, convolutions and what 
 is cheap is computed again (norms, activations, sums). full: a block's input alone is kept.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -31,6 +31,14 @@ def check_activation_checkpoint(trunk: nn.Module, mode: ActivationCheckpoint, na
         # Their statistics would be sent a second time, and moved.
         must = f"none or selective for {name}, whose blocks have BatchNorm over all ranks"
         raise wrong("parallel.activation_checkpoint", mode, must)
+
+
+def stronger(mode: ActivationCheckpoint, trunk: nn.Module) -> ActivationCheckpoint | None:
+    """The next mode that keeps less of this trunk; None where none does."""
+    found = blocks(trunk)
+    if mode == "full" or not found or (mode == "selective" and any(map(has_batch_norm, found))):
+        return None
+    return "selective" if mode == "none" else "full"
 
 
 def checkpoint_forward(block: nn.Module, mode: ActivationCheckpoint) -> None:
@@ -61,8 +69,11 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContext
     return keep, again()
 
 
-def _policy(_: Any, operation: Callable, *inputs: Any, **named: Any) -> CheckpointPolicy:
-    overload: Any = operation
-    name = overload.overloadpacket.__name__
-    is_dear = name in DEAR or "scaled_dot_product" in name or overload.namespace == "_c10d_functional"
-    return CheckpointPolicy.MUST_SAVE if is_dear else CheckpointPolicy.PREFER_RECOMPUTE
+def is_dear(operation: Any) -> bool:
+    """Whether a result of this operation is kept under `selective`."""
+    name = operation.overloadpacket.__name__
+    return name in DEAR or "scaled_dot_product" in name or operation.namespace == "_c10d_functional"
+
+
+def _policy(_: Any, operation: Any, *inputs: Any, **named: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if is_dear(operation) else CheckpointPolicy.PREFER_RECOMPUTE

@@ -2,10 +2,13 @@
 
 import json
 import sys
+from collections.abc import Callable
 
 import torch
 
 from engine.distributed.world import process_group
+from engine.torch_internals import keeping
+from engine.training import parallelize
 from tests.distributed.micro_batches import Run, difference
 from tests.distributed.replays import TRACES
 from tests.replay import compare
@@ -14,8 +17,11 @@ MODES = {"A_vit_adamw": ("selective", "full"), "B_resnet_lars": ("selective",), 
 
 
 def main(*options: str) -> None:
-    """options: `compile`, for compiled steps; a trace, in place of all."""
-    compile = "compile" in options
+    """options: `compile`, for compiled steps; `partition`, for steps as compiled code divides them into forward and
+    backward pass, which need no C++ compiler; a trace, in place of all."""
+    compile = "compile" in options or "partition" in options
+    if "partition" in options:
+        parallelize.compiled = partitioned
     with process_group() as world:
         for trace in [name for name in TRACES if name in options] or TRACES:
             plain = Run(world, "full", None, compile=compile, trace=trace)
@@ -38,6 +44,10 @@ def main(*options: str) -> None:
                     }
                     if world.is_first:
                         print(json.dumps(found), flush=True)
+
+
+def partitioned(function: Callable, kept: float = 1.0) -> Callable:
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=keeping(kept, "aot_eager_decomp_partition"))
 
 
 def steps_and_sent(run: Run, group: torch.distributed.ProcessGroup) -> tuple[list, int]:

@@ -21,6 +21,14 @@ def test_steps_are_those_without_checkpoints(ranks):
         assert pair["kept"] < 0.75, pair
 
 
+def test_compiled_blocks_with_batch_norm_send_and_move_what_they_did():
+    """As compiled code divides them into forward and backward pass."""
+    (pair,) = results(2, "tests.distributed.activation_checkpoints", "partition", "B_resnet_lars")
+    check(pair)
+    assert pair["difference"] < 1e-12, pair
+    assert pair["kept"] < 0.9, pair
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("trace", TRACES)
 def test_compiled_steps_are_those_without_checkpoints(trace):

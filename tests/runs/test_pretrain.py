@@ -90,13 +90,17 @@ def test_full_memory_ends_a_run_in_one_line(world, tmp_path, monkeypatch):
     steps = Pretraining.train_step
     monkeypatch.setattr(Pretraining, "train_step", full)
     left = "^CPU had no memory left for 2.50 GiB more; {}: go on with {}, which makes the same run in less memory$"
-    with pytest.raises(RunFailed, match=left.format("there is no checkpoint yet", f"{SIZE}=4 or with more processes")):
+    again = "parallel.activation_checkpoint"
+    first = f"{SIZE}=4, {again}=selective or more processes"
+    with pytest.raises(RunFailed, match=left.format("there is no checkpoint yet", first)):
         train(world, tmp_path / "new")
     kept, every = "checkpoint step_0000002 is kept", "checkpoint.every_steps=2"
-    with pytest.raises(RunFailed, match=left.format(kept, f"{SIZE}=1 or with more processes")):
-        train(world, tmp_path / "run", every, f"{SIZE}=2")
+    with pytest.raises(RunFailed, match=left.format(kept, f"{SIZE}=1, {again}=full or more processes")):
+        train(world, tmp_path / "run", every, f"{SIZE}=2", f"{again}=selective")
     with pytest.raises(RunFailed, match=left.format(kept, "more processes")):
-        train(world, tmp_path / "conv", every, *KINDS["vit_conv"])
+        train(world, tmp_path / "conv", every, f"{again}=full", *KINDS["vit_conv"])
+    with pytest.raises(RunFailed, match=left.format(kept, "more processes")):
+        train(world, tmp_path / "resnet", every, f"{again}=selective", *KINDS["resnet"])
 
 
 def test_unreadable_images_are_borne_up_to_their_share(world, tmp_path):
