@@ -15,10 +15,25 @@ LAYERS = {"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)\.(\d+)"}  # as timm
 
 def build_resnet(layers: Sequence[int], width_per_group: int) -> Trunk:
     """torchvision's bottleneck ResNet, [N, 3, H, W] -> [N, 2048], BatchNorm over all ranks."""
-    module = ResNet(Bottleneck, list(layers), width_per_group=width_per_group, norm_layer=GlobalBatchNorm)
+    module = StemResNet(Bottleneck, list(layers), width_per_group=width_per_group, norm_layer=GlobalBatchNorm)
     width = module.fc.in_features
     setattr(module, "fc", nn.Identity())  # noqa: B010 (typed as Linear)
     return Trunk(module, width, False, seeded(initial_value), drop_paths=lambda _: {}, layers=LAYERS)
+
+
+class StemResNet(ResNet):
+    """torchvision's, with its stem as a method. It has no classifier."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, D], the mean over the last stage's positions."""
+        x = self.stem_forward(images)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self.avgpool(x).flatten(1)
+
+    def stem_forward(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] -> the first block's input, [N, 64, H/4, W/4]."""
+        return self.maxpool(self.relu(self.bn1(self.conv1(images))))
 
 
 def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

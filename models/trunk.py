@@ -3,10 +3,10 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.initial import Draw
 
@@ -32,6 +32,15 @@ class Trunk:
     layers: Any
     no_weight_decay: frozenset[str] = frozenset()
     never_trained: frozenset[str] = frozenset()
+
+
+@runtime_checkable
+class HasStem(Protocol):
+    """A trunk's module that computes its first block's input in a method of its own, which can be compiled."""
+
+    def stem_forward(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] -> the first block's input."""
+        ...
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:

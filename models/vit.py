@@ -59,13 +59,17 @@ class ClsTransformer(VisionTransformer):
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] -> the CLS token after the final norm, [N, D]."""
-        # Not len(images), which is a plain number and would fix N in an exported program.
-        cls_N1D = self.cls_token.expand(images.shape[0], -1, -1)
-        token_NTD = torch.cat([cls_N1D, self.patch_embed(images)], dim=1) + self.pos_embed
+        token_NTD = self.stem_forward(images)
         *before, last = self.blocks
         for block in before:
             token_NTD = block(token_NTD)
         return self.norm(last(token_NTD, cls_only=True))
+
+    def stem_forward(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] -> the first block's input, [N, T, D]."""
+        # Not len(images), which is a plain number and would fix N in an exported program.
+        cls_N1D = self.cls_token.expand(images.shape[0], -1, -1)
+        return torch.cat([cls_N1D, self.patch_embed(images)], dim=1) + self.pos_embed
 
 
 class ClsBlock(Block):

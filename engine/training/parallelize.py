@@ -17,7 +17,7 @@ from engine.torch_internals import allow_variants, forget_forwards, has_cpp_comp
 from engine.training.activation_checkpoint import KEPT_SHARE, checkpoint_forward
 from models.norm import set_batch_norm_group
 from models.parts import Network
-from models.trunk import blocks, cast_constants
+from models.trunk import HasStem, blocks, cast_constants
 
 P, T = ParamSpec("P"), TypeVar("T")
 
@@ -62,20 +62,22 @@ def _lay_trunk(trunk: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: 
         cast_constants(trunk, torch.bfloat16)
     else:
         inner = outer = MixedPrecisionPolicy()
+    if parallel.compile and isinstance(trunk, HasStem):  # timm's trunks have stems of all kinds, which run as they are
+        compile_method(trunk, "stem_forward")
     # What is not trained keeps nothing for a backward pass.
     mode = parallel.activation_checkpoint if is_trained else "none"
     for block in blocks(trunk):
         if mode != "none" and not parallel.compile:
             checkpoint_forward(block, mode)
         if parallel.compile:  # what is compiled decides itself what it computes again
-            compile_forward(block, KEPT_SHARE[mode])
+            compile_method(block, "forward", KEPT_SHARE[mode])
         fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=resting)
     fully_shard(trunk, mesh=mesh, mp_policy=outer, reshard_after_forward=resting)
 
 
 def _lay_head(head: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool) -> None:
     if parallel.compile:
-        compile_forward(head)
+        compile_method(head, "forward")
     fully_shard(head, mesh=mesh, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=resting)
 
 
@@ -109,14 +111,14 @@ def add_up_gradients(root: nn.Module, *, last: bool) -> None:
     sharded.set_reshard_after_backward(last or rests_sharded)
 
 
-def compile_forward(module: nn.Module, kept: float = 1.0) -> None:
-    """Compile a module's forward, in place; FSDP's hooks stay outside, and names as they are.
+def compile_method(module: nn.Module, name: str, kept: float = 1.0) -> None:
+    """Compile a method of a module, in place; FSDP's hooks stay outside `forward`, and names as they are.
 
     kept: the share that stays of what its backward pass needs beside its inputs; the rest is computed again.
     """
     # Modules of one class share a cache: each shape of a ResNet's bottleneck is an entry, with and without gradient.
     allow_variants(COMPILED_VARIANTS)
-    module.forward = compiled(module.forward, kept)
+    setattr(module, name, compiled(getattr(module, name), kept))
 
 
 def compiled(function: Callable[P, T], kept: float = 1.0) -> Callable[P, T]:

@@ -14,6 +14,7 @@ from models.architecture import of_name, of_shapes
 from models.norm import GlobalBatchNorm
 from models.resnet import build_resnet
 from models.shapes import RESNET_SHAPES, VIT_SHAPES
+from models.trunk import HasStem, blocks
 from models.vit import build_vit, sincos_position
 from tests.replay import our_name
 
@@ -135,3 +136,24 @@ def test_chance_level_of_a_new_network():
     q, k = torch.randn(64, 256, generator=generator), torch.randn(64, 256, generator=generator)
     found = contrastive_loss(q, k, 0, temperature=0.2).loss.item()
     assert found == pytest.approx(2 * 0.2 * math.log(64), rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["vit", "vit_conv", "resnet"])
+def test_what_runs_before_the_blocks_runs_in_the_stem(kind):
+    """So compiling stem and blocks leaves one small operation on the features outside."""
+    with torch.device("meta"):
+        shape = {"image_size": 32, "patch_size": 8, "dim": 16, "depth": 2, "heads": 4, "conv_stem": kind == "vit_conv"}
+        trunk = (build_resnet([1, 1, 1, 1], 8) if kind == "resnet" else build_vit(**shape)).module
+        images = torch.empty(2, 3, 32, 32)
+    assert isinstance(trunk, HasStem)
+    within = {module for block in blocks(trunk) for module in block.modules()}
+    called = []
+    for module in trunk.modules():
+        if not list(module.children()) and module not in within:
+            module.register_forward_hook(lambda module, *_: called.append(module))
+    trunk.stem_forward(images)
+    in_stem, called[:] = list(called), []
+    trunk(images)
+    assert in_stem
+    assert called[: len(in_stem)] == in_stem
+    assert called[len(in_stem) :] == [trunk.get_submodule("avgpool" if kind == "resnet" else "norm")]
