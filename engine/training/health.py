@@ -23,35 +23,41 @@ def health(output: StepOutput, state: TrainState) -> dict[str, float]:
     """
     group = state.group
     chance = chance_level(state.temperature, group.size() * len(output.queries) // 2)
-    means = torch.stack([output.loss, output.top1, output.positive, output.negative]).double()
-    dist.all_reduce(means, group=group)
-    loss, top1, positive, negative = (means / group.size()).tolist()
+    seen = torch.stack([output.loss, output.top1, output.positive, output.negative]).double()
+    own = [seen, moments(output.features), moments(output.queries), lag_squares(state)]
+    sums = torch.cat([part.flatten() for part in own])
+    dist.all_reduce(sums, group=group)
+    known = torch.stack([output.applied.grad_norm.double(), state.update.skipped.double()])
+    *parts, known = torch.cat([sums, known]).cpu().split([*(part.numel() for part in own), len(known)])
+    sums_4, features, queries, lag = (part.view(one.shape) for part, one in zip(parts, own, strict=True))
+    loss, top1, positive, negative = (sums_4 / group.size()).tolist()
     return {
         "loss": loss,
         "chance_share": loss / chance,
         "top1": top1,
         "positive_similarity": positive,
         "negative_similarity": negative,
-        "feature_std": spread(output.features, group),
-        "query_std": spread(output.queries, group),
-        "grad_norm": output.applied.grad_norm.item(),
-        "momentum_distance": momentum_distance(state),
-        "skipped_steps": int(state.update.skipped),
+        "feature_std": spread(features / group.size()),
+        "query_std": spread(queries / group.size()),
+        "grad_norm": known[0].item(),
+        "momentum_distance": (lag[0] / lag[1]).sqrt().item(),
+        "skipped_steps": int(known[1]),
     }
 
 
-def spread(x_ND: Tensor, group: dist.ProcessGroup) -> float:
-    """Standard deviation over all ranks' rows of the normalised rows, mean over columns, times sqrt(D)."""
+def moments(x_ND: Tensor) -> Tensor:
+    """Mean and mean square of each column of the normalised rows, float64 [2, D]."""
     x_ND = F.normalize(x_ND.double(), dim=1)
-    moments = torch.stack([x_ND.mean(0), x_ND.square().mean(0)])
-    dist.all_reduce(moments, group=group)
-    mean_D, square_D = moments / group.size()
-    return ((square_D - mean_D.square()).clamp(min=0).sqrt().mean() * x_ND.shape[1] ** 0.5).item()
+    return torch.stack([x_ND.mean(0), x_ND.square().mean(0)])
 
 
-def momentum_distance(state: TrainState) -> float:
-    """How far the momentum encoder lags: |base - momentum| / |base| over all parameters."""
+def spread(moments_2D: Tensor) -> float:
+    """Standard deviation of the rows that have these moments, mean over columns, times sqrt(D)."""
+    mean_D, square_D = moments_2D
+    return ((square_D - mean_D.square()).clamp(min=0).sqrt().mean() * len(mean_D) ** 0.5).item()
+
+
+def lag_squares(state: TrainState) -> Tensor:
+    """|base - momentum|^2 and |base|^2 over this rank's shards, float64 [2]. Copies of a shard count in both alike."""
     difference = subtract_each(state.base_shards, state.momentum_shards)
-    squares = torch.stack([norm_each(shards).square().sum() for shards in (difference, state.base_shards)])
-    dist.all_reduce(squares, group=state.group)  # copies of a shard count in both alike
-    return (squares[0] / squares[1]).sqrt().item()
+    return torch.stack([norm_each(shards).square().sum() for shards in (difference, state.base_shards)])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from engine.errors import UserError
 from engine.recipe.sections import Parallel
@@ -71,14 +71,30 @@ def _lay_trunk(trunk: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: 
             checkpoint_forward(block, mode)
         if parallel.compile:  # what is compiled decides itself what it computes again
             compile_method(block, "forward", KEPT_SHARE[mode])
-        fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=resting)
-    fully_shard(trunk, mesh=mesh, mp_policy=outer, reshard_after_forward=resting)
+        shard(block, mesh, inner, resting)
+    shard(trunk, mesh, outer, resting)
 
 
 def _lay_head(head: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool) -> None:
     if parallel.compile:
         compile_method(head, "forward")
-    fully_shard(head, mesh=mesh, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=resting)
+    shard(head, mesh, MixedPrecisionPolicy(), resting)
+
+
+def shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, resting: bool) -> None:
+    """Spread what a module holds, and none of its units does, along the last dimension of `mesh`.
+
+    A parameter is cut along its first dimension. Where this has fewer entries than there are ranks, every rank would
+    send as much as an entry holds (a position embedding [1, T, D] would travel W times): then along a dimension that
+    can be cut evenly, as FSDP asks of all but the first.
+    """
+    ranks = mesh.size(mesh.ndim - 1)
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        even = [dim for dim, size in enumerate(parameter.shape) if size % ranks == 0]
+        return Shard(even[-1]) if len(parameter) < ranks and even else None
+
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=resting, shard_placement_fn=placement)
 
 
 def dtype_of(parallel: Parallel) -> torch.dtype:

@@ -1,0 +1,15 @@
+"""A step sends what it must (tests/distributed/collectives.py)."""
+
+from tests.distributed.launch import results
+
+
+def test_a_step_sends_the_least_messages_and_hardly_more_bytes():
+    """Of a ViT and of one with BatchNorm in its trunk, under every sharding."""
+    found = results(2, "tests.distributed.collectives")
+    assert len(found) == 2 * 4
+    for step in found:
+        assert [(kind, count) for kind, (count, _) in step["health"].items()] == [("all_reduce", 1)]
+        sent, least = step["sent"], step["least"]
+        assert {kind: count for kind, (count, _) in sent.items()} == {kind: n for kind, (n, _) in least.items()}, step
+        total, minimum = (sum(sent_bytes for _, sent_bytes in each.values()) for each in (sent, least))
+        assert minimum <= total < 1.02 * minimum, step
