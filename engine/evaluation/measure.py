@@ -49,7 +49,7 @@ def measure_rankme(checkpoint: str, data: Root, world: World, workers: int, **ch
     source = open_unlabelled(data, world)
     subject = open_subject_together(checkpoint, world, **choice)
     found = features(subject, source, "data", world, workers).to(world.device)
-    return round(rankme_from_gram(feature_gram(found.feature_ND, world.group)), 3)
+    return round(rankme_from_gram(feature_gram(found.feature_ND, world.group)).item(), 3)
 
 
 def measure_fast_linear(

@@ -88,9 +88,10 @@ class OnlineProbe:
         inputs = self._normalised(features, training=True)
         self.loss = linear_step(self.classifier, inputs, label_B.repeat(self.norm.views), batch)
 
-    def describe(self) -> dict[str, float]:
-        """`probe_loss`: the cross entropy of the last step's global batch before its update, equal on all ranks."""
-        return {"probe_loss": self.loss.item()}
+    def describe(self) -> dict[str, Tensor]:
+        """`probe_loss`: the cross entropy of the last step's global batch before its update, on the device, equal on
+        all ranks."""
+        return {"probe_loss": self.loss}
 
     def accuracy(self, query_QD: Tensor, label_Q: Tensor) -> dict[str, float]:
         """The share of queries that are classified rightly. Raises ValueError as `knn.accuracy`."""

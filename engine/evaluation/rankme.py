@@ -26,14 +26,14 @@ def feature_gram(z_BD: torch.Tensor, group: dist.ProcessGroup | None) -> torch.T
     return gram_DD
 
 
-def rankme_from_gram(gram_DD: torch.Tensor) -> float:
-    """RankMe of the features whose Gram matrix Z^T Z is gram_DD (float64); NaN where it is not finite.
+def rankme_from_gram(gram_DD: torch.Tensor) -> torch.Tensor:
+    """RankMe of the features whose Gram matrix Z^T Z is gram_DD (float64), 0-d; NaN where it is not finite.
 
     With fewer rows than columns the D - N directions that cannot be used count too, each with the paper's eps, which
     raises the result by less than 2e-6 of itself per direction.
     """
-    if not gram_DD.isfinite().all():
-        return float("nan")
-    singular_D = torch.linalg.eigvalsh(gram_DD).clamp_min(0).sqrt()
+    finite = gram_DD.isfinite().all()
+    # Eigenvalues of what is not finite would raise.
+    singular_D = torch.linalg.eigvalsh(gram_DD.where(finite, 0)).clamp_min(0).sqrt()
     share_D = singular_D / singular_D.sum().clamp_min(torch.finfo(torch.float64).tiny) + _EPS
-    return torch.exp(-(share_D * share_D.log()).sum()).item()
+    return torch.exp(-(share_D * share_D.log()).sum()).where(finite, torch.nan)

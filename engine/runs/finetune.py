@@ -202,17 +202,17 @@ class Finetuning(Supervised):
         uniform_BK = uniform(self.recipe.run.seed, batch.epoch, sample_B, 0, DROP_PATH, paths)
         return finetune_step(self.trained, images, target_BC.to(images.dtype), uniform_BK)
 
-    def metrics(self, output: FinetuneOutput) -> Row:
+    def metrics(self, output: FinetuneOutput) -> dict[str, Tensor | float]:
         applied = output.applied
-        health = {"grad_norm": applied.grad_norm.item(), "skipped_steps": int(self.update.skipped)}
-        return {"loss": output.loss.item(), "lr": applied.lr} | health
+        health = {"grad_norm": applied.grad_norm, "skipped_steps": self.update.skipped}
+        return {"loss": output.loss, "lr": applied.lr} | health
 
     @property
     def evaluate_every(self) -> int:
         return self.recipe.evaluate.every_epochs * self.order.steps_per_epoch
 
     def evaluate(self) -> Row | None:
-        self.update.check_skips()
+        self.update.check_skips(int(self.update.skipped_in_a_row))
         return super().evaluate()
 
     def predict(self) -> tuple[dict[str, Tensor], Tensor]:

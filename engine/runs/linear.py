@@ -84,21 +84,20 @@ class LinearClassification(Supervised):
         self.update.begin()
         return linear_step(self.classifier, self.encode(self.images(batch)), label_B, rows), lr
 
-    def metrics(self, output: tuple[Tensor, float]) -> Row:
-        self.check_skips()
-        return {"loss": output[0].item(), "lr": output[1]}
+    def metrics(self, output: tuple[Tensor, float]) -> dict[str, Tensor | float]:
+        return {"loss": output[0], "lr": output[1]}
 
     def evaluate(self) -> Row | None:
-        self.check_skips()
+        self.check_skips(int(self.update.skipped))
         return super().evaluate()
 
     def state(self) -> RunState:
-        self.check_skips()
+        self.check_skips(int(self.update.skipped))
         return super().state()
 
-    def check_skips(self) -> None:
-        """Raises RunFailed where a step was skipped: the protocol knows no such step. Waits for the device."""
-        if int(self.update.skipped):
+    def check_skips(self, skipped: int, in_a_row: int = 0) -> None:
+        """Raises RunFailed where a step was skipped: the protocol knows no such step."""
+        if skipped:
             raise RunFailed(
                 f"the loss of a step up to {self.step} is not finite; the newest checkpoint is kept: start anew with a "
                 "lower optimizer.base_lr in another run.dir"

@@ -199,9 +199,11 @@ class Pretraining(Task):
         half = next(m for m in range(self.micro_batch // 2, 0, -1) if self.local_batch % m == 0)
         return f"train.micro_batch_size={half}, {super().less_memory}"
 
-    def metrics(self, output: StepOutput) -> Row:
-        row = health(output, self.trained)
-        row["rankme"] = rankme_from_gram(feature_gram(output.features, self.world.group))
+    def metrics(self, output: StepOutput) -> dict[str, Tensor | float]:
+        row: dict[str, Tensor | float] = {**health(output, self.trained)}
+        gram_DD = feature_gram(output.features, self.world.group)
+        if self.world.is_first:  # eigenvalues take a while, and it alone writes the log
+            row["rankme"] = rankme_from_gram(gram_DD)
         first = {"loss": row.pop("loss"), "lr": output.applied.lr, "momentum": output.momentum}
         return first | row | ({} if self.probe is None else self.probe.describe())
 

@@ -52,6 +52,15 @@ class Plan:
         return self.evaluate_every > 0 and (step in (0, self.last_step) or step % self.evaluate_every == 0)
 
 
+def on_host(numbers: Mapping[str, Tensor | float]) -> Row:
+    """The same as plain numbers: those on the device come in one copy, for which it is waited once."""
+    tensors = {name: number for name, number in numbers.items() if isinstance(number, Tensor)}
+    values = torch.stack([tensor.double() for tensor in tensors.values()]).tolist()
+    pairs = zip(tensors.items(), values, strict=True)
+    fetched = {name: value if tensor.is_floating_point() else int(value) for (name, tensor), value in pairs}
+    return {**numbers, **fetched}
+
+
 class Task(ABC):
     """A recipe's task on its images. Every method is called on all ranks together, unless it says otherwise.
 
@@ -113,8 +122,8 @@ class Task(ABC):
         """One update; returns what `metrics` reads. Does not wait for the device."""
 
     @abstractmethod
-    def metrics(self, output: Any) -> Row:
-        """Of a step, `loss` and `lr` among them; equal on all ranks. May raise RunFailed."""
+    def metrics(self, output: Any) -> dict[str, Tensor | float]:
+        """Of a step, `loss` and `lr` among them. Does not wait for the device. Rank 0 may have more than others."""
 
     @abstractmethod
     def evaluate(self) -> Row | None:
@@ -220,12 +229,17 @@ class Task(ABC):
         return self.augment(crops.contiguous(), sample_B, torch.full((), epoch, device=self.world.device))
 
     def describe(self, output: Any) -> Row:
-        """The loss row of a step. May raise RunFailed."""
-        row = self.metrics(output)
-        self.update.check_skips()
+        """The loss row of a step, of which other ranks than 0 may lack something. May raise RunFailed."""
+        counts = {"skipped": self.update.skipped, "in a row": self.update.skipped_in_a_row}
+        row = on_host(self.metrics(output) | counts)
+        self.check_skips(row.pop("skipped"), row.pop("in a row"))
         begun = -(-self.step // self.order.steps_per_epoch)  # epochs
         bad_images = self.bad_images.check(begun * len(self.splits.train))
         return {"epoch": self.epoch} | row | {"bad_images": bad_images}
+
+    def check_skips(self, skipped: int, in_a_row: int) -> None:
+        """Raises RunFailed where more steps had bad gradients than the task bears: in all, and of late without end."""
+        self.update.check_skips(in_a_row)
 
     def picture(self, batch: Batch) -> Tensor:
         """uint8 [3, H, W]: what the networks see, one column per image, view 1 above view 2."""

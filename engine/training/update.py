@@ -91,9 +91,8 @@ class Update:
         self.step += 1
         return Applied(lr, grad_norm, skipped)
 
-    def check_skips(self) -> None:
-        """Raises RunFailed where too many steps in a row had bad gradients. Waits for the device."""
-        skips = int(self.skipped_in_a_row)
+    def check_skips(self, skips: int) -> None:
+        """Raises RunFailed where too many steps in a row had bad gradients. skips: `skipped_in_a_row`, on the host."""
         if skips >= SKIPS_IN_A_ROW:
             raise RunFailed(
                 f"the last {skips} steps up to {self.step} had gradients that are not finite and changed nothing; no "

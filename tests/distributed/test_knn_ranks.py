@@ -93,7 +93,7 @@ def worker(rank: int, world: int, folder: str) -> None:
         "one_holder": classify(Features(*(rows[held] for rows in whole)), query.feature_ND, **options),
         "accuracy": accuracy(predictions[20], query.label_N),
         "refusals": refusals(bank, query.feature_ND),
-        "rankme": rankme_from_gram(feature_gram(bank.feature_ND, None)),
+        "rankme": rankme_from_gram(feature_gram(bank.feature_ND, None)).item(),
         "training": trunk.training,
     }
     torch.save(result, f"{folder}/{world}_{rank}.pt")

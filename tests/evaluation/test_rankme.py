@@ -25,7 +25,7 @@ def by_definition(features: torch.Tensor) -> float:
 
 
 def from_gram(features: torch.Tensor) -> float:
-    return rankme_from_gram(feature_gram(features, None))
+    return rankme_from_gram(feature_gram(features, None)).item()
 
 
 @pytest.mark.parametrize("measure", [by_definition, from_gram])
