@@ -1,4 +1,4 @@
-"""A share of the labels: some images of a source, as many of every class, drawn by a seed.
+"""Some images of a source with labels, as many of every class, drawn by a seed.
 
 Shapes: N images of the source, M chosen ones, C classes.
 """
@@ -35,13 +35,19 @@ class Subset(Source):
 def take_labels(source: Source, share: float, seed: int) -> Source:
     """As many images of every class as a `share`, in (0, 1], of the average class has; all of them for a share of 1.
 
-    That is share x N / C, rounded, and at least one; of a class that has fewer, all. Every image draws a random number
-    by (seed, image), and those with a class's smallest are taken: so a smaller share lies within a larger one.
-    The source has labels.
+    That is share x N / C, rounded, and at least one.
     """
     if share == 1:
         return source
-    per_class = max(1, round(share * len(source) / len(source.classes)))
+    return take_per_class(source, max(1, round(share * len(source) / len(source.classes))), seed)
+
+
+def take_per_class(source: Source, per_class: int, seed: int) -> Source:
+    """This many images of every class; of a class that has fewer, all.
+
+    Every image draws a random number by (seed, image), and those with a class's smallest are taken: so fewer images
+    lie within more. The source has labels.
+    """
     draw_N = random_64(seed, 0, len(source), SUBSET)
     order_N = np.lexsort((draw_N, source.labels))  # class by class, each from its smallest draw on
     count_C = np.bincount(source.labels, minlength=len(source.classes))

@@ -35,6 +35,7 @@ MAX_STEPS = "ends the run early, while the schedules still span all epochs; null
 BATCH = "images of a step over all processes, whose number must divide it"
 MICRO_BATCH = "images of a process that pass the trunk together, to save memory at a price in time; null: all"
 NAMED = "null: as the named network has it"
+KNN_BANK = "training images of each class that are kNN's neighbours, drawn by run.seed; null: all"
 CROP_FRACTION = "side of the centre crop over the shorter side of the resized image; 1 sees the whole width"
 
 SCHEMA = 2  # raise it with a key whose default is not what ran before it
@@ -139,6 +140,7 @@ class Log:
 @section
 class Evaluate:
     knn_every_epochs: int = key("epochs between kNN rows; 0: never", NOT_NEGATIVE, default=10)
+    knn_bank: int | None = key(KNN_BANK, AT_LEAST_1, since=2, before=None, default=None)
     crop_fraction: float = key(CROP_FRACTION, CROP, default=0.875)
     online_probe: bool = key("train a linear classifier beside the network, which it leaves alone", default=False)
 

@@ -3,12 +3,15 @@
 import torch
 from torch import nn
 
+from engine.data.source import Source
 from engine.data.splits import Splits
+from engine.data.subset import take_per_class
 from engine.distributed.world import World
 from engine.evaluation.features import unchecked_features
 from engine.evaluation.knn import accuracy, classify, gather_rows
 from engine.evaluation.online_probe import OnlineProbe
 from engine.evaluation.subject import Subject
+from engine.recipe.keys import wrong
 from engine.recipe.sections import Pretrain
 from engine.training.step import TrainState
 
@@ -18,6 +21,22 @@ K = 20  # neighbours
 def has_monitor(splits: Splits) -> bool:
     """kNN needs labels on both sides and enough training images to be neighbours; the online probe the labels."""
     return splits.val is not None and splits.val.labels is not None and len(splits.train) >= K
+
+
+def open_bank(recipe: Pretrain, splits: Splits) -> Source:
+    """The training images that are kNN's neighbours; where `has_monitor` holds.
+
+    Raises:
+        UserError: the recipe wants too few.
+    """
+    per_class, train = recipe.evaluate.knn_bank, splits.train
+    if per_class is None:
+        return train
+    bank = take_per_class(train, per_class, recipe.run.seed)
+    if len(bank) < K:
+        needs = f"null, or so many that there are {K} neighbours in all {len(train.classes)} classes ({len(bank)})"
+        raise wrong("evaluate.knn_bank", per_class, needs)
+    return bank
 
 
 def make_probe(
@@ -39,7 +58,13 @@ def make_probe(
 
 
 def monitor_row(
-    recipe: Pretrain, world: World, splits: Splits, trunk: nn.Module, dtype: torch.dtype, probe: OnlineProbe | None
+    recipe: Pretrain,
+    world: World,
+    bank: Source,
+    val: Source,
+    trunk: nn.Module,
+    dtype: torch.dtype,
+    probe: OnlineProbe | None,
 ) -> dict[str, float]:
     """Top-1 and top-5 on the validation images, from 0 to 1, by kNN and by the probe; equal on all ranks.
 
@@ -48,12 +73,11 @@ def monitor_row(
     """
     augment, evaluate = recipe.augment, recipe.evaluate
     subject = Subject(trunk, recipe.model.image_size, augment.mean, augment.std, evaluate.crop_fraction, dtype=dtype)
-    bank, queries = (
+    neighbours, queries = (
         unchecked_features(subject, source, None, world, recipe.data.workers, "it is left out of the monitor")
-        for source in splits
+        for source in (bank, val)
     )
     query = gather_rows(queries.to(world.device), world.group)
-    classes = len(splits.train.classes)
-    found = classify(bank, query.feature_ND, classes=classes, ks=(K,), group=world.group)
+    found = classify(neighbours, query.feature_ND, classes=len(bank.classes), ks=(K,), group=world.group)
     row = {f"knn_{top}": share for top, share in accuracy(found[K], query.label_N).items()}
     return row if probe is None else row | probe.accuracy(query.feature_ND, query.label_N)

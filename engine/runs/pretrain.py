@@ -24,7 +24,7 @@ from engine.recipe.keys import wrong
 from engine.recipe.load import dump, locate, located
 from engine.recipe.sections import Pretrain
 from engine.runs.log import Row
-from engine.runs.monitor import has_monitor, make_probe, monitor_row
+from engine.runs.monitor import has_monitor, make_probe, monitor_row, open_bank
 from engine.runs.run import run
 from engine.runs.task import Task
 from engine.training.activation_checkpoint import check_activation_checkpoint
@@ -147,6 +147,7 @@ class Pretraining(Task):
         self.local_batch = self.order.batch // world.size
         self.micro_batch = recipe.train.micro_batch_size or self.local_batch
         self.schedule = make_schedule(recipe, self.order.steps_per_epoch)
+        self.bank = open_bank(recipe, splits) if has_monitor(splits) else None
 
     def fresh_trunk(self) -> nn.Module:
         model = self.recipe.model
@@ -212,9 +213,11 @@ class Pretraining(Task):
         return self.recipe.evaluate.knn_every_epochs * self.order.steps_per_epoch if has_monitor(self.splits) else 0
 
     def evaluate(self) -> Row | None:
-        trunk = self.moco.base.trunk
+        trunk, bank, val = self.moco.base.trunk, self.bank, self.splits.val
+        if bank is None or val is None:
+            return None
         try:
-            return monitor_row(self.recipe, self.world, self.splits, trunk, self.dtype, self.probe)
+            return monitor_row(self.recipe, self.world, bank, val, trunk, self.dtype, self.probe)
         except (UserError, ValueError, FloatingPointError) as error:  # raised on all ranks alike
             if self.world.is_first:
                 warn(f"kNN after step {self.step} was left out: {error}")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from engine.data.opening import align_labels, open_source
 from engine.data.philox import AUGMENT, CROP, ORDER, SUBSET, random_bits
 from engine.data.source import Root, Source
-from engine.data.subset import Subset, take_labels
+from engine.data.subset import Subset, take_labels, take_per_class
 from tests.data.images import fill, shades
 
 
@@ -83,6 +83,12 @@ def test_a_small_class_gives_all_it_has_and_no_other_makes_up_for_it():
     assert per_class(take_labels(uneven, 0.2, 0)) == [5, 3, 0, 5]
     assert per_class(take_labels(uneven, 0.01, 0)) == [1, 1, 0, 1]
     assert per_class(take_labels(uneven, 0.99, 0)) == [25, 3, 0, 25]
+
+
+def test_a_number_per_class_is_the_share_that_is_as_many():
+    for each, share in ((1, 0.01), (13, 0.13)):
+        assert take_per_class(EVEN, each, 3).fingerprint == take_labels(EVEN, share, 3).fingerprint
+    assert chosen(take_per_class(EVEN, 100, 0)) == chosen(take_per_class(EVEN, 999, 0)) == list(range(400))
 
 
 def test_all_labels_are_the_source_itself():

@@ -13,6 +13,7 @@ from engine.checkpoint.load import read_tensors
 from tests.distributed.launch import torchrun
 
 WITHOUT = "evaluate.online_probe=false"
+MONITORED = ["train.max_steps=1", "evaluate.knn_every_epochs=1", "evaluate.knn_bank=6"]
 WORKERS = {"full": 1, "grad_op": 3, "hybrid": 0, "replicate": 0}  # by sharding
 FLOOR = 0.01  # of a tensor's largest entry, under which differences are absolute (tests/golden/README.md)
 
@@ -68,7 +69,7 @@ def alone(tmp_path_factory):
     """The runs of one rank, that all others are compared with."""
     directory = tmp_path_factory.mktemp("alone")
     runs = [(kind, kind, "data.workers=0") for kind in ("vit", "vit_conv", "resnet")]
-    launch(1, directory, *runs, ("without", "vit", "data.workers=0", WITHOUT))
+    launch(1, directory, *runs, ("without", "vit", "data.workers=0", WITHOUT), ("bank", "vit", *MONITORED))
     for kind in ("vit", "vit_conv", "resnet"):
         losses = [row["loss"] for row in rows(directory / kind)]
         assert len(set(losses)) == 20  # it moves: a trainer that does nothing would agree with itself
@@ -97,7 +98,7 @@ def test_two_ranks(alone, tmp_path):
     runs = [sharded(*pair) for pair in pairs]
     runs += [("vit_halves", "vit", f"train.max_steps={s}") for s in (9, 20)]
     runs += [("resnet_halves", "resnet", "train.max_steps=9", WITHOUT), ("resnet_halves", "resnet")]
-    runs += [("conv", "vit_conv"), ("to_one", "vit", "train.max_steps=9")]
+    runs += [("conv", "vit_conv"), ("to_one", "vit", "train.max_steps=9"), ("bank", "vit", *MONITORED)]
     runs += [("micro", "vit", f"train.max_steps={s}", f"train.micro_batch_size={m}") for s, m in ((9, 1), (20, 2))]
     launch(2, tmp_path, *runs)
     for kind, shard in pairs:
@@ -107,6 +108,9 @@ def test_two_ranks(alone, tmp_path):
     assert ["probe_loss" in row for row in rows(tmp_path / "resnet_halves")] == [False] * 9 + [True] * 11
     assert_same_run(tmp_path / "conv", alone / "vit_conv")
     assert_same_run(tmp_path / "micro", alone / "vit")
+    knn = [[row["knn_top1"] for row in rows(at / "bank") if "knn_top1" in row] for at in (alone, tmp_path)]
+    assert knn[0] == knn[1]
+    assert len(knn[0]) == 2
 
     launch(1, tmp_path, ("to_one", "vit", "parallel.shard=replicate", "data.workers=0"))
     assert_same_run(tmp_path / "to_one", alone / "vit")

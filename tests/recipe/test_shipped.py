@@ -95,6 +95,16 @@ def test_imagenet_recipes_share_the_augmentation_of_the_paper(name):
     assert recipe.parallel.compile
 
 
+@pytest.mark.parametrize("name", sorted(set(PRETRAIN) - {"quickstart", "quickstart_conv"}))
+def test_monitoring_reads_less_than_one_per_cent_of_the_images(name):
+    """Of ImageNet's 1000 classes, with its 50,000 validation images. A trained image costs no less than one that is
+    looked at: it is read as well, and goes eight times forward or as much."""
+    recipe = shipped(name)
+    epochs, every, bank = recipe.train.epochs, recipe.evaluate.knn_every_epochs, recipe.evaluate.knn_bank
+    rows = epochs // every + 1  # and at the start
+    assert rows * (1000 * bank + 50_000) < 0.01 * epochs * 1_281_167
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_recipe_stands_alone(name):
     """It writes every key but those that leave something out, or to the named network; and fewer than 60."""

@@ -131,6 +131,25 @@ def test_best_names_the_checkpoint_with_the_highest_knn_and_is_spared(world, tmp
     assert {path.name for path in (tmp_path / "checkpoints").glob("step_*")} == {named, "step_0000020"}
 
 
+def test_the_monitor_may_see_some_images_of_each_class(world, tmp_path):
+    """60 images of 4 classes: a bank of all is no bank, bit for bit; another takes as many of every class."""
+
+    def knn(name, *overrides):
+        rows = train(world, tmp_path / name, "train.max_steps=7", "evaluate.knn_every_epochs=1", *overrides)
+        return [row for row in rows if "knn_top1" in row]
+
+    whole = knn("whole")
+    assert knn("all", "evaluate.knn_bank=60") == whole
+    some = knn("some", "evaluate.knn_bank=6")
+    assert [row["step"] for row in some] == [0, 7]
+    assert some != whole
+    assert [row["probe_top1"] for row in some] == [row["probe_top1"] for row in whole]
+    words = r"evaluate.knn_bank \(2\) must be null, or so many that there are 20 neighbours in all 4 classes \(8\); "
+    with pytest.raises(UserError, match=words):
+        knn("few", "evaluate.knn_bank=2")
+    assert not (tmp_path / "few").exists()
+
+
 def test_the_online_probe_is_told_of_and_may_come_and_go(world, tmp_path, capfd):
     """Its accuracy stands beside kNN's, its loss in the loss rows; a resume may leave it out and begin it anew."""
 
