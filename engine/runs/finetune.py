@@ -212,7 +212,7 @@ class Finetuning(Supervised):
         return self.recipe.evaluate.every_epochs * self.order.steps_per_epoch
 
     def evaluate(self) -> Row | None:
-        self.update.check_skips(int(self.update.skipped_in_a_row))
+        self.update.check_skips(int(self.update.skipped_in_a_row), self.step)
         return super().evaluate()
 
     def predict(self) -> tuple[dict[str, Tensor], Tensor]:

@@ -239,7 +239,7 @@ class Task(ABC):
 
     def check_skips(self, skipped: int, in_a_row: int) -> None:
         """Raises RunFailed where more steps had bad gradients than the task bears: in all, and of late without end."""
-        self.update.check_skips(in_a_row)
+        self.update.check_skips(in_a_row, self.step)
 
     def picture(self, batch: Batch) -> Tensor:
         """uint8 [3, H, W]: what the networks see, one column per image, view 1 above view 2."""

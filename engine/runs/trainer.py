@@ -22,6 +22,7 @@ from engine.errors import Interrupted
 from engine.logger import say
 from engine.recipe.identity import fingerprint
 from engine.runs.log import MetricsLog
+from engine.runs.news import News
 from engine.runs.task import Task
 
 
@@ -41,6 +42,7 @@ class Trainer:
             RunFailed: the task cannot go on.
         """
         with StopSignal(self.world) as stop, self._progress_bar() as self.bar:
+            news = News(self.task.update, stop)
             self._evaluate_if_due()
             self._restart_clock()
             for batch in self._timed("data", self.task.batches(self.plan.last_step)):
@@ -48,7 +50,7 @@ class Trainer:
                 with self._time("training"):
                     output = self.task.train_step(batch)
                     self._log_if_due(output, batch)
-                signum = stop.agreed()
+                signum = news.after_step()
                 # An evaluation takes minutes on large data, and a scheduler's grace is short: save before it.
                 if signum or self.plan.saves_after(self.task.step) or self.plan.evaluates_after(self.task.step):
                     self._save()

@@ -3,7 +3,7 @@
 Nothing here waits for the device: whether a step counts is decided on it, on all ranks alike.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,6 +54,7 @@ class Update:
         self.optimizer, self.trained, self.kept = optimizer, trained, kept
         self.group, self.copies, self.knows_found_inf = group, copies, knows_found_inf
         self.step = 0  # skipped ones count
+        self.message: Callable[[], Tensor] | None = None  # of the caller, 1-d: the guard adds it up over `group`
         device = next(iter(trained.values())).device
         self.skipped = torch.zeros((), dtype=torch.long, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=device)
@@ -76,7 +77,8 @@ class Update:
         Raises:
             RuntimeError: a trained parameter took no part in the loss.
         """
-        grad_norm = gradient_norm(self.trained, self.group, self.copies)
+        message = None if self.message is None else self.message()
+        grad_norm, self.heard = gradient_norm(self.trained, self.group, self.copies, message)
         skipped = (~grad_norm.isfinite()).float()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -91,27 +93,34 @@ class Update:
         self.step += 1
         return Applied(lr, grad_norm, skipped)
 
-    def check_skips(self, skips: int) -> None:
-        """Raises RunFailed where too many steps in a row had bad gradients. skips: `skipped_in_a_row`, on the host."""
+    def check_skips(self, skips: int, step: int) -> None:
+        """Raises RunFailed where too many steps in a row had bad gradients. skips: `skipped_in_a_row` after `step`."""
         if skips >= SKIPS_IN_A_ROW:
             raise RunFailed(
-                f"the last {skips} steps up to {self.step} had gradients that are not finite and changed nothing; no "
+                f"the last {skips} steps up to {step} had gradients that are not finite and changed nothing; no "
                 "weights were harmed: go on with parallel.precision=float32, or start anew with a lower "
                 "optimizer.base_lr or a longer train.warmup_epochs in another run.dir"
             )
 
 
 @torch.no_grad()
-def gradient_norm(trained: Mapping[str, Tensor], group: dist.ProcessGroup | None, copies: int) -> Tensor:
-    """Of all gradients on all ranks, on every rank alike; not finite where one of them is not."""
+def gradient_norm(
+    trained: Mapping[str, Tensor], group: dist.ProcessGroup | None, copies: int, message: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of all gradients on all ranks, on every rank alike; not finite where one of them is not.
+
+    message: more numbers, 1-d, to be added up on the same way; the second result is their sum over ranks, each its own
+    whatever the gradients are.
+    """
     unused = [name for name, parameter in trained.items() if parameter.grad is None]
     if unused:
         raise RuntimeError(f"{len(unused)} trained parameters took no part in the loss: {', '.join(unused[:5])}")
     # In float64, where no square of a finite float32 number overflows: not finite means a bad gradient.
     square = norm_each([local(p.grad) for p in trained.values()]).square().sum()
+    sums = square[None] if message is None else torch.cat([square[None], message])
     if group is not None:
-        dist.all_reduce(square, group=group)
-    return (square / copies).sqrt()
+        dist.all_reduce(sums, group=group)
+    return (sums[0] / copies).sqrt(), sums[1:]
 
 
 class Snapshot:

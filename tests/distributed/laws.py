@@ -57,17 +57,20 @@ def bad_gradient_changes_nothing(world: World) -> None:
         expected = [shard.clone() for shard in state.momentum_shards]
         lerp_each_(expected, state.base_shards, 1 - state.schedule.momentum_at(2))
 
-        def poisoned(trained, *rest, bad: float = (torch.nan, torch.inf)[number % 2]) -> Tensor:
+        def poisoned(trained, *rest, bad: float = (torch.nan, torch.inf)[number % 2]) -> tuple[Tensor, Tensor]:
             if world.rank == world.size - 1:
                 last = [p for p in trained.values() if local(p.grad).numel()][-1]
                 local(last.grad).view(-1)[0] = bad
             return gradient_norm(trained, *rest)
 
         update_module.gradient_norm = poisoned
-        output = train_step(state, images(trace, world, 2))
-        update_module.gradient_norm = gradient_norm
-
         update = state.update
+        update.message = lambda: torch.tensor([0.0, 1.0, world.rank], dtype=torch.float64, device=world.device)
+        output = train_step(state, images(trace, world, 2))
+        update_module.gradient_norm, update.message = gradient_norm, None
+        # What travels beside bad gradients arrives, on every rank.
+        assert update.heard.tolist() == [0, world.size, world.size * (world.size - 1) / 2]
+
         assert (output.applied.skipped.item(), update.step) == (1, 3)
         assert (update.skipped.item(), update.skipped_in_a_row.item()) == (1, 1)
         after = snapshot(state)

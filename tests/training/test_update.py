@@ -66,10 +66,10 @@ def test_too_many_bad_gradients_in_a_row_end_the_run():
     layer, update = small_update()
     for _ in range(SKIPS_IN_A_ROW - 1):
         step(layer, update, float("nan"))
-    update.check_skips(int(update.skipped_in_a_row))
+    update.check_skips(int(update.skipped_in_a_row), update.step)
     step(layer, update, float("nan"))
     with pytest.raises(RunFailed, match=f"the last {SKIPS_IN_A_ROW} steps up to {SKIPS_IN_A_ROW} had gradients"):
-        update.check_skips(int(update.skipped_in_a_row))
+        update.check_skips(int(update.skipped_in_a_row), update.step)
 
 
 def test_a_parameter_without_a_gradient_is_named():
