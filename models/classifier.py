@@ -3,7 +3,7 @@
 Shapes: B images of this rank, C classes, K paths that may be dropped.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -55,19 +55,27 @@ class Classifier(Network):
         is_trained = self.head.weight.requires_grad
         return [Part(self.trunk, True, is_trained), Part(self.head, False, is_trained)]
 
-    def initial_values(self, trunk_values: Iterable[tuple[str, Tensor]], seed: int) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter and buffer at the start as (name, value on the CPU), one at a time.
+    def initial_values(
+        self, trunk_values: Iterable[tuple[str, Tensor]], seed: int, held: Container[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and buffer at the start but those `held`, as (name, value on the CPU), one at a time.
 
         The trunk's are `trunk_values`; what these lack (buffers that no file holds) is as in a fresh trunk. The weight
         of the classifier is drawn by `seed` and its bias is 0, as DeiT has them.
+
+        Args:
+            held: names whose values come from elsewhere, as from a checkpoint; with them goes the whole head.
         """
-        missing = {**dict(self.trunk.named_parameters()), **dict(self.trunk.named_buffers())}
+        tensors = {**dict(self.trunk.named_parameters()), **dict(self.trunk.named_buffers())}
+        missing = {name: tensor for name, tensor in tensors.items() if f"trunk.{name}" not in held}
         for name, value in trunk_values:
             del missing[name]
             yield f"trunk.{name}", value
         if missing:
             fresh = self._draw_trunk(seed)
             yield from ((f"trunk.{name}", fresh(name, tensor.shape)) for name, tensor in missing.items())
+        if "head.weight" in held:
+            return
         weight_CD = torch.empty(self.head.weight.shape)
         generator = generator_for(seed, "head.weight")
         yield "head.weight", nn.init.trunc_normal_(weight_CD, std=INITIAL_STD, generator=generator)

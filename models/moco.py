@@ -3,7 +3,7 @@
 Shapes: V views, B images of this rank, D feature width, P output width of the heads.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -74,13 +74,23 @@ class MoCo(Network):
             Part(self.predictor, is_trunk=False, is_trained=True),
         ]
 
-    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter and buffer before training as (name, value on the CPU), one at a time.
+    def initial_values(self, seed: int, held: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and buffer before training but those `held`, as (name, value on the CPU), one at a time.
 
-        The momentum encoder starts as a copy of the base encoder. Values depend on the seed alone.
+        The momentum encoder starts as a copy of the base encoder: its values follow theirs, and are the same tensors.
+        Values depend on the seed alone.
+
+        Args:
+            held: names whose values come from elsewhere, as from a checkpoint; nothing is drawn for them.
         """
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        drawn = {name: t for name, t in tensors.items() if not (name.startswith("momentum.") or name in held)}
+        if not drawn:
+            return
         draw_trunk, draw_head = self._draw_trunk(seed), seeded(heads.initial_value)(seed)
-        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
-            source = name.replace("momentum.", "base.", 1) if name.startswith("momentum.") else name
-            inner = source.removeprefix("base.trunk.")
-            yield name, draw_head(source, tensor.shape) if inner == source else draw_trunk(inner, tensor.shape)
+        for name, tensor in drawn.items():
+            inner = name.removeprefix("base.trunk.")
+            value = draw_head(name, tensor.shape) if inner == name else draw_trunk(inner, tensor.shape)
+            yield name, value
+            if name.startswith("base."):
+                yield name.replace("base.", "momentum.", 1), value

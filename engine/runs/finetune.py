@@ -37,7 +37,7 @@ from engine.runs.run import run
 from engine.runs.supervised import Supervised, digest
 from engine.training.activation_checkpoint import check_activation_checkpoint
 from engine.training.finetune_step import FinetuneOutput, FinetuneState, finetune_step
-from engine.training.parallelize import check_compiler, dtype_of, materialize, parallelize
+from engine.training.parallelize import check_compiler, dtype_of, materialize, parallelize, saved
 from engine.training.schedule import Schedule
 from engine.training.update import Update
 from engine.weights.export import export_classifier
@@ -159,14 +159,15 @@ class Finetuning(Supervised):
     def fresh_trunk(self) -> nn.Module:
         return Classifier(self.weights.known().architecture.build(), len(self.classes)).trunk
 
-    def start(self) -> None:
+    def start(self, *, resumes: bool) -> None:
         recipe, world = self.recipe, self.world
         mesh = make_mesh(world, recipe.parallel.shard, recipe.parallel.replicate)
         for network in (self.classifier, self.ema):
             if network is not None:
                 parallelize(network, mesh, world.group, recipe.parallel)
-                values = network.initial_values(trunk_values(self.weights), recipe.run.seed)
-                materialize(network, world.device, values)
+                given, held = ((), saved(network).keys()) if resumes else (trunk_values(self.weights), ())
+                values = network.initial_values(given, recipe.run.seed, held)
+                materialize(network, world.device, values, held)
         self.trained = FinetuneState(
             self.classifier,
             self.ema,

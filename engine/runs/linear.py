@@ -66,7 +66,7 @@ class LinearClassification(Supervised):
             group=world.group,
         )
 
-    def start(self) -> None:
+    def start(self, *, resumes: bool) -> None:
         """All is small enough to be there from the start."""
 
     @property

@@ -31,7 +31,7 @@ from engine.training.activation_checkpoint import check_activation_checkpoint
 from engine.training.health import health
 from engine.training.loss import chance_level
 from engine.training.micro_batch import MicroBatches
-from engine.training.parallelize import check_compiler, compiled, dtype_of, materialize, parallelize
+from engine.training.parallelize import check_compiler, compiled, dtype_of, materialize, parallelize, saved
 from engine.training.schedule import MocoSchedule
 from engine.training.step import StepOutput, TrainState, train_step
 from engine.training.update import Update
@@ -122,11 +122,15 @@ def make_schedule(recipe: Pretrain, steps_per_epoch: int) -> MocoSchedule:
     )
 
 
-def build_state(recipe: Pretrain, moco: MoCo, world: World, schedule: MocoSchedule) -> TrainState:
-    """The networks of `make_moco` and the recipe's optimizer, sharded, with their initial weights."""
+def build_state(
+    recipe: Pretrain, moco: MoCo, world: World, schedule: MocoSchedule, *, resumes: bool = False
+) -> TrainState:
+    """The networks of `make_moco` and the recipe's optimizer, sharded, with their initial weights; where it `resumes`,
+    what checkpoints hold is left empty, to be loaded."""
     mesh = make_mesh(world, recipe.parallel.shard, recipe.parallel.replicate)
     parallelize(moco, mesh, world.group, recipe.parallel)
-    materialize(moco, world.device, moco.initial_values(recipe.run.seed))
+    held = saved(moco).keys() if resumes else ()
+    materialize(moco, world.device, moco.initial_values(recipe.run.seed, held), held)
     return TrainState(
         moco, schedule, recipe.optimizer, temperature=recipe.moco.temperature, mesh=mesh, group=world.group
     )
@@ -153,8 +157,8 @@ class Pretraining(Task):
         model = self.recipe.model
         return declared(model).build(freeze_patch_projection=model.freeze_patch_projection).module
 
-    def start(self) -> None:
-        self.trained = build_state(self.recipe, self.moco, self.world, self.schedule)
+    def start(self, *, resumes: bool) -> None:
+        self.trained = build_state(self.recipe, self.moco, self.world, self.schedule, resumes=resumes)
         self.probe = make_probe(self.recipe, self.world, self.splits, self.trained, self.dtype)
 
     @property

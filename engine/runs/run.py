@@ -44,7 +44,7 @@ def run(task: Task, started: float) -> Row:
     ):
         _say_opening(task)
         found = _newest(directory, task)
-        task.start()
+        task.start(resumes=found is not None)
         if found is not None:
             task.resume(*found)
             _say_resumed(found[0], task.step, task.plan())

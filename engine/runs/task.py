@@ -105,8 +105,9 @@ class Task(ABC):
     # ---- on which tasks differ
 
     @abstractmethod
-    def start(self) -> None:
-        """Make the weights with which the run begins, and what trains them."""
+    def start(self, *, resumes: bool) -> None:
+        """Make the weights with which the run begins, and what trains them; where it `resumes`, room for them, which
+        `resume` fills."""
 
     @property
     @abstractmethod

@@ -1,7 +1,7 @@
 """How the networks are laid over the ranks: activation checkpoints, compile, FSDP2, weights. Read it from the top."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import ParamSpec, TypeVar, cast
 
 import torch
@@ -153,8 +153,13 @@ def check_compiler(parallel: Parallel, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def materialize(network: nn.Module, device: torch.device, values: Iterable[tuple[str, Tensor]]) -> None:
-    """Allocate this rank's shards and fill them with `values`: every parameter and buffer whole, one at a time."""
+def materialize(
+    network: nn.Module, device: torch.device, values: Iterable[tuple[str, Tensor]], held: Container[str] = ()
+) -> None:
+    """Allocate this rank's shards and fill them with `values`: every parameter and buffer whole, one at a time.
+
+    held: names of those that have no value yet; the caller loads them.
+    """
     network.to_empty(device=device)
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     for name, value in values:
@@ -166,5 +171,6 @@ def materialize(network: nn.Module, device: torch.device, values: Iterable[tuple
             target.to_local().copy_(value.to_local())
         else:
             target.copy_(value)
-    if tensors:
-        raise RuntimeError(f"{len(tensors)} tensors have no initial value: {', '.join(sorted(tensors)[:5])}")
+    empty = sorted(name for name in tensors if name not in held)
+    if empty:
+        raise RuntimeError(f"{len(empty)} tensors have no initial value: {', '.join(empty[:5])}")
