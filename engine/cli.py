@@ -13,7 +13,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from engine.distributed.launcher import end_with_launcher, local_ranks, ranks
+from engine.distributed.launcher import (
+    cores,
+    end_with_launcher,
+    is_launched,
+    local_ranks,
+    ranks,
+    share_compilers,
+)
 from engine.errors import Interrupted, RunFailed, UserError
 from engine.logger import complain, note, rank
 from engine.own_models import exit_if_hidden
@@ -45,6 +52,8 @@ ROOTS = {"data.root": "--train", "data.val_root": "--val"}  # of a recipe with l
 def enter(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a front door on the command line's arguments and exit: 0 done, 2 user error (one line), else failure."""
     end_with_launcher(os.getppid())
+    if is_launched():
+        share_compilers(local_ranks())
     carry_out(main, sys.argv[1:])
     sys.exit()
 
@@ -261,11 +270,6 @@ def decoding_workers(options: Namespace) -> int:
     if options.workers is not None:
         return options.workers
     return max(0, min(WORKERS_AT_MOST, cores() // local_ranks() - 1))
-
-
-def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- a recipe

@@ -18,8 +18,8 @@ from importlib import import_module
 from multiprocessing.process import BaseProcess
 from typing import NoReturn
 
-from engine.cli import carry_out, cores
-from engine.distributed.launcher import end_with_launcher, is_launched
+from engine.cli import carry_out
+from engine.distributed.launcher import cores, end_with_launcher, is_launched, share_compilers
 from engine.errors import RunFailed, UserError
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -51,6 +51,7 @@ def launch(door: str, arguments: list[str], ranks: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
+    share_compilers(ranks)
     agent = _Agent(door, arguments, ranks)
     # It lets go of signals that the thread of its start holds back, so it starts before the agent's does so.
     multiprocessing.resource_tracker.ensure_running()

@@ -4,11 +4,14 @@ It is known before PyTorch is loaded, which takes seconds.
 """
 
 import os
+import resource
 import threading
 import time
+from contextlib import suppress
 from functools import cache
 
 ORPHAN_CHECK_SECONDS = 1.0
+MOST_COMPILERS = 32  # of one process; torch's own bound
 
 
 def is_launched() -> bool:
@@ -29,6 +32,23 @@ def local_ranks() -> int:
 def local_rank() -> int:
     """This process's number among those of its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_compilers(ranks: int) -> None:
+    """Let the ranks of this node start no more compilers together than it has cores; before PyTorch is loaded."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(MOST_COMPILERS, cores() // ranks))))
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as it may: among W ranks each has about 2 W sockets."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS calls its limit infinite and has another
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @cache

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import engine
 from engine.distributed.agreement import agreement
-from engine.distributed.launcher import end_with_launcher, is_launched, local_rank, local_ranks
+from engine.distributed.launcher import allow_open_files, end_with_launcher, is_launched, local_rank, local_ranks
 from engine.errors import UserError
 
 T = TypeVar("T")
@@ -56,6 +56,7 @@ def process_group() -> Iterator[World]:
     GPUs are used where there are any. Under a launcher a rank whose agent died exits within seconds.
     """
     end_with_launcher(os.getppid())
+    allow_open_files()
     cuda = torch.cuda.is_available()
     device = _own_gpu() if cuda else torch.device("cpu")
     alone = {} if is_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}

@@ -1,5 +1,6 @@
 """The life of a run: a task in its run directory, from its newest checkpoint to the end of its plan."""
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ def run(task: Task, started: float) -> Row:
     with (
         RunDirectory(Path(recipe.run.dir), world) as directory,
         _memory_in_words(task, directory),
+        torn_code_in_words(),
         as_deterministic_as_asked(task),
     ):
         _say_opening(task)
@@ -88,6 +90,32 @@ def _memory_in_words(task: Task, directory: RunDirectory) -> Iterator[None]:
             f"{task.world.device_name} had no memory left for {asked[1] if asked else one_line(error)} more; {kept}: "
             f"go on with {task.less_memory}, which makes the same run in less memory"
         ) from error
+
+
+@contextmanager
+def torn_code_in_words() -> Iterator[None]:
+    """Raises RunFailed in place of torch's error, of many lines, where a compilation that was killed left half a file
+    among the compiled code that torch keeps."""
+    try:
+        yield
+    except Exception as error:
+        torn = re.search(r"(/\S+): file too short", _words_of_all(error))
+        if torn is None:
+            raise
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", Path(torn[1]).parent)  # torch sets it when it compiles
+        raise RunFailed(
+            f"compiled code is broken ({torn[1]}), as of a compilation that was killed; delete the folder {folder}, "
+            "and the same command goes on"
+        ) from error
+
+
+def _words_of_all(error: BaseException) -> str:
+    """Of an error and those that it came of."""
+    words, at = [], error
+    while at is not None and len(words) < 20:
+        words.append(str(at))
+        at = at.__cause__ or at.__context__
+    return "\n".join(words)
 
 
 def _newest(directory: RunDirectory, task: Task) -> tuple[Path, Manifest, RunState] | None:

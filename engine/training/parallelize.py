@@ -1,5 +1,7 @@
 """How the networks are laid over the ranks: activation checkpoints, compile, FSDP2, weights. Read it from the top."""
 
+import os
+import shutil
 import warnings
 from collections.abc import Callable, Container, Iterable
 from typing import ParamSpec, TypeVar, cast
@@ -144,12 +146,24 @@ def compiled(function: Callable[P, T], kept: float = 1.0) -> Callable[P, T]:
 
 
 def check_compiler(parallel: Parallel, device: torch.device) -> None:
-    """Raises UserError where code is to be compiled and cannot be: for a CPU it is C++."""
+    """Raises UserError where code is to be compiled and cannot be: for a CPU it is C++, and Triton's launchers of
+    what runs on a GPU are C."""
     if parallel.compile and device.type == "cpu" and not has_cpp_compiler():
         raise UserError(
             "parallel.compile (true) needs a C++ compiler on a CPU, and neither $CXX nor g++ is one; "
             "install g++ or pass parallel.compile=false"
         )
+    if parallel.compile and device.type == "cuda" and not has_c_compiler():
+        raise UserError(
+            "parallel.compile (true) needs a C compiler on a GPU, for Triton, and there is no $CC, gcc or clang; "
+            "install gcc or pass parallel.compile=false"
+        )
+
+
+def has_c_compiler() -> bool:
+    """Whether the C compiler is there that Triton calls: $CC where it is set, else gcc or clang."""
+    named = os.environ.get("CC")
+    return any(shutil.which(name) for name in (("gcc", "clang") if named is None else (named,)))
 
 
 @torch.no_grad()
