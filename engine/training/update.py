@@ -57,6 +57,7 @@ class Update:
         self.message: Callable[[], Tensor] | None = None  # of the caller, 1-d: the guard adds it up over `group`
         device = next(iter(trained.values())).device
         self.skipped = torch.zeros((), dtype=torch.long, device=device)
+        self.heard = torch.empty(0, device=device)  # of the last step: the sum of the ranks' messages
         self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=device)
 
     def tensors(self) -> dict[str, Tensor]:

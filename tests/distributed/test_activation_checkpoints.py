@@ -6,7 +6,7 @@ from tests.distributed.launch import results
 from tests.distributed.replays import TRACES
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_steps_are_those_without_checkpoints(ranks):
     """Golden traces in float64, buffers and optimizer too: to the bit, but for micro-batches' order of sums."""
     found = results(ranks, "tests.distributed.activation_checkpoints")
@@ -21,6 +21,7 @@ def test_steps_are_those_without_checkpoints(ranks):
         assert pair["kept"] < 0.75, pair
 
 
+@pytest.mark.slow
 def test_compiled_blocks_with_batch_norm_send_and_move_what_they_did():
     """As compiled code divides them into forward and backward pass."""
     (pair,) = results(2, "tests.distributed.activation_checkpoints", "partition", "B_resnet_lars")

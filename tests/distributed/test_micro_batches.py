@@ -5,7 +5,7 @@ import pytest
 from tests.distributed.launch import results
 
 
-@pytest.mark.parametrize(("ranks", "pairs"), [(1, 3), (2, 3 + 3)])
+@pytest.mark.parametrize(("ranks", "pairs"), [pytest.param(1, 3, marks=pytest.mark.slow), (2, 3 + 3)])
 def test_micro_batches_are_the_whole_batch(ranks, pairs):
     """Everything that six steps saw and left, in float64: under every sharding, in 1, 2 and 4 micro-batches."""
     found = results(ranks, "tests.distributed.micro_batches")

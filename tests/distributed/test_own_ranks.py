@@ -78,6 +78,7 @@ def test_a_rank_that_is_killed_is_said_in_one_line(interrupted):
     assert finished.code == 0
 
 
+@pytest.mark.slow
 def test_it_is_the_run_that_torchrun_makes(interrupted, tmp_path):
     folder, *_, finished = interrupted
     last = resumed_at(finished) + 3
