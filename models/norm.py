@@ -114,7 +114,8 @@ class _NormaliseByBatch(torch.autograd.Function):
         ctx.save_for_backward(x_VBCS, weight_C, near_VC, rstd_VC.to(dtype), shift_VC.to(dtype))
         mean_VC, variance_VC = mean_VC.to(dtype), variance_VC.to(dtype)
         ctx.mark_non_differentiable(mean_VC, variance_VC)
-        return y_VBCS.to(x_VBCS.dtype), mean_VC, variance_VC
+        # Not `to` of the type that it has: compiled by torch 2.11, that would take all gradients away without a word.
+        return y_VBCS if dtype == x_VBCS.dtype else y_VBCS.to(x_VBCS.dtype), mean_VC, variance_VC
 
     @staticmethod
     @once_differentiable
