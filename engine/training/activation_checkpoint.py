@@ -27,7 +27,7 @@ DEAR = {"mm", "addmm", "bmm", "baddbmm", "convolution"}  # and all forms of scal
 
 def check_activation_checkpoint(trunk: nn.Module, mode: ActivationCheckpoint, name: str) -> None:
     """Raises UserError where the blocks of the trunk of this name cannot be checkpointed so."""
-    if mode == "full" and any(map(has_batch_norm, blocks(trunk))):
+    if mode == "full" and _has_norm_in_blocks(trunk):
         # Their statistics would be sent a second time, and moved.
         must = f"none or selective for {name}, whose blocks have BatchNorm over all ranks"
         raise wrong("parallel.activation_checkpoint", mode, must)
@@ -35,10 +35,13 @@ def check_activation_checkpoint(trunk: nn.Module, mode: ActivationCheckpoint, na
 
 def stronger(mode: ActivationCheckpoint, trunk: nn.Module) -> ActivationCheckpoint | None:
     """The next mode that keeps less of this trunk; None where none does."""
-    found = blocks(trunk)
-    if mode == "full" or not found or (mode == "selective" and any(map(has_batch_norm, found))):
+    if mode == "full" or not blocks(trunk) or (mode == "selective" and _has_norm_in_blocks(trunk)):
         return None
     return "selective" if mode == "none" else "full"
+
+
+def _has_norm_in_blocks(trunk: nn.Module) -> bool:
+    return any(map(has_batch_norm, blocks(trunk)))
 
 
 def checkpoint_forward(block: nn.Module, mode: ActivationCheckpoint) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.recipe.sections import Parallel
-from engine.training.parallelize import dtype_of
+from engine.training.parallelize import dtype_of, trunk_dtype_of
 from models.dry_step import refused_in_step
 
 
@@ -46,9 +46,7 @@ def refused_in_trial(
     try:
         # Whoever fills a network with random numbers takes them from the global generators.
         with deterministic(True), torch.random.fork_rng([device.index] if on_cuda else []), torch.device(device):
-            rests = dtype_of(parallel)
-            computes = torch.bfloat16 if parallel.precision == "bf16" else rests
-            return refused_in_step(build().to(rests), image_size, computes)
+            return refused_in_step(build().to(dtype_of(parallel)), image_size, trunk_dtype_of(parallel))
     finally:
         if on_cuda:
             torch.cuda.empty_cache()

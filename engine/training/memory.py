@@ -18,7 +18,7 @@ from engine.recipe.sections import ActivationCheckpoint, Pretrain
 from engine.torch_internals import watching, without_data
 from engine.training.activation_checkpoint import is_dear
 from engine.training.loss import CHUNK
-from engine.training.parallelize import dtype_of
+from engine.training.parallelize import trunk_dtype_of
 from models.moco import MoCo
 from models.norm import has_batch_norm
 from models.trunk import blocks, cast_constants
@@ -97,7 +97,7 @@ def memory_of(recipe: Pretrain, moco: MoCo, gpus: int) -> Memory:
 def trunk_bytes(recipe: Pretrain, moco: MoCo) -> TrunkBytes:
     """What the recipe's trunk keeps of one crop."""
     trunk, size = copy.deepcopy(moco.base.trunk).train(), recipe.model.image_size
-    dtype = _of_trunk(recipe)
+    dtype = trunk_dtype_of(recipe.parallel)
     cast_constants(trunk, dtype)
     for parameter in trunk.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -182,10 +182,6 @@ def _bytes_of(values: Any) -> int:
 # ---- arithmetic
 
 
-def _of_trunk(recipe: Pretrain) -> torch.dtype:
-    return torch.bfloat16 if recipe.parallel.precision == "bf16" else dtype_of(recipe.parallel)
-
-
 def _size(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
@@ -201,7 +197,7 @@ def _at_rest(recipe: Pretrain, moco: MoCo, gpus: int) -> float:
 def _gathered(recipe: Pretrain, moco: MoCo, *, is_whole: bool) -> float:
     """is_whole: gradients of micro-batches add up, whole, on each rank."""
     trunk, heads = moco.base.trunk, _size((*moco.base.projector.parameters(), *moco.predictor.parameters()))
-    whole, width = _size(trunk.parameters()), _of_trunk(recipe).itemsize
+    whole, width = _size(trunk.parameters()), trunk_dtype_of(recipe.parallel).itemsize
     unit = max((_size(block.parameters()) for block in blocks(trunk)), default=whole)
     # One unit at work, the next one on its way, and one that is let go.
     weights = whole if recipe.parallel.shard in ("grad_op", "replicate") else min(3 * unit, whole)
@@ -221,4 +217,4 @@ def _heads(recipe: Pretrain, moco: MoCo, crops: int, gpus: int) -> float:
 
 def _images(recipe: Pretrain, crops: int, at_once: int) -> float:
     """Crops in bytes; views as they were made, and in the trunk's type."""
-    return 3 * recipe.model.image_size**2 * (crops + at_once * (FLOAT + _of_trunk(recipe).itemsize))
+    return 3 * recipe.model.image_size**2 * (crops + at_once * (FLOAT + trunk_dtype_of(recipe.parallel).itemsize))

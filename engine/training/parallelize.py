@@ -104,6 +104,11 @@ def dtype_of(parallel: Parallel) -> torch.dtype:
     return torch.float64 if parallel.precision == "float64" else torch.float32
 
 
+def trunk_dtype_of(parallel: Parallel) -> torch.dtype:
+    """In which trunks compute."""
+    return torch.bfloat16 if parallel.precision == "bf16" else dtype_of(parallel)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's own shard of a tensor; a tensor that is not sharded is its own."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
