@@ -213,7 +213,7 @@ class Finetuning(Supervised):
         return self.recipe.evaluate.every_epochs * self.order.steps_per_epoch
 
     def evaluate(self) -> Row | None:
-        self.update.check_skips(int(self.update.skipped_in_a_row), self.step)
+        self.check_skips_now()
         return super().evaluate()
 
     def predict(self) -> tuple[dict[str, Tensor], Tensor]:

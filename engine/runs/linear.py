@@ -88,18 +88,18 @@ class LinearClassification(Supervised):
         return {"loss": output[0], "lr": output[1]}
 
     def evaluate(self) -> Row | None:
-        self.check_skips(int(self.update.skipped))
+        self.check_skips_now()
         return super().evaluate()
 
     def state(self) -> RunState:
-        self.check_skips(int(self.update.skipped))
+        self.check_skips_now()
         return super().state()
 
-    def check_skips(self, skipped: int, in_a_row: int = 0) -> None:
+    def check_skips(self, skipped: int, in_a_row: int, step: int) -> None:
         """Raises RunFailed where a step was skipped: the protocol knows no such step."""
         if skipped:
             raise RunFailed(
-                f"the loss of a step up to {self.step} is not finite; the newest checkpoint is kept: start anew with a "
+                f"the loss of a step up to {step} is not finite; the newest checkpoint is kept: start anew with a "
                 "lower optimizer.base_lr in another run.dir"
             )
 

@@ -4,35 +4,36 @@ import torch
 from torch import Tensor
 
 from engine.distributed.signals import StopSignal
-from engine.training.update import Update
+from engine.runs.task import Task
 
 
 class News:
-    """Signals travel with the sum over ranks that guards a step, and reach the host beside the count of skipped steps
-    while the next step runs: nobody waits for them. A step without such a sum has its signals sent by themselves."""
+    """Signals travel with the sum over ranks that guards a step, and reach the host beside the counts of skipped steps
+    while the next step runs: nobody waits for them. A step without such a sum has its signals sent by themselves; its
+    counts are equal on all ranks."""
 
-    def __init__(self, update: Update, stop: StopSignal):
-        self.update, self.stop = update, stop
-        self.is_carried = update.group is not None
+    def __init__(self, task: Task, stop: StopSignal):
+        self.task, self.stop = task, stop
+        self.is_carried = task.update.group is not None
         self.on_its_way: HostCopy | None = None
         if self.is_carried:
-            update.message = stop.message
+            task.update.message = stop.message
 
     def after_step(self) -> int:
         """Once a step, on every rank: the signal that some rank had received by the step before, or 0.
 
         Raises:
-            RunFailed: on every rank, where too many steps in a row, up to the one before, had bad gradients.
+            RunFailed: on every rank, where more steps up to the one before were skipped than the task bears.
         """
-        if not self.is_carried:
-            return self.stop.agreed()
-        before, update = self.on_its_way, self.update
-        self.on_its_way = HostCopy(torch.cat([update.skipped_in_a_row.double()[None], update.heard]))
+        before, update = self.on_its_way, self.task.update
+        counts = torch.stack([update.skipped, update.skipped_in_a_row]).double()
+        self.on_its_way = HostCopy(torch.cat([counts, update.heard]) if self.is_carried else counts)
+        signum = 0 if self.is_carried else self.stop.agreed()
         if before is None:
-            return 0
-        skips, *counts = before.numbers()
-        update.check_skips(int(skips), update.step - 1)
-        return self.stop.loudest(counts)
+            return signum
+        skipped, in_a_row, *heard = before.numbers()
+        self.task.check_skips(int(skipped), int(in_a_row), update.step - 1)
+        return self.stop.loudest(heard) if self.is_carried else signum
 
 
 class HostCopy:

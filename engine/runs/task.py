@@ -22,7 +22,7 @@ from engine.data.loader import Batch, train_batches
 from engine.data.order import Order
 from engine.data.splits import Splits
 from engine.distributed.world import World
-from engine.errors import UserError
+from engine.errors import RunFailed, UserError
 from engine.recipe.load import dump
 from engine.recipe.sections import Parallel, Recipe
 from engine.runs.log import Row
@@ -30,6 +30,7 @@ from engine.training.activation_checkpoint import stronger
 from engine.training.update import Update
 
 PICTURED = 8  # images of which TensorBoard shows what the networks see
+SKIPS_IN_A_ROW = 10  # steps without update after which a run has failed
 
 
 @dataclass(frozen=True)
@@ -233,14 +234,25 @@ class Task(ABC):
         """The loss row of a step, of which other ranks than 0 may lack something. May raise RunFailed."""
         counts = {"skipped": self.update.skipped, "in a row": self.update.skipped_in_a_row}
         row = on_host(self.metrics(output) | counts)
-        self.check_skips(row.pop("skipped"), row.pop("in a row"))
+        self.check_skips(row.pop("skipped"), row.pop("in a row"), self.step)
         begun = -(-self.step // self.order.steps_per_epoch)  # epochs
         bad_images = self.bad_images.check(begun * len(self.splits.train))
         return {"epoch": self.epoch} | row | {"bad_images": bad_images}
 
-    def check_skips(self, skipped: int, in_a_row: int) -> None:
-        """Raises RunFailed where more steps had bad gradients than the task bears: in all, and of late without end."""
-        self.update.check_skips(in_a_row, self.step)
+    def check_skips(self, skipped: int, in_a_row: int, step: int) -> None:
+        """Raises RunFailed where more steps up to `step` had bad gradients than the task bears: in all, or in a row."""
+        if in_a_row >= SKIPS_IN_A_ROW:
+            bf16 = self.parallel is not None and self.parallel.precision == "bf16"
+            wider = "go on with parallel.precision=float32, or " if bf16 else ""
+            raise RunFailed(
+                f"the last {in_a_row} steps up to {step} had gradients that are not finite and changed nothing; no "
+                f"weights were harmed: {wider}start anew with a lower optimizer.base_lr or a longer "
+                "train.warmup_epochs in another run.dir"
+            )
+
+    def check_skips_now(self) -> None:
+        """`check_skips` of the steps so far, for which it waits."""
+        self.check_skips(int(self.update.skipped), int(self.update.skipped_in_a_row), self.step)
 
     def picture(self, batch: Batch) -> Tensor:
         """uint8 [3, H, W]: what the networks see, one column per image, view 1 above view 2."""

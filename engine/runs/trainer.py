@@ -42,7 +42,7 @@ class Trainer:
             RunFailed: the task cannot go on.
         """
         with StopSignal(self.world) as stop, self._progress_bar() as self.bar:
-            news = News(self.task.update, stop)
+            news = News(self.task, stop)
             self._evaluate_if_due()
             self._restart_clock()
             for batch in self._timed("data", self.task.batches(self.plan.last_step)):

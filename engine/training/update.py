@@ -10,11 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.errors import RunFailed
 from engine.torch_internals import copy_each_, norm_each
 from engine.training.parallelize import local
-
-SKIPS_IN_A_ROW = 10  # steps without update after which a run has failed
 
 
 class Applied(NamedTuple):
@@ -93,15 +90,6 @@ class Update:
         self.skipped_in_a_row.add_(1).mul_(skipped.long())
         self.step += 1
         return Applied(lr, grad_norm, skipped)
-
-    def check_skips(self, skips: int, step: int) -> None:
-        """Raises RunFailed where too many steps in a row had bad gradients. skips: `skipped_in_a_row` after `step`."""
-        if skips >= SKIPS_IN_A_ROW:
-            raise RunFailed(
-                f"the last {skips} steps up to {step} had gradients that are not finite and changed nothing; no "
-                "weights were harmed: go on with parallel.precision=float32, or start anew with a lower "
-                "optimizer.base_lr or a longer train.warmup_epochs in another run.dir"
-            )
 
 
 @torch.no_grad()
