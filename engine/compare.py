@@ -29,8 +29,9 @@ def main(arguments: list[str]) -> None:
     for axis in axes:
         if axis not in AXES:
             raise UserError(f"--against ({axis}) must be of {', '.join(AXES)}; with a comma between several")
-    runs = read_runs(options.runs)
-    metrics = check_metrics(runs, options.metrics and options.metrics.split(","))
+    asked = options.metrics and options.metrics.split(",")
+    runs = read_runs(options.runs, asked or METRICS)
+    metrics = check_metrics(runs, asked)
     groups = by_recipe(runs) if options.merge_seeds else alone(runs)
     shown = Comparison(groups, metrics, axes)
     draw_comparison(shown, options.out)

@@ -17,6 +17,7 @@ from engine.logger import warn
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _RETRY_SECONDS = 0.2
+_BLOCK = 1 << 16  # bytes that are read at once from a file's end
 
 
 def replace_file(path: Path, content: bytes | str) -> None:
@@ -123,22 +124,45 @@ def _try_lock(file: IO) -> bool | None:
     return True
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, key: str = "") -> Iterator[dict[str, Any]]:
     """The rows of a metrics.jsonl, one for each complete line, oldest first; each has a `step`.
 
     A last line without its end, which a killed run leaves or a living one is just writing, is no row.
-    Raises UserError for any other line that is no row, and OSError.
+    key: the rows that have it, alone; nothing is made of other lines.
+    Raises, as it comes to it, UserError for any other line that is no row, and OSError.
     """
-    return [row for row, _ in rows_and_lines(path.read_bytes(), path)]
+    return (row for row, _ in rows_and_lines(path, key) if key in row or not key)
 
 
-def rows_and_lines(content: bytes, path: Path) -> list[tuple[dict[str, Any], bytes]]:
-    """`read_rows` of what was read from `path`, each row with the line that it stands on."""
-    lines = content.split(b"\n")[:-1]
-    return [(_row(line, f"{path} line {number}"), line) for number, line in enumerate(lines, start=1)]
+def rows_and_lines(path: Path, key: str = "") -> Iterator[tuple[dict[str, Any], bytes]]:
+    """`read_rows`, each with the line that it stands on."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n") and key.encode() in line:
+                yield row_on(line, f"{path} line {number}"), line
 
 
-def _row(line: bytes, where: str) -> dict[str, Any]:
+def newest_lines(path: Path) -> Iterator[tuple[bytes, int]]:
+    """The complete lines of a file, newest first, each with the byte at which it begins. Raises OSError."""
+    with path.open("rb") as file:
+        start, rest, is_torn = file.seek(0, os.SEEK_END), b"", True  # what follows the last line's end is no line
+        while start:
+            size = min(_BLOCK, start)
+            start -= size
+            file.seek(start)
+            rest, *lines = (file.read(size) + rest).split(b"\n")
+            at = start + len(rest) + sum(len(line) + 1 for line in lines)
+            for line in reversed(lines):
+                at -= len(line)
+                if not is_torn:
+                    yield line + b"\n", at
+                is_torn, at = False, at - 1
+        if not is_torn:
+            yield rest + b"\n", 0
+
+
+def row_on(line: bytes, where: str) -> dict[str, Any]:
+    """The row of a line; raises UserError, which names `where`, for a line that is no row."""
     try:
         row = json.loads(line)
     except ValueError:

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.errors import UserError
-from engine.files import aside, draft, lock, publish, read_rows, remove, replace_file
+from engine.files import aside, draft, lock, newest_lines, publish, read_rows, remove, replace_file
 
 
 def names(folder: Path) -> list[str]:
@@ -114,11 +116,27 @@ def test_no_locks_here_is_told_from_other_errors(tmp_path, monkeypatch, number):
 def test_rows_are_complete_lines(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 1, "loss": null}\n{"step": 2}\n{"step": 3')
-    assert read_rows(file) == [{"step": 1, "loss": None}, {"step": 2}]
+    assert list(read_rows(file)) == [{"step": 1, "loss": None}, {"step": 2}]
+    assert list(read_rows(file, "loss")) == [{"step": 1, "loss": None}]
     file.write_bytes(b"")
-    assert read_rows(file) == []
+    assert list(read_rows(file)) == []
     with pytest.raises(FileNotFoundError):
-        read_rows(tmp_path / "absent.jsonl")
+        list(read_rows(tmp_path / "absent.jsonl"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text("ab\r", max_size=9), max_size=9), st.text("ab", max_size=9), st.integers(1, 12))
+def test_lines_from_the_end_are_those_from_the_beginning(tmp_path_factory, lines, torn, block):
+    """However many bytes are read at once."""
+    file = tmp_path_factory.getbasetemp() / "lines"
+    expected, at = [], 0
+    for line in lines:
+        expected.append((f"{line}\n".encode(), at))
+        at += len(line) + 1
+    file.write_bytes(b"".join(line for line, _ in expected) + torn.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.files._BLOCK", block)
+        assert list(newest_lines(file)) == expected[::-1]
 
 
 @pytest.mark.parametrize("line", [b"", b"[1]", b'{"loss": 1}', b'{"step": "1"}', b"\xff", b'{"step": 1'])
@@ -126,7 +144,7 @@ def test_a_damaged_row_is_named(tmp_path, line):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl line 2 .* must be a JSON object with a step"):
-        read_rows(file)
+        list(read_rows(file))
 
 
 def test_no_other_file_flushes_or_locks():

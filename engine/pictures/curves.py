@@ -4,13 +4,14 @@ Rows bear no time. Each loss row has the speed since the one before, so the time
 steps over images per second, added up. Checkpoints and evaluations, during which that clock stands still, do not count.
 """
 
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,26 +37,25 @@ NAMES = {
 }
 SHARES = ("knn_top1", "knn_top5", "probe_top1", "probe_top5")  # from 0 to 1, shown as percentages
 _PLACE = ("step", "epoch")
+_PLACING = ("epoch", "images_per_second")  # from which places on an axis follow
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory's recipe and the rows of its metrics.jsonl in order."""
+    """A run directory's recipe, and what is shown of its metrics.jsonl.
+
+    metrics: numbers that were logged at least once. columns: of those that are shown, and of what places them, steps
+    and values; NaN for a value that was not finite.
+    """
 
     name: str
     recipe: Recipe
-    rows: list[dict[str, Any]]
-
-    @property
-    def metrics(self) -> list[str]:
-        """Numbers that were logged at least once."""
-        numbers = {key: isinstance(value, int | float | None) for row in self.rows for key, value in row.items()}
-        return [name for name, is_number in numbers.items() if is_number and name not in _PLACE]
+    metrics: list[str]
+    columns: dict[str, tuple[array, array]]
 
     def series(self, metric: str) -> dict[int, float]:
         """{step: value} where the metric was logged; NaN where it was not finite."""
-        values = {row["step"]: row[metric] for row in self.rows if metric in row}
-        return {step: value if isinstance(value, int | float) else np.nan for step, value in values.items()}
+        return dict(zip(*self.columns.get(metric, ((), ())), strict=True))
 
     @cached_property
     def seconds(self) -> dict[int, float]:
@@ -104,24 +104,38 @@ class Group(NamedTuple):
         return Curve(place_RS.mean(0), value_RS.mean(0), value_RS.min(0), value_RS.max(0))
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path, shown: Sequence[str] = METRICS) -> Run:
     """A run directory, which may be one in progress: a last line that is not complete does not count.
 
-    Raises UserError where the folder is no run or another line is damaged.
+    shown: metrics of which values are kept. Raises UserError where the folder is no run or another line is damaged.
     """
     recipe_file = path / "recipe.yaml"
     try:
-        text, rows = recipe_file.read_text("utf-8", "replace"), read_rows(path / "metrics.jsonl")
+        text = recipe_file.read_text("utf-8", "replace")
+        recipe = loads(text, f"recipe ({recipe_file})", kind=RECIPES[task_of(text) or "pretrain"])
+        return Run(path.resolve().name, recipe, *_columns(path / "metrics.jsonl", {*shown, *_PLACING}))
     except OSError as error:
         missing = Path(error.filename).name if path.is_dir() else "the folder"
         raise UserError(
             f"RUN ({path}) must be a run directory; {missing} cannot be read: {reason(error)}; name another"
         ) from error
-    recipe = loads(text, f"recipe ({recipe_file})", kind=RECIPES[task_of(text) or "pretrain"])
-    return Run(path.resolve().name, recipe, rows)
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
+def _columns(file: Path, kept: Collection[str]) -> tuple[list[str], dict[str, tuple[array, array]]]:
+    """Names of all metrics; steps and values of those to be kept."""
+    is_number: dict[str, bool] = {}
+    columns: dict[str, tuple[array, array]] = {}
+    for row in read_rows(file):
+        for name, value in row.items():
+            is_number[name] = isinstance(value, int | float | None)
+            if name in kept:
+                steps, values = columns.setdefault(name, (array("q"), array("d")))
+                steps.append(row["step"])
+                values.append(value if isinstance(value, int | float) else np.nan)
+    return [name for name, holds in is_number.items() if holds and name not in _PLACE], columns
+
+
+def read_runs(paths: Sequence[Path], shown: Sequence[str] = METRICS) -> list[Run]:
     """The runs, of which each has a name of its own: its folder's, or its path where several folders are called so.
 
     Raises UserError as `read_run`, where a run is given twice, and where none has logged anything.
@@ -129,8 +143,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     twice = [path for i, path in enumerate(paths) if path.resolve() in [other.resolve() for other in paths[:i]]]
     if twice:
         raise UserError(f"RUN ({twice[0]}) must be given once; leave the second one out")
-    runs = [read_run(path) for path in paths]
-    if not any(run.rows for run in runs):
+    runs = [read_run(path, shown) for path in paths]
+    if not any(run.metrics for run in runs):
         raise UserError(f"RUN ({paths[0]}) must have logged something, and neither has any other; wait a little")
     names = Counter(run.name for run in runs)
     return [replace(run, name=str(path)) if names[run.name] > 1 else run for run, path in zip(runs, paths, strict=True)]

@@ -4,7 +4,7 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 from engine.checkpoint.layout import checkpoint_folders
@@ -62,8 +62,11 @@ class RunDirectory:
                 path.rmdir()
 
     def _has_steps(self) -> bool:
+        if checkpoint_folders(self.checkpoints):
+            return True
         log = self.path / "metrics.jsonl"  # has the first step, always
-        return bool(checkpoint_folders(self.checkpoints)) or (log.exists() and b'"loss"' in log.read_bytes())
+        with log.open("rb") if log.exists() else nullcontext(()) as lines:
+            return any(b'"loss"' in line for line in lines)
 
     def check_fresh(self, recipe: Recipe) -> None:
         """Raises UserError where a start would bury a run: all of it damaged, or of another task."""

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from collections import deque
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.files import replace_file, rows_and_lines, sync
+from engine.files import read_rows, replace_file, sync
+from engine.runs.tail import RECENT, cut
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -29,24 +31,28 @@ class MetricsLog:
     its step: `has_monitor_row` tells the resumed run whether that row is still to be made. `sync` before a checkpoint
     is committed keeps the log from being behind it after a power failure.
 
+    Of a long log a resume reads the end (runs/tail.py), and looks for the monitor's rows when they are asked for.
+
     monitor: the key by which a row is known as the monitor's; a linear classifier's is not kNN's.
+    recent: the newest loss rows, oldest first.
     """
 
     def __init__(self, run_dir: str | Path, resume_step: int, *, monitor: str = "knn_top1", enabled: bool = True):
         self.enabled, self.monitor = enabled, monitor
-        self.monitor_rows: list[Row] = []
-        self._directory = Path(run_dir)
+        self.recent: deque[Row] = deque(maxlen=RECENT)
+        self._directory, self._path = Path(run_dir), Path(run_dir) / "metrics.jsonl"
         self._resume_step = resume_step
-        self._loss_steps: set[int] = set()
+        self._written: list[Row] = []  # the monitor's, by this process
+        self._loss_step, self._monitor_step = -1, -1  # of the newest row of each kind
         if enabled:
-            path = self._directory / "metrics.jsonl"
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._keep_rows(path)
-            self._file = path.open("ab")
+            for row in cut(self._path, resume_step) if self._path.exists() else ():
+                self._note(row)
+            self._file = self._path.open("ab")
 
     def loss_row(self, step: int, values: Row) -> None:
         """One line for a logged step, and `train/<key>` in TensorBoard. Nothing if the step has a loss row."""
-        if self.enabled and step not in self._loss_steps:
+        if self.enabled and step > self._loss_step:
             self._write("train", step, values)
 
     def monitor_row(self, step: int, values: Row) -> None:
@@ -57,7 +63,18 @@ class MetricsLog:
             self._write("evaluate", step, values)
 
     def has_monitor_row(self, step: int) -> bool:
-        return any(row["step"] == step for row in self.monitor_rows)
+        return step <= self._monitor_step
+
+    @property
+    def monitor_rows(self) -> list[Row]:
+        """All of the run, oldest first."""
+        return self._former_monitor_rows + self._written
+
+    @cached_property
+    def _former_monitor_rows(self) -> list[Row]:
+        if not self.enabled or not self._path.exists():
+            return []
+        return [row for row in read_rows(self._path, self.monitor) if row["step"] <= self._resume_step]
 
     def best_step(self) -> int | None:
         """The step whose monitor row is highest, the first of equals; None before a row of a trained network."""
@@ -102,6 +119,8 @@ class MetricsLog:
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
         self._note(row)
+        if self.monitor in row:
+            self._written.append(row)
         for key, value in values.items():
             if not isinstance(value, str):
                 self._tensorboard.add_scalar(f"{prefix}/{key}", value, step)
@@ -109,19 +128,10 @@ class MetricsLog:
 
     def _note(self, row: Row) -> None:
         if self.monitor in row:
-            self.monitor_rows.append(row)
+            self._monitor_step = max(self._monitor_step, row["step"])
         else:
-            self._loss_steps.add(row["step"])
-
-    def _keep_rows(self, path: Path) -> None:
-        if not path.exists():
-            return
-        content = path.read_bytes()
-        kept = [(row, line) for row, line in rows_and_lines(content, path) if row["step"] <= self._resume_step]
-        for row, _ in kept:
-            self._note(row)
-        if (lines := b"".join(line + b"\n" for _, line in kept)) != content:
-            replace_file(path, lines)
+            self._loss_step = max(self._loss_step, row["step"])
+            self.recent.append(row)
 
 
 def _is_text_or_finite(value: float | str) -> bool:

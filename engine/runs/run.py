@@ -16,7 +16,6 @@ from engine.checkpoint.retain import clean
 from engine.checkpoint.state import RunState
 from engine.distributed.agreement import agreement, all_gather, broadcast
 from engine.errors import RunFailed, UserError, one_line
-from engine.files import read_rows
 from engine.logger import say
 from engine.recipe.identity import resume_differences
 from engine.recipe.load import loads, located
@@ -59,7 +58,7 @@ def run(task: Task, started: float) -> Row:
         trainer.run()
         log.close()
         left = task.finish(directory.path)
-        return _closing(task, directory, trainer, left)
+        return _closing(task, directory, trainer, log, left)
 
 
 @contextmanager
@@ -183,16 +182,14 @@ def _say_resumed(checkpoint: Path, step: int, plan: Plan) -> None:
     say(f"resumed   {checkpoint} at step {step:,}{done}")
 
 
-def _closing(task: Task, directory: RunDirectory, trainer: Trainer, left: list[str]) -> Row:
+def _closing(task: Task, directory: RunDirectory, trainer: Trainer, log: MetricsLog, left: list[str]) -> Row:
     """Say result, where the time went, and where the files are; the row that counts, from rank 0, on every rank."""
     row: Row = {}
     with agreement(task.world.host_group):
         if task.world.is_first:
-            log = directory.path / "metrics.jsonl"
-            rows = read_rows(log) if log.exists() else []
-            monitor_rows = [row for row in rows if task.monitor in row]
+            monitor_rows = log.monitor_rows
             row = task.reported(monitor_rows) if monitor_rows else {}
-            say(f"result    {task.result(rows)}")
+            say(f"result    {task.result(monitor_rows, log.recent[-1] if log.recent else None)}")
             say(f"time      {', '.join(f'{what} {spent:.0f} s' for what, spent in trainer.seconds.items())}")
             say(f"files     {directory.path}: {', '.join(_files(directory))}")
             say("\n".join([f"next      tensorboard --logdir {directory.path}", *left]))

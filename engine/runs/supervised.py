@@ -105,8 +105,7 @@ class Supervised(Task):
         train, val, classes = self.splits.train, self.splits.val, len(self.classes)
         return f"data      {len(train):,} training images of {classes} classes, {len(val):,} for val"
 
-    def result(self, rows: list[Row]) -> str:
-        monitor_rows = [row for row in rows if self.monitor in row]
+    def result(self, monitor_rows: list[Row], last: Row | None) -> str:
         if not monitor_rows:
             raise UserError(f"metrics.jsonl of {self.recipe.run.dir} must have the rows of the run; start it again")
         row = self.reported(monitor_rows)

@@ -141,8 +141,8 @@ class Task(ABC):
         """Lines: what is derived from the recipe, the data and the launch."""
 
     @abstractmethod
-    def result(self, rows: list[Row]) -> str:
-        """The rows of the run in words. Called on rank 0."""
+    def result(self, monitor_rows: list[Row], last: Row | None) -> str:
+        """The monitor's rows and the last of the others in words. Called on rank 0."""
 
     @property
     def less_memory(self) -> str:

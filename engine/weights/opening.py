@@ -18,7 +18,7 @@ from engine.checkpoint.manifest import NAME as MANIFEST
 from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.state import RunState
 from engine.errors import UserError, one_line
-from engine.files import read_rows
+from engine.files import newest_lines, row_on
 from engine.logger import note, warn
 from engine.recipe.load import loads, task_of
 from engine.recipe.sections import Pretrain
@@ -147,16 +147,19 @@ def _stored(
 
 
 def _metrics(file: Path, step: int) -> dict[str, float]:
-    """The newest value of every metric up to a step; empty where the run's metrics are not beside its checkpoints."""
+    """`epoch` and `knn_top1`, the newest up to a step; those that the metrics beside the run's checkpoints have."""
     newest: dict[str, float] = {}
     try:
-        rows = read_rows(file) if file.is_file() else []
+        for line, start in newest_lines(file) if file.is_file() else ():
+            missing = [key for key in ("epoch", "knn_top1") if key not in newest]
+            if not missing:
+                break
+            if any(key.encode() in line for key in missing):
+                row = row_on(line, f"{file} at byte {start}")
+                newest |= {key: row[key] for key in missing if key in row and row["step"] <= step}
     except UserError as error:  # the weights are sound all the same
         warn(f"epoch and kNN of the run are not known: {error}")
-        rows = []
-    for row in rows:
-        if row["step"] <= step:
-            newest |= row
+        return {}
     return newest
 
 

@@ -87,7 +87,7 @@ def check_trains(folder: Path, name: str, size: int, precision: str) -> None:
     run = recipe(name, size, f"run.dir={folder}/run", f"parallel.precision={precision}")
     with process_group() as world:
         pretrain(run, QUICKSTART, world)
-    rows = read_rows(folder / "run/metrics.jsonl")
+    rows = list(read_rows(folder / "run/metrics.jsonl"))
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(row["loss"]) and row["skipped_steps"] == 0 for row in rows)
 

@@ -1,6 +1,9 @@
-"""The log of a run: what a resume keeps, and that no step is logged twice."""
+"""The log of a run: what a resume keeps and how much of it it reads, and that no step is logged twice."""
 
 import json
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from engine import files
 from engine.errors import UserError
+from engine.pictures.curves import read_run
+from engine.recipe.load import dump, load
 from engine.runs.log import MetricsLog
+from engine.runs.tail import RECENT
+from engine.weights.opening import _metrics
+from tests.recipe.shipped import QUICK
 
 
 def rows_of(run_dir: Path) -> list[dict]:
@@ -97,6 +106,64 @@ def test_a_line_that_is_no_row_is_named_and_nothing_is_lost(tmp_path):
         with pytest.raises(UserError, match=r"metrics.jsonl line 2 \(.*\) must be"):
             MetricsLog(tmp_path, 1)
         assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("steps", [[3, 1, 2, 5, 4], [1, 2, 9, 3, 4], [4, 4, 4]])
+def test_a_log_that_does_not_ascend_is_read_from_its_beginning(tmp_path, steps):
+    lines = [b'{"step": %d, "loss": 1}\n' % step for step in steps]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines) + b'{"ste')
+    MetricsLog(tmp_path, 4).close()
+    kept = [line for line, step in zip(lines, steps, strict=True) if step <= 4]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(kept)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
+
+
+@contextmanager
+def little_memory(most: int) -> Iterator[None]:
+    """Raises where the body held more bytes at a time."""
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < most, peak
+
+
+def test_a_long_log_is_neither_read_nor_held_whole(tmp_path, monkeypatch):
+    """Of 40,000 rows in 10 MB, with the monitor's among them: what a resume, closing words, exports and comparisons ask
+    for. Rows are counted as they are made of lines."""
+    made, row_on = [], files.row_on
+    for module in ("files", "runs.tail", "weights.opening"):
+        monkeypatch.setattr(f"engine.{module}.row_on", lambda *line: made.append(0) or row_on(*line))
+    steps, health = 40_000, {f"metric_{number}": number / 7 for number in range(8)}
+    (tmp_path / "recipe.yaml").write_text(dump(load(QUICK)))
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as file:
+        for step in range(1, steps + 1):
+            file.write(json.dumps({"step": step, "epoch": step / 100, "loss": 1.0, **health}) + "\n")
+            if step % 1000 == 0:
+                file.write(json.dumps({"step": step, "knn_top1": step / steps}) + "\n")
+    whole = path.read_bytes()
+
+    with little_memory(2 << 20):
+        log = MetricsLog(tmp_path, steps - 500)
+    assert len(made) < 500 + 300 + RECENT
+    assert whole.startswith(path.read_bytes())
+    assert [row["step"] for row in log.recent] == [*range(steps - 500 - RECENT + 1, steps - 500 + 1)]
+    made.clear()
+    with little_memory(2 << 20):
+        assert [log.best_step(), len(log.monitor_rows)] == [steps - 1000, steps // 1000 - 1]
+        log.monitor_row(steps, {"knn_top1": 1.0})
+        assert [log.best_step(), len(log.monitor_rows)] == [steps, steps // 1000]
+    assert len(made) == steps // 1000 - 1
+    log.close()
+    made.clear()
+    with little_memory(2 << 20):
+        assert _metrics(path, steps) == {"epoch": (steps - 500) / 100, "knn_top1": 1.0}
+    assert len(made) == 2
+    with little_memory(64 * steps):
+        assert len(read_run(tmp_path).columns["loss"][0]) == steps - 500
 
 
 def test_a_knn_row_is_known_by_its_top1(tmp_path):
