@@ -22,7 +22,7 @@ from engine.distributed.launcher import (
     share_compilers,
 )
 from engine.errors import Interrupted, RunFailed, UserError
-from engine.logger import complain, note, rank
+from engine.logger import complain, note, rank, say
 from engine.own_models import exit_if_hidden
 
 # Every door imports this module first, and what follows imports `models`, which must not be a stranger's.
@@ -60,7 +60,7 @@ def enter(main: Callable[[list[str]], None]) -> NoReturn:
 
 def carry_out(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Run a front door. What ends it early is said, and ends this process at once with its status."""
-    if status := _status(main, arguments):
+    if (status := _status(main, arguments)) is not None:
         with suppress(BrokenPipeError):
             sys.stdout.flush()
         sys.stderr.flush()
@@ -68,7 +68,8 @@ def carry_out(main: Callable[[list[str]], None], arguments: list[str]) -> None:
         os._exit(status)
 
 
-def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
+def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int | None:
+    """Of a door that ended early; None for one that came to its end."""
     try:
         main(arguments)
         sys.stdout.flush()
@@ -79,7 +80,9 @@ def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
         complain(f"failed: {failure}")
         return 1
     except Interrupted as stop:
-        return 128 + stop.signum
+        by = signal.Signals(stop.signum).name if stop.signum else "the file STOP"
+        say(f"stopped by {by} {stop.where}; the same command goes on")
+        return stop.status
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -87,7 +90,7 @@ def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
             return 128 + signal.SIGPIPE
         sys.excepthook(*sys.exc_info())
         return 1
-    return 0
+    return None
 
 
 def _has_lost_its_reader() -> bool:

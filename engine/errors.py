@@ -13,12 +13,21 @@ class RunFailed(Exception):
     """A run cannot go on: what happened, what was lost, how to go on. Front doors print it and exit with status 1."""
 
 
-class Interrupted(Exception):
-    """A signal ended the run in good order. Front doors exit with 128 + its number, as shells have it."""
+class Interrupted(BaseException):
+    """A run was asked to stop, and ends in good order. Like KeyboardInterrupt it is no Exception, so that nothing on
+    its way takes it for a fault.
 
-    def __init__(self, signum: int):
-        super().__init__(signum)
-        self.signum = signum
+    signum: of the signal that asked, 0 for the file STOP; where: at which point, and what is saved, in words. Front
+    doors say both and exit with 128 + signum, as shells have it, or with 0.
+    """
+
+    def __init__(self, signum: int, where: str):
+        super().__init__(signum, where)
+        self.signum, self.where = signum, where
+
+    @property
+    def status(self) -> int:
+        return 128 + self.signum if self.signum else 0
 
 
 def one_line(value: Any) -> str:

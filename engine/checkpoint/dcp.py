@@ -17,7 +17,7 @@ from torch.futures import Future
 
 from engine.checkpoint.manifest import Damaged
 from engine.distributed.agreement import by_rank, describe, size
-from engine.errors import UserError
+from engine.errors import Interrupted, UserError
 
 _REASON = 300  # characters of what one rank says of a failure
 
@@ -42,7 +42,7 @@ def read(
 ) -> None:
     """Fill the tensors from the files that a checked table of contents names; alone: this process without the others.
 
-    Raises Damaged on every rank; the tensors are then spoiled.
+    Raises Damaged on every rank, or Interrupted where one was asked to stop; the tensors are then spoiled.
     """
     # FileSystemReader reads tensors by torch.load(weights_only=True). The planner's load_bytes, which would unpickle
     # freely, is never reached: read_metadata lets nothing but tensors through.
@@ -52,6 +52,9 @@ def read(
             dcp.load(dict(tensors), storage_reader=_Reader(folder, metadata), planner=planner, **arguments)
     except CheckpointException as error:  # not an Exception; DCP raises it on every rank
         reasons = _reasons(error, group)
+        for cause, _ in error.failures.values():
+            if isinstance(cause, Interrupted):
+                raise cause from None
         raise Damaged(folder, f"its data is refused, the tensors to fill are spoiled: {reasons}") from error
 
 

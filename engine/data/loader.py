@@ -223,7 +223,8 @@ def _start_worker(parent: int, _worker: int) -> None:
     # take locks that both share, and die with them. Not touching inherited objects also leaves their pages shared.
     gc.freeze()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey, args=(parent,), daemon=True).start()

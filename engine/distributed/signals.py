@@ -1,33 +1,48 @@
-"""Signals that ask a run to stop, known to all ranks after the same step."""
+"""What asks a run to stop, a signal on any rank or a file, known to all ranks at the same point of the run."""
 
 import signal
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engine.distributed.world import World
+from engine.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # where ranks received several, the last of them counts
+SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+FILE = 0  # stands for the file among the signals' numbers
+WORDS = (*SIGNALS, FILE)  # where several came, the last of these counts: a person's word goes before a scheduler's
+LOOK_SECONDS = 1.0
 
 
 class StopSignal:
-    """SIGINT or SIGTERM on any rank, known to all ranks after the same step. A second SIGINT ends the process at once.
+    """A signal of SIGNALS on any rank, or a file that rank 0 finds, known to all ranks at the same point.
 
-    A second SIGTERM changes nothing: schedulers send it to ranks and launcher alike, and the launcher passes it on.
-    What a rank has received travels as `message` with a sum over ranks that a step makes anyway, which `loudest` reads;
-    where a step makes none, `agreed` sends it.
+    A context manager, within which signals are heeded: while `at_once`, the first raises Interrupted wherever its rank
+    is; later, a signal is noted, and a second SIGINT ends the process at once. A second one of the others changes
+    nothing: schedulers send it to ranks and launcher alike, and the launcher passes it on. A SIGHUP that was ignored
+    before, as under nohup, stays ignored.
+
+    What a rank knows travels as `message` with a sum over ranks that a step makes anyway, which `loudest` reads; where
+    none is made, `agreed` sends it.
     """
 
-    def __init__(self, world: World):
+    def __init__(self, world: World, file: Path | None = None):
         self.world = world
-        self.received = 0  # a plain number: a handler may run in the middle of a compilation, which forbids tensors
-        self.silence = self._counts(0).to(world.device)
+        self.file = file if world.is_first else None
+        self.next_look = 0.0
+        self.at_once = False
+        # No tensor: a handler may run in the middle of a compilation, which forbids them.
+        self.received: set[int] = set()
+        self.silence = self._counts(set()).to(world.device)
         self.on_its_way: tuple[dist.Work, Tensor] | None = None
 
     def __enter__(self) -> "StopSignal":
-        self.previous = {s: signal.signal(s, self._receive) for s in SIGNALS}
+        heeded = [s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+        self.previous = {s: signal.signal(s, self._receive) for s in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -35,33 +50,45 @@ class StopSignal:
             signal.signal(signum, handler)
 
     def _receive(self, signum: int, _frame: object) -> None:
-        self.received = signum
+        is_first = not self.received
+        self.received.add(signum)
         if signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
+        if self.at_once and is_first:
+            raise Interrupted(signum, "before a step was made; nothing is lost")
 
     def message(self) -> Tensor:
-        """What this rank has received, on the device, to be added up over ranks. Does not wait for the device."""
-        received = self.received
-        return self._counts(received).to(self.world.device) if received else self.silence
+        """What this rank knows, on the device, to be added up over ranks. Does not wait for the device."""
+        self._look()
+        return self._counts(self.received).to(self.world.device) if self.received else self.silence
 
-    def loudest(self, counts: Sequence[float]) -> int:
-        """The signal of which a sum of messages tells, or 0."""
-        return max((signum for signum, count in zip(SIGNALS, counts, strict=True) if count), default=0)
+    def loudest(self, counts: Sequence[float]) -> int | None:
+        """The word, a signal's number or FILE, of which a sum of messages tells, or None."""
+        said = [word for word, count in zip(WORDS, counts, strict=True) if count]
+        return said[-1] if said else None
 
-    def agreed(self) -> int:
-        """Once a step, on every rank: the signal that some rank had received before the step began, or 0.
+    def agreed(self) -> int | None:
+        """On every rank alike: the word that some rank knew at the call before this one, or None.
 
-        The ranks' answers travel while the next step runs, so nobody waits for them.
+        The ranks' answers travel meanwhile, so nobody waits for them.
         """
-        signum = 0
+        word = None
         if self.on_its_way is not None:
             work, counts = self.on_its_way
             work.wait()
-            signum = self.loudest(counts.tolist())
+            word = self.loudest(counts.tolist())
+        self._look()
         counts = self._counts(self.received)
         self.on_its_way = dist.all_reduce(counts, group=self.world.host_group, async_op=True), counts
-        return signum
+        return word
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if self.file is not None and now >= self.next_look:
+            self.next_look = now + LOOK_SECONDS
+            if self.file.exists():
+                self.received.add(FILE)
 
     @staticmethod
-    def _counts(received: int) -> Tensor:
-        return torch.tensor([float(received == signum) for signum in SIGNALS], dtype=torch.float64)
+    def _counts(received: set[int]) -> Tensor:
+        return torch.tensor([float(word in received) for word in WORDS], dtype=torch.float64)

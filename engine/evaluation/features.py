@@ -8,8 +8,8 @@ Shapes: N rows of this rank, B batch size, S side of an image, D features.
 """
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -26,6 +26,7 @@ from engine.errors import RunFailed
 from engine.evaluation.subject import Subject
 
 T = TypeVar("T")
+AtBatch = Callable[[int], None]  # given the number of the batch, which is the same on all ranks
 
 BATCH = 128  # images per forward, whatever the number of ranks
 
@@ -48,16 +49,17 @@ def features(
     world: World,
     workers: int,
     remedy: str = "evaluate an earlier checkpoint",
+    at_batch: AtBatch | None = None,
 ) -> Features:
     """This rank's share of a source's features, on the CPU.
 
     what: the name under which progress shows; None for none. remedy: what a user does about features that are not
-    finite.
+    finite. at_batch: called before each batch, on all ranks; what it raises on all ends the work.
 
     Raises:
         RunFailed: on every rank, where no image can be read or a feature is not finite.
     """
-    found = unchecked_features(subject, source, what, world, workers)
+    found = unchecked_features(subject, source, what, world, workers, at_batch=at_batch)
     ranks = all_gather((len(found.id_N), bool(found.feature_ND.isfinite().all())), world.host_group)
     if not sum(rows for rows, _ in ranks):
         raise RunFailed(f"none of {len(source)} images could be read, {source.name(0)} and others; mend them")
@@ -67,11 +69,19 @@ def features(
 
 
 def unchecked_features(
-    subject: Subject, source: Source, what: str | None, world: World, workers: int, consequence: str = "it is left out"
+    subject: Subject,
+    source: Source,
+    what: str | None,
+    world: World,
+    workers: int,
+    consequence: str = "it is left out",
+    at_batch: AtBatch | None = None,
 ) -> Features:
     """`features` that may be none or not finite. consequence: ends the report of an unreadable image."""
     ids, batches = rank_slice(len(source), world.rank, world.size, BATCH)
     found = batches_for(subject, source, ids.numpy(), workers, consequence, batches)
+    if at_batch is not None:
+        found = announced(found, at_batch)
     if what is not None:
         found = progress(found, batches, f"features of {what}", "batch", world)
     return extract(subject, found, world.device)
@@ -79,12 +89,20 @@ def unchecked_features(
 
 def batches_for(
     subject: Subject, source: Source, ids: np.ndarray, workers: int, consequence: str, batches: int | None = None
-) -> Iterator[EvalBatch]:
+) -> Generator[EvalBatch, None, None]:
     """The images `ids` in the form that the subject takes. Unreadable images are left out and reported; `consequence`
     ends the report. batches: yield exactly this many, the last ones empty."""
     for batch in eval_batches(source, ids, subject.crop, batch_size=BATCH, workers=workers, batches=batches):
         bad_images.report(batch.bad, consequence)
         yield batch
+
+
+def announced(batches: Generator[EvalBatch, None, None], at_batch: AtBatch) -> Iterator[EvalBatch]:
+    """The same batches; before each `at_batch` is called with its number."""
+    with closing(batches):  # else a traceback would keep its workers
+        for number, batch in enumerate(batches):
+            at_batch(number)
+            yield batch
 
 
 def rank_slice(count: int, rank: int, world: int, batch_size: int) -> tuple[Tensor, int]:

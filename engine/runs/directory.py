@@ -1,6 +1,7 @@
-"""The folder of a run: who may write in it, and that every node sees it."""
+"""The folder of a run: who may write in it, that every node sees it, and what a stop leaves there."""
 
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -10,13 +11,17 @@ from pathlib import Path
 from engine.checkpoint.layout import checkpoint_folders
 from engine.distributed.agreement import agreement, broadcast
 from engine.distributed.world import World
-from engine.errors import UserError, reason
-from engine.files import lock, remove_drafts, remove_or_warn, replace_file
+from engine.errors import Interrupted, UserError, reason
+from engine.files import lock, remove, remove_drafts, remove_or_warn, replace_file
 from engine.logger import warn
 from engine.recipe.load import dump, task_of
 from engine.recipe.sections import Recipe
 
-OWN = ("recipe.yaml", "metrics.jsonl", "classes.csv", "confusion.png", "timm", "timm_ema")  # what a run replaces
+STOP = "STOP"  # a file by which a person stops the run; the run that obeys removes it
+REQUEUE = "REQUEUE"  # a file that a run leaves which a scheduler's signal stopped: it wants to go on
+SCHEDULERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM)
+# What a run replaces.
+OWN = ("recipe.yaml", "metrics.jsonl", "classes.csv", "confusion.png", "timm", "timm_ema", REQUEUE)
 LOCK_SECONDS = 10.0  # ranks of a killed launch need a moment to notice and to let go
 VISIBLE_SECONDS = 10.0  # network file systems need a moment to show a new file
 
@@ -24,7 +29,9 @@ VISIBLE_SECONDS = 10.0  # network file systems need a moment to show a new file
 class RunDirectory:
     """`run.dir`, held by one launch at a time. A context manager, entered on all ranks together.
 
-    A folder that it had to make is gone again where a UserError ends its body before the first step.
+    A folder that it had to make is gone again where a UserError ends its body before the first step. REQUEUE is there
+    from the end of a body that a scheduler's signal ended to the next entry; STOP is gone when the body has obeyed or
+    has come to its end.
 
     Raises:
         UserError: on every rank, where the folder cannot be written, is in use, or is not the same on every node.
@@ -35,6 +42,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.made: list[Path] = []  # parents and the folder, those that were not there
         self.is_new = False  # made and held by this launch
+        self.is_ours = False  # on rank 0: nobody else writes there
         self.held = ExitStack()
 
     def __enter__(self) -> "RunDirectory":
@@ -48,10 +56,22 @@ class RunDirectory:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, UserError):
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, UserError):
             self._leave_nothing()
+        elif self.is_ours:
+            self._mark_end(error)
         self.held.close()
+
+    def _mark_end(self, error: BaseException | None) -> None:
+        signum = error.signum if isinstance(error, Interrupted) else None
+        if signum == 0 or error is None:
+            remove_or_warn(self.path / STOP)
+        if signum in SCHEDULERS:
+            try:
+                (self.path / REQUEUE).touch()
+            except OSError as failure:
+                warn(f"{self.path / REQUEUE} could not be left: {reason(failure)}")
 
     def _leave_nothing(self) -> None:
         if self.is_new and not self._has_steps():
@@ -98,6 +118,8 @@ class RunDirectory:
                 remove_drafts(self.path, OWN)
             else:
                 warn(f"no file locks in {self.path}: nothing keeps another launch from writing there")
+            self.is_ours = True
+            remove(self.path / REQUEUE)
         except OSError as error:
             raise UserError(
                 f"run.dir ({self.path}) must be a writable folder: {reason(error)}; pass run.dir=/path/to/runs"

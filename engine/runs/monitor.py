@@ -7,7 +7,7 @@ from engine.data.source import Source
 from engine.data.splits import Splits
 from engine.data.subset import take_per_class
 from engine.distributed.world import World
-from engine.evaluation.features import unchecked_features
+from engine.evaluation.features import AtBatch, unchecked_features
 from engine.evaluation.knn import accuracy, classify, gather_rows
 from engine.evaluation.online_probe import OnlineProbe
 from engine.evaluation.subject import Subject
@@ -65,16 +65,17 @@ def monitor_row(
     trunk: nn.Module,
     dtype: torch.dtype,
     probe: OnlineProbe | None,
+    at_batch: AtBatch | None,
 ) -> dict[str, float]:
     """Top-1 and top-5 on the validation images, from 0 to 1, by kNN and by the probe; equal on all ranks.
 
-    All ranks call it together. The trunk computes in `dtype`. Raises what `knn.classify` and `features.extract`
-    raise, on all ranks alike.
+    All ranks call it together. The trunk computes in `dtype`; `at_batch` is called as `features` says. Raises what
+    `knn.classify` and `features.extract` raise, on all ranks alike.
     """
     augment, evaluate = recipe.augment, recipe.evaluate
     subject = Subject(trunk, recipe.model.image_size, augment.mean, augment.std, evaluate.crop_fraction, dtype=dtype)
     neighbours, queries = (
-        unchecked_features(subject, source, None, world, recipe.data.workers, "it is left out of the monitor")
+        unchecked_features(subject, source, None, world, recipe.data.workers, "it is left out of the monitor", at_batch)
         for source in (bank, val)
     )
     query = gather_rows(queries.to(world.device), world.group)

@@ -1,4 +1,4 @@
-"""What all ranks must know of a step, one step later: a stop signal on any of them, and steps that were skipped."""
+"""What all ranks must know of a step, one step later: a word to stop, and steps that were skipped."""
 
 import torch
 from torch import Tensor
@@ -8,8 +8,8 @@ from engine.runs.task import Task
 
 
 class News:
-    """Signals travel with the sum over ranks that guards a step, and reach the host beside the counts of skipped steps
-    while the next step runs: nobody waits for them. A step without such a sum has its signals sent by themselves; its
+    """Words to stop travel with the sum over ranks that guards a step, and reach the host beside the counts of skipped
+    steps while the next step runs: nobody waits for them. A step without such a sum has them sent by themselves; its
     counts are equal on all ranks."""
 
     def __init__(self, task: Task, stop: StopSignal):
@@ -19,8 +19,8 @@ class News:
         if self.is_carried:
             task.update.message = stop.message
 
-    def after_step(self) -> int:
-        """Once a step, on every rank: the signal that some rank had received by the step before, or 0.
+    def after_step(self) -> int | None:
+        """Once a step, on every rank: the word to stop (StopSignal) that some rank knew by the step before, or None.
 
         Raises:
             RunFailed: on every rank, where more steps up to the one before were skipped than the task bears.
@@ -28,12 +28,12 @@ class News:
         before, update = self.on_its_way, self.task.update
         counts = torch.stack([update.skipped, update.skipped_in_a_row]).double()
         self.on_its_way = HostCopy(torch.cat([counts, update.heard]) if self.is_carried else counts)
-        signum = 0 if self.is_carried else self.stop.agreed()
+        word = None if self.is_carried else self.stop.agreed()
         if before is None:
-            return signum
+            return word
         skipped, in_a_row, *heard = before.numbers()
         self.task.check_skips(int(skipped), int(in_a_row), update.step - 1)
-        return self.stop.loudest(heard) if self.is_carried else signum
+        return self.stop.loudest(heard) if self.is_carried else word
 
 
 class HostCopy:

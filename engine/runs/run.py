@@ -15,12 +15,13 @@ from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.retain import clean
 from engine.checkpoint.state import RunState
 from engine.distributed.agreement import agreement, all_gather, broadcast
+from engine.distributed.signals import StopSignal
 from engine.errors import RunFailed, UserError, one_line
 from engine.logger import say
 from engine.recipe.identity import resume_differences
 from engine.recipe.load import loads, located
 from engine.recipe.sections import Linear, Recipe
-from engine.runs.directory import RunDirectory, check_same_task
+from engine.runs.directory import STOP, RunDirectory, check_same_task
 from engine.runs.log import MetricsLog, Row
 from engine.runs.task import Plan, Task
 from engine.runs.trainer import Trainer
@@ -37,12 +38,15 @@ def run(task: Task, started: float) -> Row:
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
     """
     recipe, world = task.recipe, task.world
+    path = Path(recipe.run.dir)
     with (
-        RunDirectory(Path(recipe.run.dir), world) as directory,
+        StopSignal(world, path / STOP) as stop,
+        RunDirectory(path, world) as directory,
         _memory_in_words(task, directory),
         torn_code_in_words(),
         as_deterministic_as_asked(task),
     ):
+        stop.at_once = True  # until there is a step that could be lost
         _say_opening(task)
         found = _newest(directory, task)
         task.start(resumes=found is not None)
@@ -53,7 +57,7 @@ def run(task: Task, started: float) -> Row:
         with agreement(world.host_group):
             kept = task.step if found else -1
             log = MetricsLog(directory.path, kept, monitor=task.monitor, enabled=world.is_first)
-        trainer = Trainer(task, log, directory.checkpoints)
+        trainer = Trainer(task, log, directory.checkpoints, stop)
         trainer.seconds["start-up"] = time.perf_counter() - started
         trainer.run()
         log.close()

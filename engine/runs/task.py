@@ -23,6 +23,7 @@ from engine.data.order import Order
 from engine.data.splits import Splits
 from engine.distributed.world import World
 from engine.errors import RunFailed, UserError
+from engine.evaluation.features import AtBatch
 from engine.recipe.load import dump
 from engine.recipe.sections import Parallel, Recipe
 from engine.runs.log import Row
@@ -99,6 +100,7 @@ class Task(ABC):
         batch = recipe.train.global_batch_size
         self.order = Order(recipe.run.seed, len(splits.train), batch, keep_partial, repeats)
         self.bad_images = BadImages(recipe.data.max_bad_fraction, world)
+        self.at_batch: AtBatch | None = None  # of an evaluation; it may raise on all ranks together
         self.licence: str | None = None  # of imported weights, which binds what is made of them
         self.parallel: Parallel | None = getattr(recipe, "parallel", None)
         self.refused: str | None = None  # an operation of the step that has no deterministic form here

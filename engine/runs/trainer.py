@@ -25,38 +25,44 @@ from engine.runs.log import MetricsLog
 from engine.runs.news import News
 from engine.runs.task import Task
 
+ASK_EVERY = 4  # batches of an evaluation; the ranks' answers travel during the next ones
+
 
 class Trainer:
-    """Drives a task through its plan; checkpoints go below `checkpoints`, metrics to `log`."""
+    """Drives a task through its plan, or until it is asked to stop.
 
-    def __init__(self, task: Task, log: MetricsLog, checkpoints: Path):
+    Checkpoints go below `checkpoints`, metrics to `log`.
+    """
+
+    def __init__(self, task: Task, log: MetricsLog, checkpoints: Path, stop: StopSignal):
         self.task, self.plan, self.world = task, task.plan(), task.world
-        self.log, self.checkpoints = log, checkpoints
+        self.log, self.checkpoints, self.stop = log, checkpoints, stop
         self.seconds: Counter[str] = Counter()  # where the wall time went
 
     def run(self) -> None:
         """Train to the end of the plan.
 
         Raises:
-            Interrupted: a signal came; the state is saved and the same command goes on.
+            Interrupted: the run was asked to stop; the state is saved and the same command goes on.
             RunFailed: the task cannot go on.
         """
-        with StopSignal(self.world) as stop, self._progress_bar() as self.bar:
-            news = News(self.task, stop)
+        with self._progress_bar() as self.bar:
+            news = News(self.task, self.stop)
+            self.task.at_batch = self._stop_if_asked
             self._evaluate_if_due()
             self._restart_clock()
             for batch in self._timed("data", self.task.batches(self.plan.last_step)):
                 self.task.bad_images.meet(batch.bad)
                 with self._time("training"):
                     output = self.task.train_step(batch)
+                    self.stop.at_once = False
                     self._log_if_due(output, batch)
-                signum = news.after_step()
+                word, step = news.after_step(), self.task.step
                 # An evaluation takes minutes on large data, and a scheduler's grace is short: save before it.
-                if signum or self.plan.saves_after(self.task.step) or self.plan.evaluates_after(self.task.step):
+                if word is not None or self.plan.saves_after(step) or self.plan.evaluates_after(step):
                     self._save()
-                if signum and self.task.step < self.plan.last_step:
-                    say(f"stopped by a signal after step {self.task.step}, which is saved; the same command goes on")
-                    raise Interrupted(signum)
+                if word is not None and (step < self.plan.last_step or self.plan.evaluates_after(step)):
+                    raise Interrupted(word, f"after step {step}, which is saved")
                 self._evaluate_if_due()
 
     def _log_if_due(self, output: Any, batch: Any) -> None:
@@ -92,6 +98,12 @@ class Trainer:
             numbers = ", ".join(f"{key} {value:.3f}" for key, value in row.items() if key != "epoch")
             say(f"step {step}: {numbers}")
         self._restart_clock()
+
+    def _stop_if_asked(self, batch: int) -> None:
+        """Between batches of an evaluation, on every rank. Raises Interrupted: a resumed run makes the row."""
+        if batch % ASK_EVERY == 0 and (word := self.stop.agreed()) is not None:
+            kept = f"after step {self.task.step}, which is saved," if self.task.step else "before step 1,"
+            raise Interrupted(word, f"{kept} during its evaluation")
 
     def _show_result(self, step: int) -> None:
         """Let `best` name the checkpoint that the monitor likes most, and show the evaluation if it counts."""

@@ -115,6 +115,13 @@ class Command:
             time.sleep(0.05)
 
 
+def ranks_of(command: Command) -> list[int]:
+    """The processes of its ranks, which were started in their order."""
+    threads = Path(f"/proc/{command.process.pid}/task").glob("*/children")
+    children = [int(pid) for path in threads for pid in path.read_text().split()]
+    return sorted({pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()})
+
+
 def run(*arguments: object, **options) -> Ended:
     with Command(*arguments, **options) as command:
         return command.end()
@@ -139,10 +146,11 @@ def timeless(folder: Path) -> list[dict]:
 
 
 def stopped_at(ended: Ended) -> int:
-    """The step that a run, stopped by a signal, says is saved."""
-    line = next(line for line in ended.out.splitlines() if line.startswith("stopped by a signal after step "))
-    assert line.endswith(", which is saved; the same command goes on")
-    return int(line.split()[6].rstrip(","))
+    """The step that a run, asked to stop, says is saved."""
+    (line,) = [line for line in ended.out.splitlines() if line.startswith("stopped by ")]
+    words = re.fullmatch(r"stopped by .+ after step (\d+), which is saved.*; the same command goes on", line)
+    assert words, line
+    return int(words[1])
 
 
 def resumed_at(ended: Ended) -> int:

@@ -17,6 +17,7 @@ from tests.distributed.commands import (
     Command,
     Ended,
     overrides,
+    ranks_of,
     resumed_at,
     run,
     stopped_at,
@@ -24,13 +25,6 @@ from tests.distributed.commands import (
 )
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-
-
-def ranks_of(command: Command) -> list[int]:
-    """The processes of its ranks, which were started in their order."""
-    threads = Path(f"/proc/{command.process.pid}/task").glob("*/children")
-    children = [int(pid) for path in threads for pid in path.read_text().split()]
-    return sorted({pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()})
 
 
 def test_ctrl_c_while_the_ranks_load_is_no_traceback(tmp_path):

@@ -4,18 +4,22 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 
+from engine.distributed import signals
 from engine.distributed.signals import SIGNALS, StopSignal
 from engine.distributed.world import process_group
 from engine.errors import Interrupted, RunFailed
+from engine.evaluation import features
 from engine.recipe.load import load
+from engine.runs import trainer
 from engine.runs.linear import LinearClassification, linear
 from engine.runs.pretrain import Pretraining, pretrain
 from engine.runs.task import SKIPS_IN_A_ROW
 from tests.distributed.trajectories import RECIPE, SMALL
-from tests.runs.small import CHECKPOINT, linear_recipe
+from tests.runs.small import CHECKPOINT, linear_recipe, rows
 
 FEW = [*SMALL, "model.dim=16", "model.heads=2", "data.workers=0", "log.every_steps=100", "checkpoint.every_steps=100"]
 
@@ -45,12 +49,85 @@ def signal_before(wanted: int, signum: int):
     "lr", [4e-3, 1e300]
 )  # the second makes gradients that are not finite from step 3 on, as the first rate is 0
 def test_a_signal_is_heard_one_step_later_and_the_state_is_saved(world, tmp_path, monkeypatch, signum, lr):
+    before = signal.getsignal(signum)
     before_steps(monkeypatch, Pretraining, signal_before(5, signum))
     with pytest.raises(Interrupted) as stop:
         train(world, tmp_path, f"optimizer.base_lr={lr}")
-    assert stop.value.signum == signum
+    assert (stop.value.signum, stop.value.status) == (signum, 128 + signum)
     assert (tmp_path / "checkpoints/latest").read_text().strip() == "step_0000006"
-    assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)
+    assert (tmp_path / "REQUEUE").exists() == (signum != signal.SIGINT), "a person's word is final"
+    assert signal.getsignal(signum) == before
+
+
+def test_a_file_stops_a_run_which_removes_it_and_leaves_no_mark(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "LOOK_SECONDS", 0)
+    (tmp_path / "REQUEUE").touch()
+    before_steps(monkeypatch, Pretraining, lambda step: (tmp_path / "STOP").touch() if step == 3 else None)
+    with pytest.raises(Interrupted) as stop:
+        train(world, tmp_path)
+    assert stop.value.status == 0
+    assert (tmp_path / "checkpoints/latest").read_text().strip() == "step_0000004"
+    assert not {"STOP", "REQUEUE"} & {path.name for path in tmp_path.iterdir()}
+    (tmp_path / "STOP").touch()
+    train(world, tmp_path, "train.max_steps=4")
+    assert not (tmp_path / "STOP").exists(), "a run at its end has stopped"
+
+
+def test_a_hangup_that_is_ignored_stays_so(world, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        before_steps(monkeypatch, Pretraining, signal_before(1, signal.SIGHUP))
+        train(world, tmp_path, "train.max_steps=3")
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("where", ["start", "batches", "train_step"])
+def test_before_a_step_is_made_a_signal_ends_the_run_at_once(world, tmp_path, monkeypatch, where):
+    """On the way to the loop, and on the way to the first step of a run that goes on."""
+    train(world, tmp_path, "train.max_steps=2")
+    own = getattr(Pretraining, where)
+    stopping = lambda self, *a, **k: os.kill(os.getpid(), signal.SIGUSR1) or own(self, *a, **k)  # noqa: E731
+    monkeypatch.setattr(Pretraining, where, stopping)
+    with pytest.raises(Interrupted) as stop:
+        train(world, tmp_path, "train.max_steps=4")
+    assert stop.value.where == "before a step was made; nothing is lost"
+    assert (tmp_path / "checkpoints/latest").read_text().strip() == "step_0000002"
+    assert (tmp_path / "REQUEUE").exists()
+    monkeypatch.setattr(Pretraining, where, own)
+    train(world, tmp_path, "train.max_steps=4")
+    assert (tmp_path / "checkpoints/latest").read_text().strip() == "step_0000004"
+    assert not (tmp_path / "REQUEUE").exists()
+
+
+def test_an_evaluation_ends_at_one_of_its_next_batches_and_is_made_by_the_resumed_run(world, tmp_path, monkeypatch):
+    """Also after the last step; the state was saved before."""
+    batches, own = [], Pretraining.evaluate
+    monkeypatch.setattr(features, "BATCH", 2)
+
+    def stopped(self):
+        if self.step:
+            ask = self.at_batch
+            self.at_batch = lambda number: (batches.append(number), number == 1 and kill_self(), ask(number))
+        return own(self)
+
+    monkeypatch.setattr(Pretraining, "evaluate", stopped)
+    few = ["train.max_steps=2", "evaluate.knn_every_epochs=1"]
+    with pytest.raises(Interrupted, match="after step 2, which is saved, during its evaluation"):
+        train(world, tmp_path / "stopped", *few)
+    assert batches == list(range(2 * trainer.ASK_EVERY + 1))
+    assert [row["step"] for row in rows(tmp_path / "stopped", "knn_top1")] == [0]
+    monkeypatch.setattr(Pretraining, "evaluate", own)
+    for name in ("stopped", "whole"):
+        train(world, tmp_path / name, *few)
+    found, expected = (rows(tmp_path / name, "knn_top1") for name in ("stopped", "whole"))
+    assert found == expected
+    assert [row["step"] for row in found] == [0, 2]
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_step_without_a_guard_over_ranks_sends_signals_by_themselves(world, tmp_path, monkeypatch):
@@ -66,7 +143,7 @@ def test_a_signal_costs_no_message_of_its_own(world, tmp_path, monkeypatch):
     before_steps(monkeypatch, Pretraining, lambda _: sums.append([]))
     monkeypatch.setattr(dist, "all_reduce", lambda x, *a, **k: [s.append(x) for s in sums[-1:]] and own(x, *a, **k))
     train(world, tmp_path, "train.max_steps=6", "evaluate.online_probe=false")
-    assert [[tuple(x.shape) for x in step] for step in sums[1:5]] == [[(1 + len(SIGNALS),)]] * 4
+    assert [[tuple(x.shape) for x in step] for step in sums[1:5]] == [[(1 + len(signals.WORDS),)]] * 4
 
 
 def test_steps_without_update_end_a_run_between_two_lines_of_the_log(world, tmp_path):
@@ -84,6 +161,8 @@ def test_steps_without_update_end_a_run_between_two_lines_of_the_log(world, tmp_
 
 def test_of_several_signals_the_last_counts(world):
     stop = StopSignal(world)
-    assert [stop.loudest(counts) for counts in ((0, 0), (3, 0), (0, 1), (2, 1))] == [0, 2, 15, 15]
-    stop.received = signal.SIGTERM
-    assert stop.message().tolist() == [0, 1]
+    none, hangup, term, person, file = np.eye(len(signals.WORDS))[[0, 0, 2, 3, 4]] * [[0], [3], [1], [1], [1]]
+    said = [stop.loudest(counts) for counts in (none, hangup, hangup + term, term + person, hangup + person + file)]
+    assert said == [None, signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signals.FILE]
+    stop.received = {signal.SIGTERM, signals.FILE}
+    assert stop.message().tolist() == [0, 0, 1, 0, 1]
