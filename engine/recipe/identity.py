@@ -12,7 +12,7 @@ FREE_SECTIONS = frozenset({"checkpoint", "log", "evaluate", "parallel"})
 FREE_KEYS = frozenset(
     {
         *("schema", "run.dir", "data.root", "data.val_root", "data.workers"),
-        *("train.max_steps", "train.micro_batch_size"),
+        *("train.max_steps", "train.micro_batch_size", "train.on_spike"),
     }
 )
 

@@ -29,11 +29,13 @@ RANDAUGMENT = Rule(
     " in timm's words, such as rand-m9-mstd0.5-inc1",
     lambda value: re.fullmatch(r"rand(-(m|n|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-inc[01]|-tweights)*", value) is not None,
 )
+WARN = Rule(": warn", lambda value: value == "warn")
 ARGUMENTS = Rule(", each a keyword argument", lambda value: all(name.isidentifier() for name in value))
 
 MAX_STEPS = "ends the run early, while the schedules still span all epochs; null: no limit"
 BATCH = "images of a step over all processes, whose number must divide it"
 MICRO_BATCH = "images of a process that pass the trunk together, to save memory at a price in time; null: all"
+ON_SPIKE = "gradients over 10 times the median norm of 100 logged steps: said and counted; null: not looked for"
 NAMED = "null: as the named network has it"
 KNN_BANK = "training images of each class that are kNN's neighbours, drawn by run.seed; null: all"
 CROP_FRACTION = "side of the centre crop over the shorter side of the resized image; 1 sees the whole width"
@@ -89,6 +91,7 @@ class Train:
     warmup_epochs: float = key("epochs of linear rise of the learning rate, before its half cosine to 0", NOT_NEGATIVE)
     max_steps: int | None = key(MAX_STEPS, AT_LEAST_1, default=None)
     micro_batch_size: int | None = key(MICRO_BATCH, AT_LEAST_1, since=2, before=None, default=None)
+    on_spike: str | None = key(ON_SPIKE, WARN, since=2, before=None, default="warn")
 
 
 Source = Literal["folder", "shards", "torchvision"]

@@ -23,6 +23,7 @@ from engine.logger import say
 from engine.recipe.identity import fingerprint
 from engine.runs.log import MetricsLog
 from engine.runs.news import News
+from engine.runs.spikes import SpikeAlarm
 from engine.runs.task import Task
 
 ASK_EVERY = 4  # batches of an evaluation; the ranks' answers travel during the next ones
@@ -38,6 +39,8 @@ class Trainer:
         self.task, self.plan, self.world = task, task.plan(), task.world
         self.log, self.checkpoints, self.stop = log, checkpoints, stop
         self.seconds: Counter[str] = Counter()  # where the wall time went
+        watched = getattr(task.recipe.train, "on_spike", None) == "warn" and self.world.is_first
+        self.alarm = SpikeAlarm(log.recent) if watched else None  # of the rank that writes the log
 
     def run(self) -> None:
         """Train to the end of the plan.
@@ -74,6 +77,9 @@ class Trainer:
         now = time.perf_counter()
         row["images_per_second"] = (step - self.clock[0]) * self.task.order.batch / (now - self.clock[1])
         self._restart_clock()
+        if self.alarm is not None:
+            self.alarm.judge(step, row["grad_norm"])
+            row["spikes"] = self.alarm.count
         self.log.loss_row(step, row)
         if step == 1:
             self.log.picture("views", self.task.picture(batch), step)

@@ -53,6 +53,7 @@ def any_recipe(draw):
             warmup_epochs=draw(st.floats(0, epochs)),
             max_steps=draw(st.none() | counts),
             micro_batch_size=draw(st.none() | counts),
+            on_spike=draw(st.sampled_from([None, "warn"])),
         ),
         data=sections.Data(
             source="torchvision" if torchvision else draw(st.sampled_from(["folder", "shards"])),
@@ -101,7 +102,7 @@ def test_fingerprint_follows_exactly_the_keys_that_a_resume_may_not_change():
     recipe = load(QUICK)
     labelled = shipped("finetune_quickstart")
     expected = {"schema", "run.dir", "data.root", "data.val_root", "data.workers", "train.max_steps"}
-    expected |= {"train.micro_batch_size"}
+    expected |= {"train.micro_batch_size", "train.on_spike"}
     assert flatten(recipe).keys() >= expected == FREE_KEYS
     sections = ("checkpoint.", "log.", "evaluate.", "parallel.")
     assert {f"{name}." for name in FREE_SECTIONS} == set(sections)

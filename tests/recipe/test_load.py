@@ -145,6 +145,7 @@ WRONG = {
     "train.warmup_epochs": [*NUMBER, "-1"],
     "train.max_steps": ["0", "ten", "1.5"],
     "train.micro_batch_size": ["0", "ten", "1.5"],
+    "train.on_spike": ["stop", "1", "true"],
     "data.source": ["zip", "null"],
     "data.root": ["3", "null", "''"],
     "data.val_root": ["3", "''"],
