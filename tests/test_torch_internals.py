@@ -1,7 +1,9 @@
 """torch's private names do what engine.torch_internals says of them, and nothing else in engine touches one."""
 
 import ast
+import inspect
 import multiprocessing
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from engine.distributed.world import make_mesh, process_group
 from engine.torch_internals import (
@@ -23,10 +25,12 @@ from engine.torch_internals import (
     graph_breaks,
     graphs_compiled,
     has_cpp_compiler,
+    has_lost_its_thread,
     keeping,
     lerp_each_,
     norm_each,
     scale_each,
+    send_instead,
     stored_chunk,
     subtract_each,
     watching,
@@ -199,6 +203,35 @@ def test_workers_end_while_their_iterator_lives():
     assert len(workers) == 2
     end_workers(batches)
     assert not any(worker.is_alive() for worker in workers)
+
+
+class Unfit:
+    """What a DataLoader's worker cannot hand over."""
+
+    def __reduce__(self):
+        raise OSError("no room")
+
+
+class OneOfTwo(Dataset):
+    def __getitem__(self, number: int) -> object:
+        return Unfit() if number else number
+
+
+def test_what_a_worker_cannot_hand_over_has_a_substitute():
+    options = {"num_workers": 1, "multiprocessing_context": "fork", "batch_size": None, "sampler": [0, 1, 0]}
+    loader = DataLoader(OneOfTwo(), **options, worker_init_fn=lambda _: send_instead(lambda error: f"instead: {error}"))
+    assert list(loader) == [0, "instead: no room", 0]
+
+
+def test_the_thread_that_pins_batches_is_known():
+    """Without a GPU there is none."""
+    batches = iter(DataLoader(range(2), num_workers=1, multiprocessing_context="fork"))
+    assert not has_lost_its_thread(batches)
+    batches._pin_memory_thread = threading.Thread()
+    assert has_lost_its_thread(batches)
+    assert "_pin_memory_thread" in inspect.getsource(type(batches))
+    del batches._pin_memory_thread
+    end_workers(batches)
 
 
 def test_a_stored_chunk_is_what_torch_writes(tmp_path):

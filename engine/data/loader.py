@@ -5,17 +5,12 @@ What is in a batch depends on (source, seed, step) alone: not on workers, ranks 
 Shapes: V views, B samples of one rank's batch, S side of an image in pixels.
 """
 
-import ctypes
-import gc
 import os
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -28,14 +23,12 @@ from engine.data.bad_images import Bad
 from engine.data.decode import CenterCrop, Crops
 from engine.data.order import REPEAT, Order
 from engine.data.source import Source
+from engine.data.workers import SHARED_MEMORY, TIMEOUT, delivered, start_worker, unwrapped, word_seconds
 from engine.distributed.launcher import local_ranks
 from engine.errors import UserError, one_line
-from engine.torch_internals import end_workers
 
 _PREFETCH = 2  # batches that each worker has under way or waiting
 _NEIGHBOURS = 100  # how far to look for an image in place of an unreadable one
-_SHARED_MEMORY = Path("/dev/shm")
-_PR_SET_PDEATHSIG = 1
 
 
 class Batch(NamedTuple):
@@ -78,11 +71,13 @@ def train_batches(
     world_size: int,
     workers: int,
     pin_memory: bool = False,
+    timeout: float = TIMEOUT,
 ) -> Iterator[Batch]:
     """This rank's batches of the steps, which count from 0.
 
     The workers start at once and die with the thread that called this. At most 2 * workers batches are under way.
-    Raises UserError where the batch does not suit the source or memory, or where the source is unreadable.
+    Raises UserError where the batch does not suit the source or memory, or where the source is unreadable; RunFailed
+    where workers die, cannot hand over a batch, or are silent for `timeout` seconds, of which each minute is said.
     """
     if order.steps_per_epoch == 0 or order.batch % world_size:
         raise UserError(
@@ -91,7 +86,7 @@ def train_batches(
         )
     _check_shared_memory(workers, crops.views * order.batch // world_size * 3 * crops.size**2)
     dataset = _TrainBatches(source, order.seed, crops)
-    return _run(dataset, order.share(steps, rank, world_size), workers, pin_memory)
+    return _run(dataset, order.share(steps, rank, world_size), workers, pin_memory, timeout)
 
 
 def eval_batches(
@@ -102,10 +97,12 @@ def eval_batches(
     batch_size: int,
     workers: int,
     batches: int | None = None,
+    timeout: float = TIMEOUT,
 ) -> Iterator[EvalBatch]:
     """The images `ids` of the source in order, in batches of one shape.
 
-    batches: yield that many, empty ones at the end, so that every rank runs as many forwards as the others.
+    batches: yield that many, empty ones at the end, so that every rank runs as many forwards as the others. timeout: as
+    `train_batches` has it.
     """
     ids = np.asarray(ids, np.int64)
     needed = -(-len(ids) // batch_size)
@@ -113,7 +110,7 @@ def eval_batches(
         raise ValueError(f"{len(ids)} images do not fit into {batches} batches of {batch_size}")
     _check_shared_memory(workers, batch_size * 3 * crop.size**2)
     chunks = [ids[k * batch_size : (k + 1) * batch_size] for k in range(needed if batches is None else batches)]
-    return _run(_EvalBatches(source, crop, batch_size), chunks, workers, pin_memory=False)
+    return _run(_EvalBatches(source, crop, batch_size), chunks, workers, False, timeout)
 
 
 @dataclass(frozen=True)
@@ -187,7 +184,7 @@ def _hopeless(source: Source, bad: Bad) -> UserError:
     )
 
 
-def _run(dataset: Dataset, at: Iterable, workers: int, pin_memory: bool) -> Iterator:
+def _run(dataset: Dataset, at: Iterable, workers: int, pin_memory: bool, timeout: float) -> Iterator:
     # Fork is fast and shares the source's arrays. Elsewhere than on Linux it is not safe.
     loader = DataLoader(
         dataset,
@@ -196,59 +193,22 @@ def _run(dataset: Dataset, at: Iterable, workers: int, pin_memory: bool) -> Iter
         num_workers=workers,
         prefetch_factor=_PREFETCH if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=partial(_start_worker, os.getpid()),
+        timeout=word_seconds(timeout) if workers else 0,
+        worker_init_fn=partial(start_worker, os.getpid()),
         multiprocessing_context=("fork" if sys.platform == "linux" else "spawn") if workers else None,
         generator=torch.Generator(),  # else it would draw from the global one, and so move the training's numbers
     )
-    return _unwrapped(iter(loader), workers)
-
-
-def _unwrapped(items: Iterator, workers: int) -> Iterator:
-    try:
-        for item in items:
-            if isinstance(item, UserError):  # raised in the worker, it would arrive wrapped in a traceback
-                raise item
-            yield item
-    except (EOFError, ConnectionError, FileNotFoundError) as error:  # what torch makes of a death in mid-delivery
-        raise RuntimeError("a loader worker died while it handed over a batch; was it out of memory?") from error
-    finally:
-        if workers:
-            # Else a traceback that still refers to `items` keeps the workers, and torch's handler of dead children goes
-            # on raising wherever the process then is.
-            end_workers(items)
-
-
-def _start_worker(parent: int, _worker: int) -> None:
-    # Garbage of the training process is not this process's to collect: the finalizer of another loader's iterator would
-    # take locks that both share, and die with them. Not touching inherited objects also leaves their pages shared.
-    gc.freeze()
-    torch.set_num_threads(1)
-    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(signum, signal.SIG_IGN)
-    if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey, args=(parent,), daemon=True).start()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above took hold
-        os._exit(1)
-
-
-def _obey(parent: int) -> None:
-    """End this worker when its parent says so, and at nobody else's word: a SIGTERM to the whole process group asks the
-    parent to stop in good order, for which it may still need batches."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+    return delivered(iter(loader), timeout) if workers else unwrapped(iter(loader))
 
 
 def _check_shared_memory(workers: int, batch_bytes: int) -> None:
     """Workers hand batches over in /dev/shm; where it is full, they die of a bus error."""
-    if not workers or not _SHARED_MEMORY.is_dir():
+    if not workers or not SHARED_MEMORY.is_dir():
         return
-    free, needed = shutil.disk_usage(_SHARED_MEMORY).free, _PREFETCH * workers * batch_bytes
+    free, needed = shutil.disk_usage(SHARED_MEMORY).free, _PREFETCH * workers * batch_bytes
     needed *= local_ranks()  # all ranks of the node do the same at the same time
     if needed > free:
         raise UserError(
-            f"data.workers ({workers}) must need no more of {_SHARED_MEMORY} than is free: {needed / 2**20:.0f} of "
+            f"data.workers ({workers}) must need no more of {SHARED_MEMORY} than is free: {needed / 2**20:.0f} of "
             f"{free / 2**20:.0f} MiB; lower it, or enlarge shared memory (docker run --shm-size)"
         )

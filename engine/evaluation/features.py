@@ -10,7 +10,7 @@ Shapes: N rows of this rank, B batch size, S side of an image, D features.
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from engine.data import bad_images
 from engine.data.loader import EvalBatch, eval_batches
 from engine.data.source import Source
+from engine.data.workers import TIMEOUT
 from engine.distributed.agreement import all_gather
 from engine.distributed.world import World
 from engine.errors import RunFailed
@@ -49,17 +50,17 @@ def features(
     world: World,
     workers: int,
     remedy: str = "evaluate an earlier checkpoint",
-    at_batch: AtBatch | None = None,
+    **more: Any,
 ) -> Features:
     """This rank's share of a source's features, on the CPU.
 
     what: the name under which progress shows; None for none. remedy: what a user does about features that are not
-    finite. at_batch: called before each batch, on all ranks; what it raises on all ends the work.
+    finite. more: of `unchecked_features`.
 
     Raises:
         RunFailed: on every rank, where no image can be read or a feature is not finite.
     """
-    found = unchecked_features(subject, source, what, world, workers, at_batch=at_batch)
+    found = unchecked_features(subject, source, what, world, workers, **more)
     ranks = all_gather((len(found.id_N), bool(found.feature_ND.isfinite().all())), world.host_group)
     if not sum(rows for rows, _ in ranks):
         raise RunFailed(f"none of {len(source)} images could be read, {source.name(0)} and others; mend them")
@@ -76,10 +77,15 @@ def unchecked_features(
     workers: int,
     consequence: str = "it is left out",
     at_batch: AtBatch | None = None,
+    timeout: float = TIMEOUT,
 ) -> Features:
-    """`features` that may be none or not finite. consequence: ends the report of an unreadable image."""
+    """`features` that may be none or not finite. consequence: ends the report of an unreadable image.
+
+    at_batch: called before each batch, on all ranks; what it raises on all ends the work. timeout: in seconds, of the
+    loading processes (engine.data.workers).
+    """
     ids, batches = rank_slice(len(source), world.rank, world.size, BATCH)
-    found = batches_for(subject, source, ids.numpy(), workers, consequence, batches)
+    found = batches_for(subject, source, ids.numpy(), workers, consequence, batches, timeout)
     if at_batch is not None:
         found = announced(found, at_batch)
     if what is not None:
@@ -88,11 +94,18 @@ def unchecked_features(
 
 
 def batches_for(
-    subject: Subject, source: Source, ids: np.ndarray, workers: int, consequence: str, batches: int | None = None
+    subject: Subject,
+    source: Source,
+    ids: np.ndarray,
+    workers: int,
+    consequence: str,
+    batches: int | None = None,
+    timeout: float = TIMEOUT,
 ) -> Generator[EvalBatch, None, None]:
     """The images `ids` in the form that the subject takes. Unreadable images are left out and reported; `consequence`
     ends the report. batches: yield exactly this many, the last ones empty."""
-    for batch in eval_batches(source, ids, subject.crop, batch_size=BATCH, workers=workers, batches=batches):
+    sizes = {"batch_size": BATCH, "batches": batches}
+    for batch in eval_batches(source, ids, subject.crop, **sizes, workers=workers, timeout=timeout):
         bad_images.report(batch.bad, consequence)
         yield batch
 

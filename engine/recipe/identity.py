@@ -11,7 +11,7 @@ from engine.recipe.sections import Recipe
 FREE_SECTIONS = frozenset({"checkpoint", "log", "evaluate", "parallel"})
 FREE_KEYS = frozenset(
     {
-        *("schema", "run.dir", "data.root", "data.val_root", "data.workers"),
+        *("schema", "run.dir", "run.timeout_minutes", "data.root", "data.val_root", "data.workers"),
         *("train.max_steps", "train.micro_batch_size", "train.on_spike"),
     }
 )

@@ -32,6 +32,7 @@ RANDAUGMENT = Rule(
 WARN = Rule(": warn", lambda value: value == "warn")
 ARGUMENTS = Rule(", each a keyword argument", lambda value: all(name.isidentifier() for name in value))
 
+TIMEOUT = "how long a rank, or the disk of the images, may be silent once steps run; then the run ends, to be resumed"
 MAX_STEPS = "ends the run early, while the schedules still span all epochs; null: no limit"
 BATCH = "images of a step over all processes, whose number must divide it"
 MICRO_BATCH = "images of a process that pass the trunk together, to save memory at a price in time; null: all"
@@ -54,6 +55,7 @@ def schema_key() -> int:
 class Run:
     dir: str = key("folder of checkpoints and metrics; a run that is found there is resumed", TEXT)
     seed: int = key("what initial weights, order of images and augmentation follow from", NOT_NEGATIVE, default=0)
+    timeout_minutes: float = key(TIMEOUT, POSITIVE, since=2, before=30.0, default=5.0)
 
 
 @section

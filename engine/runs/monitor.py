@@ -65,6 +65,7 @@ def monitor_row(
     trunk: nn.Module,
     dtype: torch.dtype,
     probe: OnlineProbe | None,
+    *,
     at_batch: AtBatch | None,
 ) -> dict[str, float]:
     """Top-1 and top-5 on the validation images, from 0 to 1, by kNN and by the probe; equal on all ranks.
@@ -74,8 +75,10 @@ def monitor_row(
     """
     augment, evaluate = recipe.augment, recipe.evaluate
     subject = Subject(trunk, recipe.model.image_size, augment.mean, augment.std, evaluate.crop_fraction, dtype=dtype)
+    consequence, timeout = "it is left out of the monitor", 60 * recipe.run.timeout_minutes
+    more = {"at_batch": at_batch, "timeout": timeout}
     neighbours, queries = (
-        unchecked_features(subject, source, None, world, recipe.data.workers, "it is left out of the monitor", at_batch)
+        unchecked_features(subject, source, None, world, recipe.data.workers, consequence, **more)
         for source in (bank, val)
     )
     query = gather_rows(queries.to(world.device), world.group)

@@ -221,7 +221,8 @@ class Pretraining(Task):
         if bank is None or val is None:
             return None
         try:
-            return monitor_row(self.recipe, self.world, bank, val, trunk, self.dtype, self.probe, self.at_batch)
+            measured = self.recipe, self.world, bank, val, trunk, self.dtype, self.probe
+            return monitor_row(*measured, at_batch=self.at_batch)
         except (UserError, ValueError, FloatingPointError) as error:  # raised on all ranks alike
             if self.world.is_first:
                 warn(f"kNN after step {self.step} was left out: {error}")

@@ -1,13 +1,9 @@
 """The life of a run: a task in its run directory, from its newest checkpoint to the end of its plan."""
 
-import os
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from engine.checkpoint.layout import read_pointer
 from engine.checkpoint.load import newest_valid
@@ -16,12 +12,13 @@ from engine.checkpoint.retain import clean
 from engine.checkpoint.state import RunState
 from engine.distributed.agreement import agreement, all_gather, broadcast
 from engine.distributed.signals import StopSignal
-from engine.errors import RunFailed, UserError, one_line
+from engine.errors import UserError
 from engine.logger import say
 from engine.recipe.identity import resume_differences
 from engine.recipe.load import loads, located
 from engine.recipe.sections import Linear, Recipe
 from engine.runs.directory import STOP, RunDirectory, check_same_task
+from engine.runs.failures import failures_in_words
 from engine.runs.log import MetricsLog, Row
 from engine.runs.task import Plan, Task
 from engine.runs.trainer import Trainer
@@ -42,8 +39,7 @@ def run(task: Task, started: float) -> Row:
     with (
         StopSignal(world, path / STOP) as stop,
         RunDirectory(path, world) as directory,
-        _memory_in_words(task, directory),
-        torn_code_in_words(),
+        failures_in_words(task, directory.checkpoints),
         as_deterministic_as_asked(task),
     ):
         stop.at_once = True  # until there is a step that could be lost
@@ -78,47 +74,6 @@ def as_deterministic_as_asked(task: Task) -> Iterator[None]:
         task.refused = next(filter(None, all_gather(refused, world.host_group)), None)
     with deterministic(parallel.deterministic, task.refused):
         yield
-
-
-@contextmanager
-def _memory_in_words(task: Task, directory: RunDirectory) -> Iterator[None]:
-    """Raises RunFailed in place of torch's error, of many lines, where the device has no memory left."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-        newest = read_pointer(directory.checkpoints, "latest")
-        kept = f"checkpoint {newest} is kept" if newest else "there is no checkpoint yet"
-        raise RunFailed(
-            f"{task.world.device_name} had no memory left for {asked[1] if asked else one_line(error)} more; {kept}: "
-            f"go on with {task.less_memory}, which makes the same run in less memory"
-        ) from error
-
-
-@contextmanager
-def torn_code_in_words() -> Iterator[None]:
-    """Raises RunFailed in place of torch's error, of many lines, where a compilation that was killed left half a file
-    among the compiled code that torch keeps."""
-    try:
-        yield
-    except Exception as error:
-        torn = re.search(r"(/\S+): file too short", _words_of_all(error))
-        if torn is None:
-            raise
-        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", Path(torn[1]).parent)  # torch sets it when it compiles
-        raise RunFailed(
-            f"compiled code is broken ({torn[1]}), as of a compilation that was killed; delete the folder {folder}, "
-            "and the same command goes on"
-        ) from error
-
-
-def _words_of_all(error: BaseException) -> str:
-    """Of an error and those that it came of."""
-    words, at = [], error
-    while at is not None and len(words) < 20:
-        words.append(str(at))
-        at = at.__cause__ or at.__context__
-    return "\n".join(words)
 
 
 def _newest(directory: RunDirectory, task: Task) -> tuple[Path, Manifest, RunState] | None:

@@ -189,6 +189,11 @@ class Task(ABC):
         return self.update.step
 
     @property
+    def timeout(self) -> float:
+        """Seconds for which ranks and loading processes may be silent once steps run."""
+        return 60 * self.recipe.run.timeout_minutes
+
+    @property
     def epochs_in_words(self) -> str:
         return f"{self.recipe.train.epochs} epochs of {self.order.steps_per_epoch:,} steps"
 
@@ -217,6 +222,7 @@ class Task(ABC):
             world_size=self.world.size,
             workers=self.recipe.data.workers,
             pin_memory=self.world.device.type == "cuda",
+            timeout=self.timeout,
         )
 
     def images(self, batch: Batch) -> Tensor:

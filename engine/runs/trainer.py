@@ -18,9 +18,10 @@ from engine.checkpoint.retain import retain
 from engine.checkpoint.save import save
 from engine.distributed.agreement import agreement, broadcast
 from engine.distributed.signals import StopSignal
-from engine.errors import Interrupted
+from engine.errors import Interrupted, RunFailed
 from engine.logger import say
 from engine.recipe.identity import fingerprint
+from engine.runs.failures import kept
 from engine.runs.log import MetricsLog
 from engine.runs.news import News
 from engine.runs.spikes import SpikeAlarm
@@ -54,7 +55,7 @@ class Trainer:
             self.task.at_batch = self._stop_if_asked
             self._evaluate_if_due()
             self._restart_clock()
-            for batch in self._timed("data", self.task.batches(self.plan.last_step)):
+            for batch in self._timed("data", self._batches()):
                 self.task.bad_images.meet(batch.bad)
                 with self._time("training"):
                     output = self.task.train_step(batch)
@@ -67,6 +68,15 @@ class Trainer:
                 if word is not None and (step < self.plan.last_step or self.plan.evaluates_after(step)):
                     raise Interrupted(word, f"after step {step}, which is saved")
                 self._evaluate_if_due()
+
+    def _batches(self) -> Iterator[Any]:
+        """The task's. Where none comes any more, the state is whole as long as no other rank is in the next step."""
+        try:
+            yield from self.task.batches(self.plan.last_step)
+        except RunFailed as failure:
+            if self.world.size == 1 and self.task.step:
+                self._save()
+            raise RunFailed(f"{failure}; {kept(self.checkpoints)}") from failure
 
     def _log_if_due(self, output: Any, batch: Any) -> None:
         step = self.task.step

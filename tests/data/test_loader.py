@@ -2,6 +2,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.data import workers
 from engine.data.bad_images import Bad
 from engine.data.decode import CenterCrop, Crops, crop_draws
 from engine.data.loader import eval_batches, train_batches
 from engine.data.opening import open_source
 from engine.data.order import Order
 from engine.data.source import Root, Source
-from engine.errors import UserError
+from engine.errors import RunFailed, UserError
 
 IMAGES, SIZE = 22, 16
 CROPS = Crops(SIZE, 0.2)
@@ -56,9 +58,9 @@ def broken(root, tmp_path) -> Source:
     return open_source(Root("folder", copy), "train")
 
 
-def batches(source, *, rank=0, world=1, first=0, last=5, workers=0, batch=8, seed=1):
+def batches(source, *, rank=0, world=1, first=0, last=5, workers=0, batch=8, seed=1, **more):
     order, steps = Order(seed, len(source), batch), range(first, last)
-    return train_batches(source, order, CROPS, steps, rank=rank, world_size=world, workers=workers)
+    return train_batches(source, order, CROPS, steps, rank=rank, world_size=world, workers=workers, **more)
 
 
 def rows(iterator) -> list[tuple]:
@@ -220,8 +222,40 @@ def test_a_worker_that_is_killed_is_an_error_and_not_a_hang():
     iterator = batches(Slow(lambda: time.sleep(0.05)), workers=1)
     next(iterator)
     os.kill(workers_now()[0], signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"worker.*(killed|exited|died)"):
+    with pytest.raises(RunFailed, match=r"^a loading process died"):
         list(iterator)
+
+
+def lower(limit: int, most: int) -> None:
+    resource.setrlimit(limit, (most, resource.getrlimit(limit)[1]))
+
+
+@pytest.mark.parametrize("limit", [resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE])
+def test_a_batch_that_cannot_be_handed_over_is_an_error_and_not_a_hang(limit):
+    """In the worker alone; its error has little to say it with."""
+    for number in (1, 2):
+        iterator = batches(Slow(lambda: lower(limit, 10)), workers=number)
+        with pytest.raises(RunFailed, match=r"^a loading process could not hand over a batch .*ulimit"):
+            list(iterator)
+        assert gone(workers_now())
+
+
+def test_silence_is_said_and_ends(monkeypatch, capsys):
+    monkeypatch.setattr(workers, "SAY_SECONDS", 0.6)
+    source, expected = Slow(lambda: None), rows(batches(Slow(lambda: None)))
+    reads = itertools.count()
+    source.act = lambda: time.sleep(1 if next(reads) == 8 else 0)
+    assert rows(batches(source, workers=1, timeout=60)) == expected
+    said = capsys.readouterr().err
+    assert said.count("warning: no batch came from the loading processes for 0.01 minutes; after 1 that ends the") == 1
+    source.act = lambda: time.sleep(600 if next(reads) >= 8 else 0)
+    iterator = batches(source, workers=1, timeout=0.9)
+    for whole in expected[:1]:
+        assert rows([next(iterator)]) == [whole]
+    with pytest.raises(RunFailed, match=r"no batch came .* for 0.02 minutes: the disk that holds the images may not"):
+        next(iterator)
+    assert "warning: no batch came" in capsys.readouterr().err
+    assert gone(workers_now())
 
 
 def run_out_of_memory():

@@ -7,7 +7,7 @@ import torch
 
 from engine.errors import RunFailed, UserError
 from engine.recipe.sections import Parallel
-from engine.runs.run import torn_code_in_words
+from engine.runs.failures import torn_code_in_words
 from engine.training.parallelize import check_compiler, has_c_compiler
 
 FOUND = [(None, "gcc", True), (None, "clang", True), (None, "icx", False), ("icx", "icx", True), ("icx", "gcc", False)]

@@ -1,0 +1,80 @@
+"""What ends a run from outside, in one line in place of torch's many: no memory, code torn by a kill, dead helpers."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.layout import read_pointer
+from engine.data.workers import death_in_words
+from engine.errors import RunFailed, one_line
+from engine.runs.task import Task
+
+
+def kept(checkpoints: Path) -> str:
+    """How a run that has failed goes on, in words."""
+    newest = read_pointer(checkpoints, "latest")
+    found = f"checkpoint {newest} is kept" if newest else "there is no checkpoint yet"
+    return f"{found}, and the same command goes on"
+
+
+@contextmanager
+def failures_in_words(task: Task, checkpoints: Path) -> Iterator[None]:
+    """Raises RunFailed in place of errors from outside, with what is kept."""
+    with _memory_in_words(task, checkpoints), torn_code_in_words(), _deaths_in_words(checkpoints):
+        yield
+
+
+@contextmanager
+def _deaths_in_words(checkpoints: Path) -> Iterator[None]:
+    """Raises RunFailed in place of torch's error of a dead loading process, which comes wherever the run then is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (death := death_in_words(error)) is None:
+            raise
+        raise RunFailed(f"{death}; {kept(checkpoints)}") from error
+
+
+@contextmanager
+def _memory_in_words(task: Task, checkpoints: Path) -> Iterator[None]:
+    """Raises RunFailed in place of torch's error, of many lines, where the device has no memory left."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+        newest = read_pointer(checkpoints, "latest")
+        kept = f"checkpoint {newest} is kept" if newest else "there is no checkpoint yet"
+        raise RunFailed(
+            f"{task.world.device_name} had no memory left for {asked[1] if asked else one_line(error)} more; {kept}: "
+            f"go on with {task.less_memory}, which makes the same run in less memory"
+        ) from error
+
+
+@contextmanager
+def torn_code_in_words() -> Iterator[None]:
+    """Raises RunFailed in place of torch's error, of many lines, where a compilation that was killed left half a file
+    among the compiled code that torch keeps."""
+    try:
+        yield
+    except Exception as error:
+        torn = re.search(r"(/\S+): file too short", _words_of_all(error))
+        if torn is None:
+            raise
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", Path(torn[1]).parent)  # torch sets it when it compiles
+        raise RunFailed(
+            f"compiled code is broken ({torn[1]}), as of a compilation that was killed; delete the folder {folder}, "
+            "and the same command goes on"
+        ) from error
+
+
+def _words_of_all(error: BaseException) -> str:
+    """Of an error and those that it came of."""
+    words, at = [], error
+    while at is not None and len(words) < 20:
+        words.append(str(at))
+        at = at.__cause__ or at.__context__
+    return "\n".join(words)

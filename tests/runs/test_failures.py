@@ -1,0 +1,74 @@
+"""What ends a run from outside is one line that says what is kept, and the run goes on equal to an unbroken one."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from engine.data.torchvision import TorchvisionSource
+from engine.distributed.world import process_group
+from engine.errors import RunFailed
+from engine.recipe.load import load
+from engine.runs.pretrain import Pretraining, pretrain
+from tests.distributed.trajectories import RECIPE, SMALL
+from tests.runs.small import rows
+
+FEW = [*SMALL, "model.dim=16", "model.heads=2", "data.workers=1", "checkpoint.every_steps=2", "train.max_steps=6"]
+
+
+@pytest.fixture(scope="module")
+def world():
+    with process_group() as world:
+        yield world
+
+
+def train(world, directory, *overrides):
+    pretrain(load(RECIPE, [*FEW, f"run.dir={directory}", *overrides]), RECIPE, world)
+
+
+def losses(directory) -> list[float]:
+    return [row["loss"] for row in rows(directory, "loss")]
+
+
+@pytest.fixture(scope="module")
+def unbroken(world, tmp_path_factory) -> list[float]:
+    directory = tmp_path_factory.mktemp("unbroken")
+    train(world, directory)
+    return losses(directory)
+
+
+def test_a_disk_that_does_not_answer_ends_a_run_which_is_saved(world, tmp_path, monkeypatch, unbroken):
+    reads, own = itertools.count(), TorchvisionSource.read
+    monkeypatch.setattr(
+        TorchvisionSource, "read", lambda self, i: time.sleep(600 if next(reads) >= 24 else 0) or own(self, i)
+    )
+    with pytest.raises(RunFailed) as failure:
+        train(world, tmp_path, "run.timeout_minutes=0.01")
+    assert str(failure.value) == (
+        "no batch came from the loading processes for 0.01 minutes: the disk that holds the images may not answer; "
+        "checkpoint step_0000003 is kept, and the same command goes on"
+    )
+    monkeypatch.setattr(TorchvisionSource, "read", own)
+    train(world, tmp_path)
+    assert losses(tmp_path) == unbroken
+
+
+@pytest.mark.parametrize(("step", "kept"), [(1, "there is no checkpoint yet"), (4, "checkpoint step_0000002 is kept")])
+def test_a_loading_process_that_is_killed_during_a_step_ends_it(world, tmp_path, monkeypatch, unbroken, step, kept):
+    own = Pretraining.train_step
+
+    def killing(self, batch):
+        if self.step == step - 1:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(20)  # until torch's handler raises
+        return own(self, batch)
+
+    monkeypatch.setattr(Pretraining, "train_step", killing)
+    with pytest.raises(RunFailed, match=rf"^a loading process died .*killed.*; {kept}, and the same command goes on$"):
+        train(world, tmp_path)
+    monkeypatch.setattr(Pretraining, "train_step", own)
+    train(world, tmp_path)
+    assert losses(tmp_path) == unbroken
