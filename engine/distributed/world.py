@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import engine
 from engine.distributed.agreement import agreement
 from engine.distributed.launcher import allow_open_files, end_with_launcher, is_launched, local_rank, local_ranks
+from engine.distributed.rendezvous import meet
 from engine.errors import UserError
 
 T = TypeVar("T")
@@ -59,9 +60,11 @@ def process_group() -> Iterator[World]:
     allow_open_files()
     cuda = torch.cuda.is_available()
     device = _own_gpu() if cuda else torch.device("cpu")
-    alone = {} if is_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    store, rank, size = meet(TIMEOUT) if is_launched() else (dist.HashStore(), 0, 1)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if cuda else None, **alone)
+    dist.init_process_group(
+        backend, timeout=TIMEOUT, device_id=device if cuda else None, store=store, rank=rank, world_size=size
+    )
     try:
         host_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         yield World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, host_group)

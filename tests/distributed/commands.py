@@ -127,6 +127,25 @@ def run(*arguments: object, **options) -> Ended:
         return command.end()
 
 
+def torchrun_ranks(command: Command) -> dict[int, int]:
+    """{rank: process} of what torchrun has started; their loader workers are none."""
+    return {
+        int(found[1]): pid
+        for pid in command.processes()
+        if (found := _rank_in(pid)) and not _rank_in(int(_status(pid).partition("PPid:\t")[2].split()[0]))
+    }
+
+
+def _rank_in(pid: int) -> re.Match | None:
+    with suppress(OSError):
+        return re.search(r"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes().decode())
+    return None
+
+
+def _status(pid: int) -> str:
+    return Path(f"/proc/{pid}/status").read_text()
+
+
 # ---- small runs, and what is read of them ----------------------------------------------------------------------------
 
 
@@ -156,3 +175,10 @@ def stopped_at(ended: Ended) -> int:
 def resumed_at(ended: Ended) -> int:
     line = next(line for line in ended.out.splitlines() if line.startswith("resumed "))
     return int(line.partition(" at step ")[2].split()[0].rstrip(":"))
+
+
+def checkpoint_sums(folder: Path) -> dict[str, str]:
+    """{file: checksum} of the newest checkpoint's tensors."""
+    newest = folder / "checkpoints" / (folder / "checkpoints/latest").read_text().strip()
+    files = json.loads((newest / "MANIFEST.json").read_text())["files"]
+    return {name: facts["sha256"] for name, facts in files.items() if name.endswith(".distcp")}
