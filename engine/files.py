@@ -97,13 +97,13 @@ def remove_or_warn(path: Path, outlook: str = "") -> bool:
 
 @contextmanager
 def lock(path: Path, in_use: str, seconds: float = 0.0) -> Iterator[bool]:
-    """Hold `path`, a file that is nothing but a lock, to the end of the body or of this process.
+    """Hold `path`, a file for that alone, to the end of the body or of this process.
 
     Yields False where the file system has no locks, so that nothing is held. Raises UserError(in_use) where another
     process still holds it after `seconds`, and OSError.
     """
     deadline = time.monotonic() + seconds
-    with path.open("w") as file:
+    with path.open("a") as file:  # what its holder has written there stays
         while (held := _try_lock(file)) is None:
             if time.monotonic() >= deadline:
                 raise UserError(in_use)

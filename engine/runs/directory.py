@@ -16,6 +16,7 @@ from engine.files import lock, remove, remove_drafts, remove_or_warn, replace_fi
 from engine.logger import warn
 from engine.recipe.load import dump, task_of
 from engine.recipe.sections import Recipe
+from engine.runs.claim import claimed
 
 STOP = "STOP"  # a file by which a person stops the run; the run that obeys removes it
 REQUEUE = "REQUEUE"  # a file that a run leaves which a scheduler's signal stopped: it wants to go on
@@ -113,11 +114,13 @@ class RunDirectory:
                 path.mkdir(exist_ok=True)
                 self.made.append(path)
             self.path.mkdir(exist_ok=True)  # raises where it is a file
-            if self.held.enter_context(lock(self.path / ".lock", in_use, LOCK_SECONDS)):
+            locked = self.held.enter_context(lock(self.path / ".lock", in_use, LOCK_SECONDS))
+            self.held.enter_context(claimed(self.path / ".lock", locked))
+            if locked:
                 self.is_new = self.path in self.made
                 remove_drafts(self.path, OWN)
             else:
-                warn(f"no file locks in {self.path}: nothing keeps another launch from writing there")
+                warn(f"no file locks in {self.path}: only the times of .lock tell one launch of another")
             self.is_ours = True
             remove(self.path / REQUEUE)
         except OSError as error:

@@ -10,7 +10,7 @@ import pytest
 from engine.distributed.world import World, process_group
 from engine.errors import UserError
 from engine.files import lock
-from engine.runs import directory
+from engine.runs import claim, directory
 from engine.runs.directory import RunDirectory
 
 
@@ -48,8 +48,16 @@ def test_a_file_system_without_locks_is_told_from_a_broken_one(tmp_path, world, 
         ):
             pass
     else:
+        monkeypatch.setattr(claim, "SETTLE_SECONDS", 0.0)
         with RunDirectory(tmp_path, world):
             assert f"warning: no file locks in {tmp_path}" in capsys.readouterr().err
+            with (
+                pytest.raises(UserError, match=f"process {os.getpid()} on .* delete that file if it is gone"),
+                RunDirectory(tmp_path, world),
+            ):
+                pass
+        with RunDirectory(tmp_path, world):
+            pass
 
 
 def test_what_a_killed_run_left_half_written_goes(tmp_path, world):
