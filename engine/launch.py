@@ -16,11 +16,12 @@ import uuid
 from contextlib import suppress
 from importlib import import_module
 from multiprocessing.process import BaseProcess
-from typing import NoReturn
+from typing import NamedTuple
 
 from engine.cli import carry_out
 from engine.distributed.launcher import cores, end_with_launcher, is_launched, share_compilers
 from engine.errors import RunFailed, UserError
+from engine.logger import warn
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 LOOK_SECONDS = 0.1
@@ -29,7 +30,7 @@ LOOK_SECONDS = 0.1
 def read_ranks(text: str) -> int:
     """The type of --ranks: a number, or `gpus` for as many as there are. Raises UserError."""
     if is_launched():
-        raise UserError(f"--ranks ({text}) must be left out under torchrun, which has started the ranks")
+        raise UserError(f"--ranks ({text}) must be left out under torchrun and srun, which start the ranks")
     if text == "gpus":
         import torch  # takes seconds
 
@@ -41,26 +42,59 @@ def read_ranks(text: str) -> int:
     return int(text)
 
 
-def launch(door: str, arguments: list[str], ranks: int) -> None:
+def read_restarts(text: str) -> int:
+    """The type of --max-restarts. Raises UserError."""
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(f"--max-restarts ({text}) must be a number >= 0; leave it out for none")
+    return int(text)
+
+
+def launch(door: str, arguments: list[str], ranks: int, restarts: int) -> None:
     """Run engine.`door` on this many ranks until they end; what goes wrong they say themselves.
+
+    restarts: how often they are started again, all of them, after a rank has died or failed. What the user stops or
+    must put right is not.
 
     Raises:
         SystemExit: with the ranks' status, where that is not 0.
         RunFailed: a rank died without a word.
     """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
     share_compilers(ranks)
-    agent = _Agent(door, arguments, ranks)
-    # It lets go of signals that the thread of its start holds back, so it starts before the agent's does so.
+    # It lets go of signals that the thread of its start holds back, so it starts before the agents' do so.
     multiprocessing.resource_tracker.ensure_running()
+    for left in reversed(range(restarts + 1)):
+        end = _start(door, arguments, ranks)
+        if end.status != 1 or end.is_stopped or not left:
+            break
+        warn(f"{end.killed or 'a rank has failed'}; restart {restarts - left + 1} of {restarts}")
+    if end.killed:
+        raise RunFailed(f"{end.killed}; the newest checkpoint is kept: the same command goes on")
+    if end.status:
+        sys.exit(end.status)
+
+
+class _End(NamedTuple):
+    """How the ranks ended: their status, which of them died without a word, whether a signal asked for it."""
+
+    status: int
+    killed: str
+    is_stopped: bool
+
+
+def _start(door: str, arguments: list[str], ranks: int) -> _End:
+    """Start all ranks once and wait for their end."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    agent = _Agent(door, arguments, ranks)
     processes, received = _wait_and_pass_on(agent, ranks)
-    if isinstance(agent.error, ChildFailedError):
-        _check_killed(processes, received)
-        _exit_as(min(agent.error.failures.items())[1].exitcode)
-    elif agent.error is not None:
+    if agent.error is None:
+        return _End(0, "", False)
+    if not isinstance(agent.error, ChildFailedError):
         raise agent.error
+    killed = _killed(processes, received)
+    status = 1 if killed else min(agent.error.failures.items())[1].exitcode
+    return _End(status if status >= 0 else 128 - status, killed, bool(received))
 
 
 class _Agent(threading.Thread):
@@ -141,18 +175,13 @@ def _pass_on(signum: int, processes: list[BaseProcess]) -> None:
                 os.kill(process.pid, signum)
 
 
-def _check_killed(processes: list[BaseProcess], received: list[int]) -> None:
-    """Raises RunFailed where a rank was killed by a signal that nobody passed on; the others end because of it."""
+def _killed(processes: list[BaseProcess], received: list[int]) -> str:
+    """Which rank was killed by a signal that nobody passed on; the others end because of it."""
     by_agent = signal.SIGTERM  # which ends all ranks when one has ended
     for rank, process in enumerate(processes):
         number = -(process.exitcode or 0)
         if number > 0 and number not in (*received, by_agent):
             name = signal.Signals(number).name
             likely = ", often for want of memory" if name == "SIGKILL" else ""
-            kept = "the newest checkpoint is kept: the same command goes on"
-            raise RunFailed(f"rank {rank} was ended by {name}{likely}; {kept}")
-
-
-def _exit_as(status: int) -> NoReturn:
-    """Exit with the status of a rank; 128 + n for one that signal n ended."""
-    sys.exit(status if status >= 0 else 128 - status)
+            return f"rank {rank} was ended by {name}{likely}"
+    return ""

@@ -7,9 +7,9 @@ The same command again resumes the run from its newest checkpoint, or says that 
 
 from pathlib import Path
 
-from engine.cli import Parser, add_overrides, add_recipe, enter, joined, show
+from engine.cli import Parser, add_overrides, add_recipe, enter, joined, refuse, show
 from engine.distributed.launcher import ranks
-from engine.launch import launch, read_ranks
+from engine.launch import launch, read_ranks, read_restarts
 from engine.logger import note, say
 from engine.recipe.load import check_world, load
 from engine.recipe.sections import Pretrain
@@ -20,8 +20,12 @@ def main(arguments: list[str]) -> None:
     add_recipe(parser)
     add_overrides(parser, "train.max_steps=100")
     parser.add_argument("--ranks", type=read_ranks, help="processes on this node, a number or gpus (default: this one)")
+    again = "starts after the first, where a rank of --ranks dies or fails (default: 0)"
+    parser.add_argument("--max-restarts", type=read_restarts, metavar="N", help=again)
     parser.add_argument("--print", action="store_true", help="the resolved recipe, sizes, schedule; nothing is started")
     options = parser.parse_intermixed_args(arguments)
+    if (options.ranks or 1) == 1:
+        refuse(options, ["--max-restarts"], "without --ranks N; torchrun has an option of this name")
 
     recipe = load(options.recipe, options.overrides)
     check_world(recipe, options.ranks or ranks())
@@ -29,7 +33,7 @@ def main(arguments: list[str]) -> None:
         _print(recipe, options.recipe)
     elif (options.ranks or 1) > 1:
         note(f"{options.ranks} ranks: loading PyTorch")
-        launch("run", [str(options.recipe), *options.overrides], options.ranks)
+        launch("run", [str(options.recipe), *options.overrides], options.ranks, options.max_restarts or 0)
     else:
         _pretrain(recipe, options.recipe)
 

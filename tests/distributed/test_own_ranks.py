@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from engine.launch import read_ranks
+from engine.launch import read_ranks, read_restarts
+from engine.run import main
 from tests.distributed.commands import (
     OWN_RANKS,
     QUICKSTART,
     TWO_RANKS,
     Command,
     Ended,
+    checkpoint_sums,
     overrides,
     ranks_of,
     resumed_at,
@@ -80,6 +82,39 @@ def test_it_is_the_run_that_torchrun_makes(interrupted, tmp_path):
     assert timeless(folder) == timeless(tmp_path / "run")
 
 
+@pytest.mark.faults
+def test_it_starts_again_as_often_as_asked(tmp_path):
+    """A rank is killed, twice; then a person stops it, which nothing starts again."""
+    restarting = [*OWN_RANKS, "--max-restarts", "2", QUICKSTART]
+    folder, last = tmp_path / "run", 8
+    with Command(*restarting, *overrides(folder, train__max_steps=last)) as command:
+        command.wait_for("step 3/")
+        os.kill(ranks_of(command)[1], signal.SIGKILL)
+        command.wait_for("resumed ")
+        command.wait_for("step 5/")
+        os.kill(ranks_of(command)[0], signal.SIGKILL)
+        ended = command.end()
+    assert ended.code == 0, ended
+    assert [line for line in ended.err.splitlines() if line.startswith("warning: rank")] == [
+        f"warning: rank {rank} was ended by SIGKILL, often for want of memory; restart {n} of 2"
+        for n, rank in ((1, 1), (2, 0))
+    ]
+    assert run(*OWN_RANKS, QUICKSTART, *overrides(tmp_path / "unbroken", train__max_steps=last)).code == 0
+    assert timeless(folder) == timeless(tmp_path / "unbroken")
+    assert checkpoint_sums(folder) == checkpoint_sums(tmp_path / "unbroken")
+    with Command(*restarting, *overrides(folder), start_new_session=True) as command:
+        command.wait_for("\nstep ")
+        os.killpg(command.process.pid, signal.SIGINT)
+        stopped = command.end()
+    assert (stopped.code, stopped.out.count("resumed ")) == (128 + signal.SIGINT, 1), stopped
+
+
+@pytest.mark.faults
+def test_what_the_user_must_put_right_is_not_started_again(tmp_path):
+    ended = run(*OWN_RANKS, "--max-restarts=3", QUICKSTART, *overrides(tmp_path / "run", data__root=tmp_path / "none"))
+    assert (ended.code, len(ended.err.splitlines())) == (2, 2), ended
+
+
 def test_a_mistake_that_only_the_ranks_see_is_one_line_and_status_2(tmp_path):
     ended = run(*OWN_RANKS, QUICKSTART, *overrides(tmp_path / "run", data__root=tmp_path / "none"))
     assert ended.code == 2, ended
@@ -100,3 +135,11 @@ def test_torchrun_has_started_the_ranks_already(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match=r"^--ranks \(2\) must be left out under torchrun"):
         read_ranks("2")
+
+
+def test_restarts_are_a_number_and_go_with_ranks():
+    assert read_restarts("0") == 0
+    with pytest.raises(UserError, match=r"^--max-restarts \(-1\) must be a number >= 0; leave it out for none"):
+        read_restarts("-1")
+    with pytest.raises(UserError, match=r"^--max-restarts \(2\) must be left out without --ranks N; torchrun has"):
+        main(["quickstart", "--max-restarts", "2"])
