@@ -13,16 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from engine.distributed.launcher import (
-    cores,
-    end_with_launcher,
-    is_launched,
-    local_ranks,
-    ranks,
-    share_compilers,
-)
+from engine.distributed.launcher import cores, end_with_launcher, local_ranks, ranks, take_place
 from engine.errors import Interrupted, RunFailed, UserError
-from engine.logger import complain, note, rank, say
+from engine.logger import complain, complain_once, note, rank, say
 from engine.own_models import exit_if_hidden
 
 # Every door imports this module first, and what follows imports `models`, which must not be a stranger's.
@@ -52,9 +45,7 @@ ROOTS = {"data.root": "--train", "data.val_root": "--val"}  # of a recipe with l
 def enter(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a front door on the command line's arguments and exit: 0 done, 2 user error (one line), else failure."""
     end_with_launcher(os.getppid())
-    if is_launched():
-        share_compilers(local_ranks())
-    carry_out(main, sys.argv[1:])
+    carry_out(lambda arguments: main(take_place(arguments)), sys.argv[1:])
     sys.exit()
 
 
@@ -74,7 +65,7 @@ def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int | No
         main(arguments)
         sys.stdout.flush()
     except UserError as error:
-        complain(f"error: {error}")
+        complain_once(f"error: {error}")
         return 2
     except RunFailed as failure:
         complain(f"failed: {failure}")

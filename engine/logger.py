@@ -9,11 +9,14 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 from tqdm import tqdm
 
 FIRST_WORD_SECONDS = 10.0
+LAST_WORDS = "last_words.txt"
 SAID, NOTED, WARNED = logging.INFO, logging.INFO + 5, logging.WARNING
 
 
@@ -40,9 +43,36 @@ def complain(text: str) -> None:
     A launcher ends a node's ranks as soon as one has ended: the others wait until the first, which mostly failed alike,
     has spoken. One that is still there after that failed alone.
     """
+    _wait_for_first_word()
+    print(text, file=sys.stderr, flush=True)
+
+
+def complain_once(text: str) -> None:
+    """`complain`, but in silence where torchrun's start before this one has ended with the same words: its restarts
+    help nobody who made a mistake."""
+    _wait_for_first_word()
+    if not _has_said(text):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _wait_for_first_word() -> None:
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         time.sleep(FIRST_WORD_SECONDS)
-    print(text, file=sys.stderr, flush=True)
+
+
+def _has_said(text: str) -> bool:
+    """Whether the start before this one ended with this text; notes it for the start after it.
+
+    It is noted where torchrun wants each start's errors: in a folder that this launch alone knows.
+    """
+    place, start = os.environ.get("TORCHELASTIC_ERROR_FILE"), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not place:
+        return False
+    with suppress(OSError):  # then it is said once more
+        Path(place).with_name(LAST_WORDS).write_text(text)
+        before = Path(place).parents[1].with_name(f"attempt_{start - 1}")
+        return any(words.read_text() == text for words in before.glob(f"*/{LAST_WORDS}"))
+    return False
 
 
 def rank() -> int:

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.logger import complain
+from engine.logger import complain_once
 
 OWN = Path(__file__).resolve().parents[1] / "models" / "__init__.py"
 
@@ -27,5 +27,5 @@ def exit_if_hidden() -> None:
     try:
         check_models()
     except UserError as error:
-        complain(f"error: {error}")
+        complain_once(f"error: {error}")
         sys.exit(2)

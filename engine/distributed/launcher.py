@@ -1,17 +1,50 @@
-"""The launcher of this process, if it has one: torchrun, or `engine.launch`.
+"""The launcher of this process, if it has one: torchrun, srun, or `engine.launch`.
 
 It is known before PyTorch is loaded, which takes seconds.
 """
 
 import os
+import re
 import resource
+import sys
 import threading
 import time
 from contextlib import suppress
 from functools import cache
 
+from engine.distributed import slurm
+from engine.errors import UserError
+
 ORPHAN_CHECK_SECONDS = 1.0
 MOST_COMPILERS = 32  # of one process; torch's own bound
+
+
+def take_place(arguments: list[str]) -> list[str]:
+    """Learn this process's place among others from what has started it; a door's arguments, without --local-rank.
+
+    torchrun says it in variables, which others are translated to; torch.distributed.launch says it there and in an
+    argument. Raises UserError.
+    """
+    if not is_launched():
+        os.environ.update(slurm.place(os.environ))
+    if not is_launched():
+        _refuse_mpirun()
+        return arguments
+    share_compilers(local_ranks())
+    return [a for a in arguments if not re.fullmatch(r"--local[-_]rank=\d+", a)]
+
+
+def _refuse_mpirun() -> None:
+    """Its processes would each believe that they are alone. Raises UserError in the first of them."""
+    for size, number in (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK")):
+        processes = os.environ.get(size, "1")
+        if processes != "1":
+            if os.environ.get(number, "0") != "0":
+                sys.exit(2)  # the first says it
+            raise UserError(
+                f"ranks ({processes}, started by mpirun) must be started by torchrun; "
+                "on each node: torchrun --nproc-per-node N -m engine.run RECIPE"
+            )
 
 
 def is_launched() -> bool:
