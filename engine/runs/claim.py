@@ -19,7 +19,7 @@ from engine.files import draft
 from engine.logger import warn
 
 TOUCH_SECONDS = 10.0
-FRESH_SECONDS = 180.0  # since the last touch, in which a launch elsewhere counts as alive
+FRESH_SECONDS = 120.0  # since the last touch, in which a launch elsewhere counts as alive
 SETTLE_SECONDS = 2.0  # in which of two launches that came at once the earlier sees the later's name
 
 
