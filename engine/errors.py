@@ -9,6 +9,10 @@ class UserError(Exception):
     """What the user must put right. Front doors print it as one line and exit with status 2."""
 
 
+class SystemRefused(UserError):
+    """The system did not read or write for a reason that may pass: a full disk, a server that restarts."""
+
+
 class RunFailed(Exception):
     """A run cannot go on: what happened, what was lost, how to go on. Front doors print it and exit with status 1."""
 

@@ -25,9 +25,20 @@ def replace_file(path: Path, content: bytes | str) -> None:
 
     Raises OSError.
     """
-    with draft(path) as place:
+    with naming(path), draft(path) as place:
         place.write_bytes(content.encode() if isinstance(content, str) else content)
         publish(place, path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What the system refuses in the body is said with this path, where it names none. Raises OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager

@@ -4,33 +4,102 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from engine.checkpoint.manifest import Damaged
-from engine.distributed.agreement import by_rank, describe, size
-from engine.errors import Interrupted, UserError
+from engine.checkpoint.metadata import entry
+from engine.distributed.agreement import agreement, broadcast, by_rank, describe, gather, rank, scatter, size
+from engine.errors import Interrupted
+from engine.files import naming
 
 _REASON = 300  # characters of what one rank says of a failure
 
 
-def write(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    """Write each shard once, flushed to the disk. Raises UserError on every rank."""
-    writer = _Writer(folder, single_file_per_rank=True, sync_files=True, overwrite=False)
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    try:
-        with _arguments(group, alone=False) as arguments:
-            dcp.save(dict(tensors), storage_writer=writer, planner=planner, **arguments)
-    except CheckpointException as error:  # not an Exception; DCP raises it on every rank
-        raise UserError(_reasons(error, group)) from error
+Shards = dict[MetadataIndex, torch.Tensor]  # of this rank, those that it writes
+
+
+class Plan(NamedTuple):
+    """How a set of tensors is saved, of which each rank has its shards. It holds as long as names and shardings do.
+
+    contents: of the whole tensors, as the manifest has it.
+    mine: the shards that this rank writes; each is written by one.
+    table: of contents, all ranks', on rank 0.
+    """
+
+    contents: dict[str, dict[str, Any]]
+    mine: SavePlan
+    table: Metadata | None
+
+
+def contents_of(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    return {name: entry(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def make_plan(tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> Plan:
+    """All ranks of `group` call it, with the same names, whole shapes and dtypes. Raises ValueError for others."""
+    contents = contents_of(tensors)
+    _check_same(contents, group)
+    planner, shares, table = _planner(), None, None
+    planner.set_up_planner(tensors, is_coordinator=rank(group) == 0)
+    plans = gather(planner.create_local_plan(), group)
+    with agreement(group):
+        if plans is not None:
+            shares, table = planner.create_global_plan(plans)
+            shares = _Writer(Path()).prepare_global_plan(shares)  # the names of files, the same in any folder
+    return Plan(contents, scatter(shares, group), table)
+
+
+def _check_same(contents: dict[str, dict], group: dist.ProcessGroup | None) -> None:
+    """Ranks that save different things would write a checkpoint that fits none of them."""
+    first = broadcast(contents, group)
+    with agreement(group):
+        different = [name for name in sorted(contents.keys() | first) if contents.get(name) != first.get(name)]
+        if different:
+            raise ValueError(f"all ranks must save the same tensors; {different[0]!r} is not as on rank 0")
+
+
+def shards_of(tensors: dict[str, torch.Tensor], plan: Plan) -> Shards:
+    """What this rank writes, in the tensors' own memory."""
+    planner = _planner()
+    planner.set_up_planner(tensors)
+    return {item.index: planner.lookup_object(item.index).detach() for item in plan.mine.items}
+
+
+def write(folder: Path, plan: Plan, shards: Shards, group: dist.ProcessGroup | None) -> None:
+    """Write each shard once, flushed to the disk. Raises SystemRefused, on every rank."""
+    # Copied ahead of writing, shards would wait for the device's training.
+    writer = _Writer(folder, single_file_per_rank=True, sync_files=True, overwrite=False, per_thread_copy_ahead=0)
+    writer.set_up_storage_writer(rank(group) == 0)
+    with agreement(group):
+        mine = writer.write_data(plan.mine, _Given(shards)).wait()
+    results = gather(mine, group)
+    with agreement(group), naming(folder):
+        if results is not None:
+            writer.finish(plan.table, results)
+
+
+def _planner() -> dcp.DefaultSavePlanner:
+    return dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+
+class _Given(dcp.DefaultSavePlanner):
+    """Hands the writer shards that lie ready."""
+
+    def __init__(self, shards: Shards):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.shards = shards
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self.shards[index]
 
 
 def read(
@@ -64,13 +133,14 @@ class _Writer(dcp.FileSystemWriter):
         return StorageMeta()
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        try:
-            return super().write_data(plan, planner)
-        except Exception as error:
-            # torch.save hides "No space left on device" behind "enforce fail ... unexpected pos".
-            if (cause := _os_error(error)) is None:
-                raise
-            raise cause from None
+        with naming(self.path):
+            try:
+                return super().write_data(plan, planner)
+            except Exception as error:
+                # torch.save hides "No space left on device" behind "enforce fail ... unexpected pos".
+                if (cause := _os_error(error)) is None:
+                    raise
+                raise cause from None
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

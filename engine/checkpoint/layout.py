@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.errors import UserError, reason
+from engine.errors import SystemRefused, reason
 from engine.files import lock, replace_file
 from engine.logger import warn
 
@@ -23,7 +23,7 @@ def step_name(step: int) -> str:
 def checkpoint_folders(checkpoints: Path) -> list[Path]:
     """Everything named like a checkpoint, newest (highest step) first; [] where the folder does not exist.
 
-    Raises UserError where it cannot be listed.
+    Raises SystemRefused where it cannot be listed.
     """
     named = [(int(match[1]), path) for path in _entries(checkpoints) if (match := _STEP.fullmatch(path.name))]
     return [path for _, path in sorted(named, reverse=True)]
@@ -40,7 +40,7 @@ def _entries(checkpoints: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"checkpoint folder ({checkpoints}) must be a readable folder; {reason(error)}") from error
+        raise SystemRefused(f"checkpoint folder ({checkpoints}) must be a readable folder; {reason(error)}") from error
 
 
 def set_aside(checkpoint: Path, why: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError, reason
+from engine.errors import SystemRefused, UserError, reason
 from engine.files import replace_file
 
 NAME = "MANIFEST.json"
@@ -26,9 +26,9 @@ class Damaged(UserError):
         self.why = why
 
 
-def unreadable(path: Path, error: OSError) -> UserError:
+def unreadable(path: Path, error: OSError) -> SystemRefused:
     """For a checkpoint that could not be read now, for a reason that is not its own: a network, a permission."""
-    return UserError(f"checkpoint ({path}) must be readable: {reason(error)}; run the same command again")
+    return SystemRefused(f"checkpoint ({path}) must be readable: {reason(error)}; run the same command again")
 
 
 @dataclass(frozen=True)

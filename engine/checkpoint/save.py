@@ -1,5 +1,6 @@
 """Write a checkpoint so that it is there completely or not at all."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,14 @@ import torch.distributed as dist
 
 from engine.checkpoint import dcp, layout
 from engine.checkpoint.manifest import Damaged, Manifest, checksum, read_manifest, verify, write_manifest
-from engine.checkpoint.metadata import entry
 from engine.checkpoint.state import RunState
 from engine.distributed.agreement import agreement, all_gather, broadcast, rank, size
-from engine.errors import UserError
+from engine.errors import RunFailed, SystemRefused, UserError
 from engine.files import aside, publish, remove_or_warn
+
+
+class SaveFailed(RunFailed):
+    """The system did not write the checkpoint, which may succeed later; what was there before is as it was."""
 
 
 def save(
@@ -23,6 +27,7 @@ def save(
     *,
     recipe_sha256: str,
     group: dist.ProcessGroup | None = None,
+    before: Callable[[], None] | None = None,
 ) -> Path:
     """Save `tensors` and `state` as checkpoints/step_<state.step>, which `latest` then names. All of `group` call it.
 
@@ -30,38 +35,52 @@ def save(
     tensor must be equal on all ranks and is written by one of them. state: that of rank 0 counts. `group` must carry
     CPU messages (gloo).
 
+    Returns the folder. Raises what `commit` raises, and ValueError for a mistake of the caller: ranks hand in different
+    tensors.
+    """
+    plan = dcp.make_plan(tensors, group)
+    shards = dcp.shards_of(tensors, plan)
+    return commit(checkpoints, plan, shards, state, recipe_sha256=recipe_sha256, group=group, before=before)
+
+
+def commit(
+    checkpoints: Path,
+    plan: dcp.Plan,
+    shards: dcp.Shards,
+    state: RunState,
+    *,
+    recipe_sha256: str,
+    group: dist.ProcessGroup | None = None,
+    before: Callable[[], None] | None = None,
+) -> Path:
+    """`save` of shards that lie ready.
+
     A valid checkpoint of this step and recipe that is already there is kept as it is. Returns the folder.
-    Raises UserError on every rank if any rank cannot write; what was there before is as it was. Raises ValueError for a
-    mistake of the caller: ranks hand in different tensors.
+    before: rank 0 calls it first.
+
+    Raises, on every rank: SaveFailed where any rank cannot write (what was there before is as it was); UserError where
+    the folder is another run's; what `before` raises, an OSError as SaveFailed.
     """
     final = Path(checkpoints) / layout.step_name(state.step)
-    contents = {name: entry(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    _check_same(contents, group)
-    content, draft = Manifest(state.step, size(group), recipe_sha256, {}, contents, state.to_json()), None
+    content, draft = Manifest(state.step, size(group), recipe_sha256, {}, plan.contents, state.to_json()), None
     with ExitStack() as held:
         try:
             with agreement(group):
                 if rank(group) == 0:
+                    if before is not None:
+                        before()
                     held.enter_context(layout.writing(final.parent))
                     draft = _begin(final, recipe_sha256)
             draft = broadcast(draft, group)
             if draft is not None:
-                _write(draft, final, tensors, content, group)
+                dcp.write(draft, plan, shards, group)
+                _finish(draft, final, content, group)
         except UserError as error:
             if draft is not None and rank(group) == 0:
                 remove_or_warn(draft, ", the next start tries again")
-            raise UserError(_lost(final, error)) from error
+            raise (SaveFailed if isinstance(error, SystemRefused) else UserError)(_lost(final, error)) from error
         _name_latest(final, group)
     return final
-
-
-def _check_same(contents: dict[str, dict], group: dist.ProcessGroup | None) -> None:
-    """Ranks that save different things would write a checkpoint that fits none of them."""
-    first = broadcast(contents, group)
-    with agreement(group):
-        different = [name for name in sorted(contents.keys() | first) if contents.get(name) != first.get(name)]
-        if different:
-            raise ValueError(f"all ranks must save the same tensors; {different[0]!r} is not as on rank 0")
 
 
 def _begin(final: Path, recipe_sha256: str) -> Path | None:
@@ -81,10 +100,7 @@ def _begin(final: Path, recipe_sha256: str) -> Path | None:
     return draft
 
 
-def _write(
-    draft: Path, final: Path, tensors: dict[str, torch.Tensor], content: Manifest, group: dist.ProcessGroup | None
-) -> None:
-    dcp.write(draft, tensors, group)
+def _finish(draft: Path, final: Path, content: Manifest, group: dist.ProcessGroup | None) -> None:
     files = _checksums(draft, group)
     with agreement(group):
         if rank(group) == 0:
@@ -111,11 +127,14 @@ def _name_latest(final: Path, group: dist.ProcessGroup | None) -> None:
         with agreement(group):
             if rank(group) == 0:
                 layout.point(final.parent, "latest", final)
-    except UserError as error:
-        raise UserError(f"checkpoint ({final}) is saved, but `latest` could not be written: {error}") from error
+    except SystemRefused as error:
+        raise SaveFailed(f"checkpoint ({final}) is saved, but `latest` could not be written: {error}") from error
 
 
 def _lost(final: Path, error: UserError) -> str:
-    earlier = [folder.name for folder in layout.checkpoint_folders(final.parent) if folder != final]
-    kept = f"the previous checkpoint, {earlier[0]}, is intact" if earlier else "there is no earlier checkpoint"
-    return f"checkpoint ({final}) was not saved, {kept}; put this right and start again: {error}"
+    try:
+        earlier = [folder.name for folder in layout.checkpoint_folders(final.parent) if folder != final]
+        kept = f"the previous checkpoint, {earlier[0]}, is intact" if earlier else "there is no earlier checkpoint"
+    except UserError:
+        kept = "earlier ones cannot be looked at now"
+    return f"checkpoint ({final}) was not saved, {kept}: {error}"

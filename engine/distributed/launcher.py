@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 from engine.distributed import slurm
 from engine.errors import UserError
@@ -82,6 +83,27 @@ def allow_open_files() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS calls its limit infinite and has another
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def leave_mark(name: str) -> None:
+    """Tell the ranks that torchrun will start in this one's place, on this node, how far it came."""
+    if place := _place():
+        with suppress(OSError):
+            (place / name).touch()
+
+
+def found_mark(name: str) -> bool:
+    """Whether a rank of this node left the mark before torchrun restarted it."""
+    place = _place()
+    if place is None:
+        return False
+    return any(mark.parents[1] != place.parent for mark in place.parents[1].glob(f"attempt_*/*/{name}"))
+
+
+def _place() -> Path | None:
+    """A folder of this rank and start, in one that torchrun keeps as long as it lives: attempt_<restarts>/<rank>."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(file).parent if file else None
 
 
 @cache

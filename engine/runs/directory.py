@@ -9,9 +9,10 @@ from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 from engine.checkpoint.layout import checkpoint_folders
-from engine.distributed.agreement import agreement, broadcast
+from engine.distributed.agreement import agreement, all_gather, broadcast
+from engine.distributed.launcher import found_mark, leave_mark
 from engine.distributed.world import World
-from engine.errors import Interrupted, UserError, reason
+from engine.errors import Interrupted, RunFailed, UserError, reason
 from engine.files import lock, remove, remove_drafts, remove_or_warn, replace_file
 from engine.logger import warn
 from engine.recipe.load import dump, task_of
@@ -23,6 +24,7 @@ REQUEUE = "REQUEUE"  # a file that a run leaves which a scheduler's signal stopp
 SCHEDULERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM)
 # What a run replaces.
 OWN = ("recipe.yaml", "metrics.jsonl", "classes.csv", "confusion.png", "timm", "timm_ema", REQUEUE)
+MARK = "run_dir"  # of a launch that has found or made its folder
 LOCK_SECONDS = 10.0  # ranks of a killed launch need a moment to notice and to let go
 VISIBLE_SECONDS = 10.0  # network file systems need a moment to show a new file
 
@@ -36,6 +38,7 @@ class RunDirectory:
 
     Raises:
         UserError: on every rank, where the folder cannot be written, is in use, or is not the same on every node.
+        RunFailed: on every rank, where it was there before the launcher restarted them.
     """
 
     def __init__(self, path: Path, world: World):
@@ -44,18 +47,29 @@ class RunDirectory:
         self.made: list[Path] = []  # parents and the folder, those that were not there
         self.is_new = False  # made and held by this launch
         self.is_ours = False  # on rank 0: nobody else writes there
+        self.number = 0  # by which the file system knows the folder
         self.held = ExitStack()
 
     def __enter__(self) -> "RunDirectory":
         try:
+            was_there = any(all_gather(found_mark(MARK), self.world.host_group))
             with agreement(self.world.host_group):
                 if self.world.is_first:
+                    self._check_kept(was_there)
                     self._make()
             self._check_visible()
+            leave_mark(MARK)
         except BaseException:
             self.__exit__(*sys.exc_info())
             raise
         return self
+
+    def _check_kept(self, was_there: bool) -> None:
+        if was_there and not self.path.exists():
+            raise RunFailed(
+                f"run.dir ({self.path}) is gone, which was there before the launcher restarted its ranks: no new run "
+                "begins in its place by itself; start again where it stays"
+            )
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if isinstance(error, UserError):
@@ -89,6 +103,18 @@ class RunDirectory:
         with log.open("rb") if log.exists() else nullcontext(()) as lines:
             return any(b'"loss"' in line for line in lines)
 
+    def check_there(self) -> None:
+        """On rank 0. Raises RunFailed where the folder is gone, or another is in its place; OSError."""
+        try:
+            number = self.path.stat().st_ino
+        except (FileNotFoundError, NotADirectoryError):
+            number = None
+        if number != self.number:
+            raise RunFailed(
+                f"run.dir ({self.path}) was deleted or replaced while the run went on, and its checkpoints with it; "
+                "start again where it stays"
+            )
+
     def check_fresh(self, recipe: Recipe) -> None:
         """Raises UserError where a start would bury a run: all of it damaged, or of another task."""
         if (self.path / "recipe.yaml").exists():
@@ -114,6 +140,7 @@ class RunDirectory:
                 path.mkdir(exist_ok=True)
                 self.made.append(path)
             self.path.mkdir(exist_ok=True)  # raises where it is a file
+            self.number = self.path.stat().st_ino
             locked = self.held.enter_context(lock(self.path / ".lock", in_use, LOCK_SECONDS))
             self.held.enter_context(claimed(self.path / ".lock", locked))
             if locked:

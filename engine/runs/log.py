@@ -4,19 +4,21 @@ import io
 import json
 import math
 from collections import deque
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from engine.files import read_rows, replace_file, sync
+from engine.errors import reason
+from engine.files import read_rows, replace_file
+from engine.logger import warn
+from engine.runs.board import Board
+from engine.runs.growing import GrowingFile
 from engine.runs.tail import RECENT, cut
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 Row = dict[str, Any]  # of metrics.jsonl
 
@@ -31,6 +33,9 @@ class MetricsLog:
     its step: `has_monitor_row` tells the resumed run whether that row is still to be made. `sync` before a checkpoint
     is committed keeps the log from being behind it after a power failure.
 
+    Where the disk does not take a row, this is said and the run goes on: the row waits in memory. `sync` and `close`
+    insist, and raise OSError.
+
     Of a long log a resume reads the end (runs/tail.py), and looks for the monitor's rows when they are asked for.
 
     monitor: the key by which a row is known as the monitor's; a linear classifier's is not kNN's.
@@ -44,11 +49,13 @@ class MetricsLog:
         self._resume_step = resume_step
         self._written: list[Row] = []  # the monitor's, by this process
         self._loss_step, self._monitor_step = -1, -1  # of the newest row of each kind
+        self._rows = GrowingFile(self._path)
+        self._board = Board(self._directory / "tensorboard", resume_step + 1)
+        self._missed = 0
         if enabled:
-            self._directory.mkdir(parents=True, exist_ok=True)
             for row in cut(self._path, resume_step) if self._path.exists() else ():
                 self._note(row)
-            self._file = self._path.open("ab")
+            self._rows.sync()
 
     def loss_row(self, step: int, values: Row) -> None:
         """One line for a logged step, and `train/<key>` in TensorBoard. Nothing if the step has a loss row."""
@@ -76,55 +83,57 @@ class MetricsLog:
             return []
         return [row for row in read_rows(self._path, self.monitor) if row["step"] <= self._resume_step]
 
-    def best_step(self) -> int | None:
-        """The step whose monitor row is highest, the first of equals; None before a row of a trained network."""
-        known = [row for row in self.monitor_rows if row["step"] > 0 and row[self.monitor] is not None]
+    def best_step(self, counts: Callable[[int], bool]) -> int | None:
+        """Of the steps that count, that whose monitor row is highest, the first of equals; None where there is none."""
+        rows = [row for row in self.monitor_rows if row["step"] > 0 and counts(row["step"])]
+        known = [row for row in rows if row[self.monitor] is not None]
         return max(known, key=lambda row: row[self.monitor])["step"] if known else None
 
     def picture(self, tag: str, image: torch.Tensor, step: int) -> None:
         """One picture, uint8 [3, H, W], in TensorBoard."""
         if self.enabled:
-            self._tensorboard.add_image(tag, image, step)
-            self._tensorboard.flush()
+            self._board.picture(tag, image, step)
 
     def show(self, name: str, content: bytes, step: int) -> None:
-        """A file in the run directory; a PNG is in TensorBoard too."""
+        """A file in the run directory; a PNG is in TensorBoard too. The next evaluation makes up for one that fails."""
         if self.enabled:
-            replace_file(self._directory / name, content)
+            try:
+                replace_file(self._directory / name, content)
+            except OSError as error:
+                self.suffer(self._directory / name, error)
             if name.endswith(".png"):
                 pixels_HW3 = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
                 self.picture(Path(name).stem, torch.from_numpy(pixels_HW3.transpose(2, 0, 1)), step)
 
     def sync(self) -> None:
-        """Returns when the lines so far would survive a power failure."""
+        """Returns when the lines so far would survive a power failure. Threads may call it. Raises OSError."""
         if self.enabled:
-            sync(self._file)
-            sync(self._directory)  # the file's name is an entry of its own
+            self._rows.sync()
+            self._board.sync()
 
     def close(self) -> None:
         if self.enabled:
-            self._file.close()
-            if "_tensorboard" in self.__dict__:
-                self._tensorboard.close()
+            self._board.close()
+            self._rows.close()
 
-    @cached_property
-    def _tensorboard(self) -> "SummaryWriter":
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds: at the first row, not at import
+    def suffer(self, path: Path, error: Exception) -> None:
+        """Say and count that a file could not be written, which is tried again after the next evaluation."""
+        self._missed += 1
+        warn(f"{path} could not be written ({reason(error)}); training goes on, the next evaluation tries again")
 
-        return SummaryWriter(str(self._directory / "tensorboard"), purge_step=self._resume_step + 1)
+    @property
+    def failures(self) -> int:
+        """Writes that failed so far."""
+        return self._rows.failures + self._board.file.failures + self._missed
 
     def _write(self, prefix: str, step: int, values: Row) -> None:
         # JSON has no NaN: null is what a reader cannot take for a number
         row = {"step": step} | {key: value if _is_text_or_finite(value) else None for key, value in values.items()}
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        self._rows.add(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._note(row)
         if self.monitor in row:
             self._written.append(row)
-        for key, value in values.items():
-            if not isinstance(value, str):
-                self._tensorboard.add_scalar(f"{prefix}/{key}", value, step)
-        self._tensorboard.flush()
+        self._board.scalars({f"{prefix}/{key}": v for key, v in values.items() if not isinstance(v, str)}, step)
 
     def _note(self, row: Row) -> None:
         if self.monitor in row:

@@ -12,7 +12,7 @@ from engine.checkpoint.retain import clean
 from engine.checkpoint.state import RunState
 from engine.distributed.agreement import agreement, all_gather, broadcast
 from engine.distributed.signals import StopSignal
-from engine.errors import UserError
+from engine.errors import RunFailed, SystemRefused, UserError
 from engine.logger import say
 from engine.recipe.identity import resume_differences
 from engine.recipe.load import loads, located
@@ -20,6 +20,7 @@ from engine.recipe.sections import Linear, Recipe
 from engine.runs.directory import STOP, RunDirectory, check_same_task
 from engine.runs.failures import failures_in_words
 from engine.runs.log import MetricsLog, Row
+from engine.runs.saves import Saves
 from engine.runs.task import Plan, Task
 from engine.runs.trainer import Trainer
 from engine.training.determinism import deterministic, refused_in_trial
@@ -53,12 +54,24 @@ def run(task: Task, started: float) -> Row:
         with agreement(world.host_group):
             kept = task.step if found else -1
             log = MetricsLog(directory.path, kept, monitor=task.monitor, enabled=world.is_first)
-        trainer = Trainer(task, log, directory.checkpoints, stop)
+        saves = Saves(task, log, directory)
+        trainer = Trainer(task, log, saves, stop)
         trainer.seconds["start-up"] = time.perf_counter() - started
         trainer.run()
-        log.close()
+        _close(log, task)
         left = task.finish(directory.path)
         return _closing(task, directory, trainer, log, left)
+
+
+def _close(log: MetricsLog, task: Task) -> None:
+    try:
+        with agreement(task.world.host_group):
+            log.close()
+    except SystemRefused as error:
+        raise RunFailed(
+            f"the log's last rows could not be written: {error}; the run is saved at step {task.step:,}: the same "
+            "command makes them again"
+        ) from error
 
 
 @contextmanager
@@ -150,6 +163,9 @@ def _closing(task: Task, directory: RunDirectory, trainer: Trainer, log: Metrics
             row = task.reported(monitor_rows) if monitor_rows else {}
             say(f"result    {task.result(monitor_rows, log.recent[-1] if log.recent else None)}")
             say(f"time      {', '.join(f'{what} {spent:.0f} s' for what, spent in trainer.seconds.items())}")
+            if trainer.saves.failures or trainer.log.failures:
+                counts = f"{trainer.saves.failures} saves and {trainer.log.failures} other writes"
+                say(f"disk      {counts} failed; later ones made up for them")
             say(f"files     {directory.path}: {', '.join(_files(directory))}")
             say("\n".join([f"next      tensorboard --logdir {directory.path}", *left]))
     return broadcast(row, task.world.host_group)

@@ -43,6 +43,7 @@ class Plan:
     checkpoint_every: int
     keep: int
     evaluate_every: int
+    max_failures: int = 1
 
     def logs_after(self, step: int) -> bool:
         return step in (1, self.last_step) or step % self.log_every == 0
@@ -209,6 +210,7 @@ class Task(ABC):
             checkpoint_every=recipe.checkpoint.every_steps,
             keep=recipe.checkpoint.keep,
             evaluate_every=self.evaluate_every,
+            max_failures=recipe.checkpoint.max_failures,
         )
 
     def batches(self, last_step: int) -> Iterator[Batch]:

@@ -8,22 +8,18 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from engine.checkpoint.layout import point, step_name
-from engine.checkpoint.retain import retain
-from engine.checkpoint.save import save
 from engine.distributed.agreement import agreement, broadcast
 from engine.distributed.signals import StopSignal
 from engine.errors import Interrupted, RunFailed
 from engine.logger import say
-from engine.recipe.identity import fingerprint
 from engine.runs.failures import kept
 from engine.runs.log import MetricsLog
 from engine.runs.news import News
+from engine.runs.saves import Saves
 from engine.runs.spikes import SpikeAlarm
 from engine.runs.task import Task
 
@@ -33,12 +29,12 @@ ASK_EVERY = 4  # batches of an evaluation; the ranks' answers travel during the 
 class Trainer:
     """Drives a task through its plan, or until it is asked to stop.
 
-    Checkpoints go below `checkpoints`, metrics to `log`.
+    Checkpoints are the business of `saves`, metrics go to `log`.
     """
 
-    def __init__(self, task: Task, log: MetricsLog, checkpoints: Path, stop: StopSignal):
+    def __init__(self, task: Task, log: MetricsLog, saves: Saves, stop: StopSignal):
         self.task, self.plan, self.world = task, task.plan(), task.world
-        self.log, self.checkpoints, self.stop = log, checkpoints, stop
+        self.log, self.saves, self.stop = log, saves, stop
         self.seconds: Counter[str] = Counter()  # where the wall time went
         watched = getattr(task.recipe.train, "on_spike", None) == "warn" and self.world.is_first
         self.alarm = SpikeAlarm(log.recent) if watched else None  # of the rank that writes the log
@@ -48,7 +44,7 @@ class Trainer:
 
         Raises:
             Interrupted: the run was asked to stop; the state is saved and the same command goes on.
-            RunFailed: the task cannot go on.
+            RunFailed: the task cannot go on, or is not saved.
         """
         with self._progress_bar() as self.bar:
             news = News(self.task, self.stop)
@@ -64,7 +60,7 @@ class Trainer:
                 word, step = news.after_step(), self.task.step
                 # An evaluation takes minutes on large data, and a scheduler's grace is short: save before it.
                 if word is not None or self.plan.saves_after(step) or self.plan.evaluates_after(step):
-                    self._save()
+                    self._save(must=word is not None or step == self.plan.last_step)
                 if word is not None and (step < self.plan.last_step or self.plan.evaluates_after(step)):
                     raise Interrupted(word, f"after step {step}, which is saved")
                 self._evaluate_if_due()
@@ -75,8 +71,8 @@ class Trainer:
             yield from self.task.batches(self.plan.last_step)
         except RunFailed as failure:
             if self.world.size == 1 and self.task.step:
-                self._save()
-            raise RunFailed(f"{failure}; {kept(self.checkpoints)}") from failure
+                self._save(must=True)
+            raise RunFailed(f"{failure}; {kept(self.saves.checkpoints)}") from failure
 
     def _log_if_due(self, output: Any, batch: Any) -> None:
         step = self.task.step
@@ -122,26 +118,15 @@ class Trainer:
             raise Interrupted(word, f"{kept} during its evaluation")
 
     def _show_result(self, step: int) -> None:
-        """Let `best` name the checkpoint that the monitor likes most, and show the evaluation if it counts."""
-        best = self.log.best_step()
-        if best is not None:
-            point(self.checkpoints, "best", self.checkpoints / step_name(best))
+        """Let `best` name the best checkpoint, and show the evaluation if it counts."""
+        self.saves.point_best()
         if self.task.reported(self.log.monitor_rows)["step"] == step:
             for name, content in self.task.shown().items():
                 self.log.show(name, content, step)
 
-    def _save(self) -> None:
+    def _save(self, *, must: bool) -> None:
         with self._time("checkpoints"):
-            with agreement(self.world.host_group):
-                self.log.sync()
-            save(
-                self.checkpoints,
-                self.task.tensors(),
-                self.task.state(),
-                recipe_sha256=fingerprint(self.task.recipe),
-                group=self.world.host_group,
-            )
-            retain(self.checkpoints, self.plan.keep)
+            self.saves.make(must=must)
         self._restart_clock()
 
     def _restart_clock(self) -> None:

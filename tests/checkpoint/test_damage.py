@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine.checkpoint.load import load, newest_valid
 from engine.checkpoint.manifest import NAME, checksum, own_checksum, read_manifest, verify
-from engine.checkpoint.save import save
+from engine.checkpoint.save import SaveFailed, save
 from engine.errors import UserError
 from tests.checkpoint.examples import SHA, blank, example_state, example_tensors, reseal
 
@@ -118,7 +118,7 @@ def test_folders_without_checkpoints(tmp_path, capsys):
         newest_valid(tmp_path / "file")
     with pytest.raises(UserError, match="no such folder"):
         read_manifest(tmp_path / "nothing")
-    with pytest.raises(UserError, match="must be a readable folder"):
+    with pytest.raises(SaveFailed, match="File exists"):
         save(tmp_path / "file", {}, example_state(1), recipe_sha256=SHA)
 
 

@@ -14,7 +14,7 @@ from engine.checkpoint import layout
 from engine.checkpoint.load import load, newest_valid, read_tensors
 from engine.checkpoint.manifest import NAME, checksum, read_manifest
 from engine.checkpoint.retain import retain
-from engine.checkpoint.save import save
+from engine.checkpoint.save import SaveFailed, save
 from engine.checkpoint.state import RunState
 from engine.errors import UserError
 from tests.checkpoint.examples import DTYPES, SHA, blank, example_state, example_tensors, same
@@ -144,12 +144,12 @@ def test_a_full_disk(checkpoints, limit):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(SaveFailed) as caught:
             save(checkpoints, tensors, state, recipe_sha256=SHA)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     text = str(caught.value)
-    assert "[Errno 27] File too large" in text
+    assert f"[Errno 27] File too large: '{checkpoints}/step_0000750" in text
     assert "\n" not in text
     assert "step_0000750) was not saved, the previous checkpoint, step_0000500, is intact" in text
     assert {path: checksum(path) for path in checkpoints.rglob("*") if path.is_file()} == before | {
@@ -161,7 +161,7 @@ def test_a_full_disk(checkpoints, limit):
 def test_a_pointer_that_cannot_be_written(checkpoints):
     (checkpoints / "latest").unlink()
     (checkpoints / "latest").mkdir()
-    with pytest.raises(UserError, match="is saved, but `latest` could not be written"):
+    with pytest.raises(SaveFailed, match="is saved, but `latest` could not be written"):
         save(checkpoints, example_tensors(), example_state(750), recipe_sha256=SHA)
     read_manifest(checkpoints / "step_0000750")
     assert retain(checkpoints, 1) == []  # what it names is not known

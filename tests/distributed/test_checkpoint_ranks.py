@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from engine.checkpoint.load import load, newest_valid, read_tensors
 from engine.checkpoint.manifest import read_manifest
 from engine.checkpoint.retain import clean, retain
-from engine.checkpoint.save import save
+from engine.checkpoint.save import SaveFailed, save
 from engine.checkpoint.state import RunState
 from engine.errors import UserError
 
@@ -166,7 +166,7 @@ def disk_full_on_one_rank(checkpoints: Path, tensors: dict[str, torch.Tensor]) -
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SaveFailed) as caught:
         save(checkpoints, tensors, state(3), recipe_sha256=SHA)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     text = str(caught.value)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.distributed.world import World, process_group
-from engine.errors import UserError
+from engine.errors import RunFailed, UserError
 from engine.files import lock
 from engine.runs import claim, directory
 from engine.runs.directory import RunDirectory
@@ -111,3 +111,35 @@ def test_parents_of_a_folder_that_cannot_be_made_go_again(tmp_path, world):
     with pytest.raises(UserError, match="must be a writable folder"):
         RunDirectory(tmp_path / "a" / ("x" * 300), world).__enter__()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_restart_begins_no_new_run_where_one_was(tmp_path, world, monkeypatch):
+    """torchrun keeps a folder for each of its starts, and names one of a rank's own files in it."""
+
+    def start(attempt: int) -> Path:
+        place = tmp_path / f"agent/attempt_{attempt}/0"
+        place.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(place / "error.json"))
+        with RunDirectory(tmp_path / "run", world) as run:
+            return run.path
+
+    first = start(0)
+    first.joinpath(".lock").unlink()
+    first.rmdir()
+    start(0)  # no restart
+    start(1)  # the folder is there
+    first.joinpath(".lock").unlink()
+    first.rmdir()
+    with pytest.raises(RunFailed, match="is gone, which was there before the launcher restarted its ranks: no new run"):
+        start(2)
+    assert not first.exists()
+
+
+def test_a_folder_that_is_deleted_or_replaced_is_noticed(tmp_path, world):
+    with RunDirectory(tmp_path / "run", world) as run:
+        run.check_there()
+        run.path.rename(tmp_path / "elsewhere")
+        for _ in range(2):
+            with pytest.raises(RunFailed, match="was deleted or replaced while the run went on"):
+                run.check_there()
+            run.path.mkdir(exist_ok=True)

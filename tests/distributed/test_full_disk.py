@@ -1,0 +1,102 @@
+"""A run outlives a disk that is full for a while: it ends as if nothing had been, or says in one line what was lost."""
+
+import json
+import sys
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine.checkpoint.manifest import read_manifest
+from tests.distributed.commands import rows, timeless
+from tests.distributed.launch import torchrun
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the signal of a file that grows too large")
+
+STEPS = "train.max_steps=12"
+MONITORED = ["evaluate.knn_every_epochs=1", "evaluate.knn_bank=6"]  # after steps 0, 7 and 12
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """(folder, {run: how it ended}, what was said on stderr) of two ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(name: str, *overrides: str, **what) -> dict:
+        return {"dir": str(folder / name), "ranks": [0, 1], "overrides": [STEPS, *overrides], **what}
+
+    runs = [
+        run("unbroken", *MONITORED),
+        run("first", *MONITORED, "checkpoint.max_failures=4", full=[6, 8], ranks=[0]),  # three saves
+        run("other", *MONITORED, full=[6, 7], ranks=[1]),
+        run("last", full=[11, 12]),
+        run("often", "checkpoint.max_failures=2", full=[5, 12], ranks=[1]),
+        run("gone", gone=5),
+    ]
+    done = torchrun(2, "tests.distributed.full_disk", json.dumps(runs))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    ends = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    return folder, ends, done.stderr
+
+
+@pytest.mark.parametrize("name", ["first", "other"])
+def test_a_run_goes_on_and_ends_equal_to_the_bit(launched, name):
+    folder, ends, said = launched
+    assert ends["unbroken"] == ends[name] == "done"
+    whole, broken = (folder / run / "checkpoints" for run in ("unbroken", name))
+    newest = (whole / "latest").read_text().strip()
+    assert newest == (broken / "latest").read_text().strip() == "step_0000012"
+    one, other = (read_manifest(at / newest) for at in (whole, broken))
+    assert one.files == other.files
+    assert timeless(folder / name) == timeless(folder / "unbroken")
+    assert [row for row in rows(folder / name) if "knn_top1" in row] == [
+        row for row in rows(folder / "unbroken") if "knn_top1" in row
+    ]
+    failed = {"first": (6, 7, 8), "other": (6, 7)}[name]
+    for step in range(2, 13, 2):
+        assert (broken / f"step_{step:07d}").exists() == (step not in failed)
+    for count, step in enumerate(failed, start=1):
+        line = next(line for line in said.splitlines() if f"{name}/checkpoints/step_{step:07d}) was not saved" in line)
+        assert "the previous checkpoint, step_0000004, is intact: " in line
+        assert "[Errno 27] File too large: '" in line
+        assert f"makes up for it ({count} in a row failed, and " in line
+    assert not [path.name for path in broken.iterdir() if ".tmp-" in path.name]
+
+
+def test_the_log_waits_in_memory(launched):
+    folder, _, said = launched
+    lines = [line for line in said.splitlines() if f"{folder / 'first'}/metrics.jsonl c" in line]
+    assert len(lines) == 2
+    assert "could not be written (File too large); training goes on, and what it lacks stays in memory" in lines[0]
+    assert lines[1].endswith("can be written again, and lacks nothing")
+    board = EventAccumulator(str(folder / "first/tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 13))
+
+
+def test_best_names_a_checkpoint_that_is_there(launched):
+    folder, _, _ = launched
+    best = {row["step"]: row["knn_top1"] for row in rows(folder / "first") if "knn_top1" in row}
+    assert best.keys() == {0, 7, 12}
+    assert (folder / "first/checkpoints/best").read_text() == "step_0000012\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("last", "/last/checkpoints/step_0000012) was not saved, the previous checkpoint, step_0000010, is intact: "),
+        ("often", "/often/checkpoints/step_0000008) was not saved, the previous checkpoint, step_0000004, is intact: "),
+    ],
+)
+def test_a_save_that_nothing_makes_up_for_ends_the_run(launched, name, words):
+    _, ends, _ = launched
+    assert ends[name].startswith("SaveFailed: checkpoint (")
+    assert words in ends[name]
+    assert ends[name].endswith("; put this right, and the same command goes on")
+    assert "\n" not in ends[name]
+
+
+def test_a_folder_that_is_deleted_ends_the_run(launched):
+    folder, ends, _ = launched
+    assert ends["gone"].startswith(
+        f"RunFailed: run.dir ({folder / 'gone'}) was deleted or replaced while the run went on"
+    )
+    assert not (folder / "gone").exists()
