@@ -18,6 +18,8 @@ class RunState:
     recipe: YAML.
     images: {"train": fingerprint} and, where the result depends on them, "val"; of imported weights, which have seen
         none, empty.
+    contents: of the same splits, checksums of some images by their number (engine.data.contents); checkpoints of
+        former versions have none.
     bad_images: unreadable ones that the run met.
     licence: of imported weights, which binds what is made of them.
     network: sha256 of the weights that supervised training began with.
@@ -28,6 +30,7 @@ class RunState:
     step: int
     recipe: str
     images: dict[str, str]
+    contents: dict[str, dict[str, str]] = field(default_factory=dict)
     bad_images: int = 0
     licence: str | None = None
     network: str | None = None
@@ -62,7 +65,12 @@ class RunState:
             if not isinstance(value, str) and (name == "recipe" or value is not None):
                 return f"{name} is no text"
         for name in ("images", "made_by"):
-            value = getattr(self, name)
-            if not isinstance(value, dict) or not all(isinstance(part, str) for part in value.values()):
+            if not _is_table_of_texts(getattr(self, name)):
                 return f"{name} is no table of texts"
+        if not isinstance(self.contents, dict) or not all(map(_is_table_of_texts, self.contents.values())):
+            return "contents is no table of tables of texts"
         return None
+
+
+def _is_table_of_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(part, str) for part in value.values())

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from engine.data.decode import IMAGE_SUFFIXES, decode, is_image_name
+from engine.data.decode import IMAGE_SUFFIXES, is_image_name
 from engine.data.paths import FileSource, Names
 from engine.data.source import Root, Source, Split, part_of
 from engine.errors import UserError
@@ -35,8 +34,8 @@ class FolderSource(FileSource):
         super().__init__(Names.of(name for name, _ in files), np.array([size for _, size in files], np.int64))
         self._root = root
 
-    def read(self, i: int) -> Image.Image:
-        return decode((self._root / os.fsdecode(self._names[i])).read_bytes())
+    def content(self, i: int) -> bytes:
+        return (self._root / os.fsdecode(self._names[i])).read_bytes()
 
 
 def _walk(root: Path) -> Iterator[tuple[bytes, int]]:

@@ -1,7 +1,8 @@
 """Where each image lies in a tar, so that it can be read in any order without unpacking.
 
 The index is kept next to the tar as `<tar>.index`, or in the user's cache folder if that place cannot be written.
-It holds arrays only (npz, no pickle) and is built again whenever the tar's size or time has changed.
+It holds arrays only (npz, no pickle) and is built again whenever the tar's size or its time has changed, or one of the
+images' headers, of which some are compared.
 
 Shapes: N images in the tar.
 """
@@ -15,13 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.data.contents import spread
 from engine.data.decode import is_image_name
 from engine.data.paths import Names
 from engine.errors import UserError, one_line, reason
 from engine.files import draft, publish
 from engine.logger import warn
 
-_FORMAT = 1
+_FORMAT = 2
+_HEADERS = 16  # that a saved index is compared with, spread over the tar: another one may have its size and time
 _BLOCK = 512
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _MAX_OPEN = 64  # file descriptors that one process holds open
@@ -72,7 +75,7 @@ def open_index(tar: Path, *, read_only: bool = False) -> TarIndex:
         status = tar.stat()
         stamp = np.array([_FORMAT, status.st_size, status.st_mtime_ns])
         for path in _places(tar):
-            index = _load(path, stamp)
+            index = _load(path, tar, stamp)
             if index is not None:
                 return index
         index = _scan(tar)
@@ -88,19 +91,29 @@ def _places(tar: Path) -> tuple[Path, Path]:
     return tar.with_name(f"{tar.name}.index"), cache / f"{hashlib.sha256(bytes(tar.resolve())).hexdigest()}.index"
 
 
-def _load(path: Path, stamp: np.ndarray) -> TarIndex | None:
+def _load(path: Path, tar: Path, stamp: np.ndarray) -> TarIndex | None:
     try:
         with np.load(path, allow_pickle=False) as saved:
             index = TarIndex(Names(saved["text"], saved["ends"]), saved["offsets"], saved["sizes"])
-            fits = np.array_equal(saved["stamp"], stamp)
+            fits = np.array_equal(saved["stamp"], stamp) and np.array_equal(saved["headers"], _headers(index, tar))
     except Exception:  # absent or damaged in any way: the tar itself is the truth, and is read again
         return None
     return index if fits else None
 
 
+def _headers(index: TarIndex, tar: Path) -> np.ndarray:
+    """Checksum of the headers of some of the images, each the block before its data."""
+    sha256 = hashlib.sha256()
+    with tar.open("rb") as file:
+        for i in spread(len(index.names), _HEADERS):
+            file.seek(int(index.offsets_N[i]) - _BLOCK)
+            sha256.update(file.read(_BLOCK))
+    return np.frombuffer(sha256.digest(), np.uint8)
+
+
 def _save(index: TarIndex, tar: Path, stamp: np.ndarray) -> None:
-    text_U, ends_N = index.names.text_U, index.names.ends_N
-    arrays = {"stamp": stamp, "text": text_U, "ends": ends_N, "offsets": index.offsets_N, "sizes": index.sizes_N}
+    arrays = {"stamp": stamp, "text": index.names.text_U, "ends": index.names.ends_N}
+    arrays |= {"offsets": index.offsets_N, "sizes": index.sizes_N, "headers": _headers(index, tar)}
     for path in _places(tar):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

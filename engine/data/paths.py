@@ -4,10 +4,13 @@ Shapes: N images, U bytes of text.
 """
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+from PIL import Image
 
+from engine.data.decode import decode
 from engine.data.source import Source
 
 
@@ -55,6 +58,13 @@ class FileSource(Source):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    @abstractmethod
+    def content(self, i: int) -> bytes:
+        """The bytes of file i. Raises OSError."""
+
+    def read(self, i: int) -> Image.Image:
+        return decode(self.content(i))
 
     def name(self, i: int) -> str:
         return _printable(self._names[i])

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from engine.data.decode import IMAGE_SUFFIXES, decode
+from engine.data.decode import IMAGE_SUFFIXES
 from engine.data.index import TarReader, open_index
 from engine.data.paths import FileSource, Names
 from engine.data.source import Root, Source, Split, part_of
@@ -42,8 +41,8 @@ class ShardSource(FileSource):
         self._tar_ends = np.cumsum([len(index.names) for index in indexes])
         self._tars, self._reader = tars, TarReader()
 
-    def read(self, i: int) -> Image.Image:
-        return decode(self._reader.read(str(self._tar(i)), int(self._offsets_N[i]), int(self._sizes_N[i])))
+    def content(self, i: int) -> bytes:
+        return self._reader.read(str(self._tar(i)), int(self._offsets_N[i]), int(self._sizes_N[i]))
 
     def name(self, i: int) -> str:
         return f"{self._tar(i).name}:{super().name(i)}"

@@ -77,6 +77,11 @@ class Source(ABC):
     def name(self, i: int) -> str:
         """What messages call image i."""
 
+    def content(self, i: int) -> bytes:
+        """What image i is made of: its file, or its pixels where it has none. Raises as `read`."""
+        image = self.read(i)
+        return f"{image.size} ".encode() + image.tobytes()
+
     def labels_among(self, classes: tuple[str, ...]) -> np.ndarray:
         """The labels in the numbering of other classes, among which are all of this source's, matched by name."""
         if classes == self.classes:  # by number, as two classes may have one name: ImageNet's cranes

@@ -28,6 +28,9 @@ class Subset(Source):
     def read(self, i: int) -> Image.Image:
         return self._source.read(int(self._chosen_M[i]))
 
+    def content(self, i: int) -> bytes:
+        return self._source.content(int(self._chosen_M[i]))
+
     def name(self, i: int) -> str:
         return self._source.name(int(self._chosen_M[i]))
 

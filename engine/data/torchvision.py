@@ -89,6 +89,10 @@ class JoinedSource(Source):
         part, inner = self._find(i)
         return part.read(inner)
 
+    def content(self, i: int) -> bytes:
+        part, inner = self._find(i)
+        return part.content(inner)
+
     def name(self, i: int) -> str:
         part, inner = self._find(i)
         return part.name(inner)

@@ -45,6 +45,7 @@ def run(task: Task, started: float) -> Row:
     ):
         stop.at_once = True  # until there is a step that could be lost
         _say_opening(task)
+        task.look_at_images()
         found = _newest(directory, task)
         task.start(resumes=found is not None)
         if found is not None:

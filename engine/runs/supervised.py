@@ -16,6 +16,7 @@ from engine.checkpoint.state import RunState
 from engine.data.augment import Flip
 from engine.data.decode import Crops
 from engine.data.loader import Batch
+from engine.data.source import Source
 from engine.data.splits import Splits
 from engine.distributed.agreement import all_gather
 from engine.distributed.world import World
@@ -114,10 +115,10 @@ class Supervised(Task):
 
     # ---- checkpoints
 
-    def images_bound(self) -> dict[str, tuple[str, str]]:
-        data, fingerprint = self.recipe.data, self.splits.val.fingerprint
+    def images_bound(self) -> dict[str, tuple[Source, str]]:
+        data = self.recipe.data
         key, root = ("data.root", data.root) if data.val_root is None else ("data.val_root", data.val_root)
-        return super().images_bound() | {"val": (fingerprint, f"{key} ({root})")}
+        return super().images_bound() | {"val": (self.splits.val, f"{key} ({root})")}
 
     def state(self) -> RunState:
         return replace(super().state(), network=self.weights_digest)

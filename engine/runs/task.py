@@ -17,10 +17,13 @@ from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.state import RunState
 from engine.data.augment import denormalise
 from engine.data.bad_images import BadImages
+from engine.data.contents import difference, sample
 from engine.data.decode import Crops
 from engine.data.loader import Batch, train_batches
 from engine.data.order import Order
+from engine.data.source import Source
 from engine.data.splits import Splits
+from engine.distributed.agreement import agreement, broadcast
 from engine.distributed.world import World
 from engine.errors import RunFailed, UserError
 from engine.evaluation.features import AtBatch
@@ -104,6 +107,7 @@ class Task(ABC):
         self.at_batch: AtBatch | None = None  # of an evaluation; it may raise on all ranks together
         self.licence: str | None = None  # of imported weights, which binds what is made of them
         self.parallel: Parallel | None = getattr(recipe, "parallel", None)
+        self.contents: dict[str, dict[str, str]] = {}  # checksums of some images of each split (`look_at_images`)
         self.refused: str | None = None  # an operation of the step that has no deterministic form here
 
     # ---- on which tasks differ
@@ -162,9 +166,9 @@ class Task(ABC):
             trunk = self.fresh_trunk()
         return stronger(self.parallel.activation_checkpoint, trunk)
 
-    def images_bound(self) -> dict[str, tuple[str, str]]:
-        """The images that a resume must find as they were: {split: (fingerprint, what the user calls them)}."""
-        return {"train": (self.splits.train.fingerprint, f"data.root ({self.recipe.data.root})")}
+    def images_bound(self) -> dict[str, tuple[Source, str]]:
+        """The images that a resume must find as they were: {split: (source, what the user calls them)}."""
+        return {"train": (self.splits.train, f"data.root ({self.recipe.data.root})")}
 
     def reported(self, monitor_rows: list[Row]) -> Row:
         """The monitor's row that counts. Called on rank 0."""
@@ -273,6 +277,13 @@ class Task(ABC):
 
     # ---- checkpoints
 
+    def look_at_images(self) -> None:
+        """Read some of the images that a resume must find as they were; rank 0 does."""
+        with agreement(self.world.host_group):
+            if self.world.is_first:
+                self.contents = {split: sample(source) for split, (source, _) in self.images_bound().items()}
+        self.contents = broadcast(self.contents, self.world.host_group)
+
     def made_by(self) -> dict[str, str]:
         """What computes here, and how far the same bits come of it again."""
         if self.parallel is None:
@@ -284,7 +295,8 @@ class Task(ABC):
         return RunState(
             step=self.step,
             recipe=dump(self.recipe),
-            images={split: fingerprint for split, (fingerprint, _) in self.images_bound().items()},
+            images={split: source.fingerprint for split, (source, _) in self.images_bound().items()},
+            contents=self.contents,
             bad_images=self.bad_images.count(),
             licence=self.licence,
             made_by=self.made_by(),
@@ -292,11 +304,13 @@ class Task(ABC):
 
     def check_resume(self, state: RunState) -> None:
         """Raises UserError where the run was begun with other images; on this rank alone."""
-        for split, (fingerprint, name) in self.images_bound().items():
-            if state.images.get(split, fingerprint) != fingerprint:  # imported weights have seen none yet
+        for split, (source, name) in self.images_bound().items():
+            differs = state.images.get(split, source.fingerprint) != source.fingerprint  # imported ones have seen none
+            found = difference(source, state.contents.get(split, {}), self.contents[split])
+            if differs or found:
                 raise UserError(
-                    f"{name} must hold the images that the run in {self.recipe.run.dir} began with; give it those, or "
-                    "pass another run.dir"
+                    f"{name} must hold the images that the run in {self.recipe.run.dir} began with"
+                    f"{f', and {found}' if found and not differs else ''}; give it those, or pass another run.dir"
                 )
 
     def resume(self, checkpoint: Path, manifest: Manifest, state: RunState) -> None:
