@@ -65,12 +65,14 @@ def _has_said(text: str) -> bool:
 
     It is noted where torchrun wants each start's errors: in a folder that this launch alone knows.
     """
-    place, start = os.environ.get("TORCHELASTIC_ERROR_FILE"), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if not place:
+    place = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    folder = place.parent.parent
+    if folder.name != f"attempt_{start}":
         return False
     with suppress(OSError):  # then it is said once more
-        Path(place).with_name(LAST_WORDS).write_text(text)
-        before = Path(place).parents[1].with_name(f"attempt_{start - 1}")
+        place.with_name(LAST_WORDS).write_text(text)
+        before = folder.with_name(f"attempt_{int(start) - 1}")
         return any(words.read_text() == text for words in before.glob(f"*/{LAST_WORDS}"))
     return False
 

@@ -3,6 +3,7 @@
 import ast
 import io
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from tqdm import tqdm
 
 from engine import logger
-from engine.logger import note, say, warn
+from engine.logger import complain_once, note, say, warn
 
 ENGINE = Path(__file__).parents[1] / "engine"
 LEAD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d r(\d+)  (.*)")
@@ -94,3 +95,22 @@ def test_there_is_no_other_voice():
         calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         said = [name for name in map(ast.unparse, calls) if speaks.match(name)]
         assert not said or path in (ENGINE / "cli.py", ENGINE / "logger.py"), (path, said)
+
+
+def test_a_mistake_is_said_once_over_restarts(monkeypatch, tmp_path, capsys):
+    """Each start under torchrun has a folder for its errors; what is new since the last start is always said."""
+    said = []
+    for start, words in enumerate(["error: a", "error: a", "error: b", "error: a"]):
+        folder = tmp_path / f"attempt_{start}/0"
+        folder.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"{folder}/error.json")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(start))
+        complain_once(words)
+        said.append(capsys.readouterr().err)
+    assert said == ["error: a\n", "", "error: b\n", "error: a\n"]
+    for place in (os.devnull, f"{tmp_path}/gone/attempt_1/0/error.json"):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", place)
+        complain_once("error: a")
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
+    complain_once("error: a")
+    assert capsys.readouterr().err == "error: a\n" * 3

@@ -78,6 +78,17 @@ def test_two_ranks_killed_one_after_the_other(tmp_path, undisturbed, more):
     assert_equal(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.faults
+def test_what_the_user_must_put_right_is_said_once(tmp_path):
+    """torchrun starts again whatever has ended; a mistake that its ranks see alike comes back each time."""
+    ended = run(*RESTARTING, QUICKSTART, *overrides(tmp_path / "run", data__root=tmp_path / "none"))
+    assert ended.code == 1
+    assert ended.out.count("loading PyTorch") == 3, "it starts twice more"
+    assert [line for line in ended.err.splitlines() if "error: " in line] == [
+        f"error: data.root ({tmp_path}/none) must exist; pass data.root=/path/to/images"
+    ]
+
+
 # ---- two nodes -------------------------------------------------------------------------------------------------------
 
 
