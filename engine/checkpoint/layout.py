@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import SystemRefused, reason
-from engine.files import lock, replace_file
+from engine.files import lock, replace_file, sync
 from engine.logger import warn
 
 POINTERS = ("latest", "best")
 LOCK = ".lock"
-_STEP = re.compile(r"step_(\d{7,})")
+_STEP = re.compile(r"step_\d{7,}")
+_DAMAGED = re.compile(r"(step_\d{7,})\.damaged-\d+")
 _LEFTOVER = re.compile(r"(?:step_\d{7,}|latest|best)\.(?:tmp|removed)-[0-9a-f]{8}")
 
 
@@ -25,13 +26,27 @@ def checkpoint_folders(checkpoints: Path) -> list[Path]:
 
     Raises SystemRefused where it cannot be listed.
     """
-    named = [(int(match[1]), path) for path in _entries(checkpoints) if (match := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(named, reverse=True)]
+    return sorted((path for path, _ in _matches(checkpoints, _STEP)), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Of something named like a checkpoint."""
+    return int(checkpoint.name.partition("_")[2])
+
+
+def damaged_folders(checkpoints: Path) -> list[tuple[Path, Path]]:
+    """What was set aside, each with the path that it had; highest step first. Raises SystemRefused."""
+    pairs = [(path, path.with_name(match[1])) for path, match in _matches(checkpoints, _DAMAGED)]
+    return sorted(pairs, key=lambda pair: (step_of(pair[1]), pair[0]), reverse=True)
 
 
 def leftovers(checkpoints: Path) -> list[Path]:
     """What killed runs left: saves that were not finished, removals that were not finished."""
-    return sorted(path for path in _entries(checkpoints) if _LEFTOVER.fullmatch(path.name))
+    return sorted(path for path, _ in _matches(checkpoints, _LEFTOVER))
+
+
+def _matches(checkpoints: Path, pattern: re.Pattern[str]) -> list[tuple[Path, re.Match[str]]]:
+    return [(path, match) for path in _entries(checkpoints) if (match := pattern.fullmatch(path.name))]
 
 
 def _entries(checkpoints: Path) -> list[Path]:
@@ -53,6 +68,13 @@ def set_aside(checkpoint: Path, why: str) -> None:
         count += 1
     checkpoint.rename(target)
     warn(f"checkpoint {checkpoint} is damaged: {why}; it is set aside as {target.name}")
+
+
+def put_back(folder: Path, former: Path) -> None:
+    """Give what was set aside its former path back, and say so. Raises OSError."""
+    folder.rename(former)  # fails where something else has the name
+    sync(former.parent)
+    warn(f"checkpoint {former}, which was set aside as {folder.name}, is whole again and taken")
 
 
 def read_pointer(checkpoints: Path, pointer: str) -> str | None:

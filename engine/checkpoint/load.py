@@ -20,7 +20,8 @@ def newest_valid(checkpoints: Path, group: dist.ProcessGroup | None = None) -> P
     """The checkpoint of the highest step that is whole, the same on every rank; None without one.
 
     Rank 0 reads and compares every byte. A damaged checkpoint is set aside (step_X.damaged-1), with a warning on
-    stderr. Raises UserError, on every rank, where the folder cannot be listed.
+    stderr; one that was set aside and is whole again gets its name back. Raises UserError, on every rank, where the
+    folder cannot be listed.
     """
     checkpoints, found = Path(checkpoints), None
     with agreement(group):
@@ -30,19 +31,19 @@ def newest_valid(checkpoints: Path, group: dist.ProcessGroup | None = None) -> P
 
 
 def _search(checkpoints: Path) -> Path | None:
-    folders = layout.checkpoint_folders(checkpoints)
+    found = next((folder for folder in layout.checkpoint_folders(checkpoints) if _is_valid(folder)), None)
+    aside = layout.damaged_folders(checkpoints)
+    newer = aside if found is None else [one for one in aside if layout.step_of(one[1]) > layout.step_of(found)]
+    found = next((former for path, former in newer if _is_back(path, former)), found)
     latest = layout.read_pointer(checkpoints, "latest")
-    if latest is not None and latest not in {folder.name for folder in folders}:
+    if latest is not None and not (checkpoints / latest).exists():
         warn(f"`latest` in {checkpoints} names {latest!r}, which is not there")
-    return next((folder for folder in folders if _is_valid(folder)), None)
+    return found
 
 
 def _is_valid(folder: Path) -> bool:
     try:
-        manifest = read_manifest(folder)
-        if layout.step_name(manifest.step) != folder.name:
-            raise Damaged(folder, f"its manifest is of step {manifest.step}")
-        verify(folder, manifest)
+        _check(folder, folder)
         return True
     except Damaged as damage:
         try:
@@ -50,6 +51,24 @@ def _is_valid(folder: Path) -> bool:
         except OSError as error:
             warn(f"checkpoint {folder} is damaged: {damage.why}; it could not be set aside ({error})")
         return False
+
+
+def _is_back(folder: Path, former: Path) -> bool:
+    """Whether a checkpoint that was set aside is whole again; it then has its former name."""
+    try:
+        _check(folder, former)
+        layout.put_back(folder, former)
+        return True
+    except (UserError, OSError):  # said when it was set aside
+        return False
+
+
+def _check(folder: Path, name: Path) -> None:
+    """Raises UserError, mostly Damaged, where the folder is not the whole checkpoint of that name."""
+    manifest = read_manifest(folder)
+    if layout.step_name(manifest.step) != name.name:
+        raise Damaged(folder, f"its manifest is of step {manifest.step}")
+    verify(folder, manifest)
 
 
 def load(

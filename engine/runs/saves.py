@@ -3,7 +3,7 @@
 from engine.checkpoint.layout import checkpoint_folders, point, read_pointer, step_name
 from engine.checkpoint.retain import retain
 from engine.checkpoint.save import SaveFailed, save
-from engine.errors import SystemRefused
+from engine.errors import UserError
 from engine.files import remove
 from engine.logger import warn
 from engine.recipe.identity import fingerprint
@@ -78,7 +78,7 @@ class Saves:
                 point(self.checkpoints, "best", self.checkpoints / step_name(best))
             elif best is None and named not in (None, *names):
                 remove(self.checkpoints / "best")
-        except (OSError, SystemRefused) as error:
+        except (OSError, UserError) as error:
             self.log.suffer(self.checkpoints / "best", error)
             return False
         return True

@@ -34,6 +34,32 @@ def expect_fallback(checkpoints: Path, capsys, reason: str) -> None:
     assert read_manifest(checkpoints / "step_0000250").step == 250
 
 
+def test_what_is_repaired_is_taken_again(checkpoints, capsys):
+    """A file that was put back, in what a start had set aside; the newest of two, and no older one."""
+    newest = checkpoints / "step_0000500"
+    (newest / ".metadata").rename(checkpoints / "mislaid")
+    shutil.copytree(newest, checkpoints / "step_0000100.damaged-1")
+    assert newest_valid(checkpoints) == checkpoints / "step_0000250"
+    assert newest_valid(checkpoints) == checkpoints / "step_0000250"  # looked at again, and not said again
+    assert capsys.readouterr().err.count("damaged") == 2  # in one line
+    shutil.copytree(checkpoints / "step_0000500.damaged-1", checkpoints / "step_0000900.damaged-1")
+    for name in ("step_0000500.damaged-1", "step_0000900.damaged-1", "step_0000100.damaged-1"):
+        shutil.copy(checkpoints / "mislaid", checkpoints / name / ".metadata")
+    assert newest_valid(checkpoints) == newest
+    assert "step_0000500, which was set aside as step_0000500.damaged-1, is whole again" in capsys.readouterr().err
+    left = {path.name for path in checkpoints.glob("*.damaged-*")}
+    assert left == {"step_0000100.damaged-1", "step_0000900.damaged-1"}  # older; and of another step than it says
+    load(newest, blank(example_tensors()))
+
+
+def test_of_one_step_the_whole_one_is_taken(checkpoints, capsys):
+    newest = checkpoints / "step_0000500"
+    shutil.copytree(newest, checkpoints / "step_0000500.damaged-1")
+    (newest / ".metadata").unlink()
+    assert newest_valid(checkpoints) == newest
+    assert sorted(path.name for path in checkpoints.glob("*.damaged-*")) == ["step_0000500.damaged-2"]
+
+
 FILES = ["MANIFEST.json", ".metadata", "__0_0.distcp"]
 
 
