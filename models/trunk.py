@@ -44,14 +44,22 @@ class HasStem(Protocol):
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated units of a trunk's module, in order: what is sharded and compiled one by one.
+    """The repeated units of a trunk's module, in order: what is compiled one by one and sharded in units.
 
     They are the children of the innermost lists whose members are all of one composite class (a ViT's `blocks`, the
     bottlenecks of a ResNet's stages), but those that share parameters; a trunk without such lists has none.
     """
+    return [block for row in rows_of_blocks(module) for block in row]
+
+
+def rows_of_blocks(module: nn.Module) -> list[list[nn.Module]]:
+    """The same, in rows: those of one `nn.Sequential`, which run one after another; any other block is a row."""
     places = Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
-    units = [unit for group in _lists_of_units(module) for unit in group.children()]
-    return [unit for unit in units if all(places[parameter] == 1 for parameter in unit.parameters())]
+    rows = []
+    for group in _lists_of_blocks(module):
+        own = [block for block in group.children() if all(places[p] == 1 for p in block.parameters())]
+        rows += [own] if isinstance(group, nn.Sequential) else [[block] for block in own]
+    return rows
 
 
 def cast_constants(module: nn.Module, dtype: torch.dtype) -> None:
@@ -66,10 +74,10 @@ def cast_constants(module: nn.Module, dtype: torch.dtype) -> None:
                 setattr(part, name, buffer.to(dtype))
 
 
-def _lists_of_units(module: nn.Module) -> list[nn.Module]:
-    inner = [found for child in module.children() for found in _lists_of_units(child)]
-    units = list(module.children())
-    if inner or not isinstance(module, nn.Sequential | nn.ModuleList) or not units:
+def _lists_of_blocks(module: nn.Module) -> list[nn.Module]:
+    inner = [found for child in module.children() for found in _lists_of_blocks(child)]
+    members = list(module.children())
+    if inner or not isinstance(module, nn.Sequential | nn.ModuleList) or not members:
         return inner
-    same = all(type(unit) is type(units[0]) for unit in units)
-    return [module] if same and any(units[0].children()) else []
+    same = all(type(member) is type(members[0]) for member in members)
+    return [module] if same and any(members[0].children()) else []

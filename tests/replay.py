@@ -64,8 +64,12 @@ def build(
     shard: str,
     replicate: int = 1,
     activation_checkpoint: str = "none",
+    least: int = 1,
 ) -> TrainState:
-    """The trace's networks in the real engine, with the trace's initial weights."""
+    """The trace's networks in the real engine, with the trace's initial weights.
+
+    least: parameters that travel together at least; 1: each block is a unit of its own, as in large models.
+    """
     trunk = dict(trace.config["trunk"])
     kind, image_size = trunk.pop("kind"), trunk.pop("image_size")
     if kind == "resnet":
@@ -84,7 +88,7 @@ def build(
         replicate=replicate,
         activation_checkpoint=activation_checkpoint,
     )
-    parallelize(moco, mesh, world.group, parallel)
+    parallelize(moco, mesh, world.group, parallel, least)
     materialize(moco, world.device, moco.initial_values(seed=0))
     fill(moco, trace.initial())
     config = trace.config
@@ -112,9 +116,10 @@ def replay(
     compile: bool = False,
     shard: str = "full",
     replicate: int = 1,
+    least: int = 1,
 ) -> dict[str, float]:
     """Run every step of the trace; returns steps, max_loss_rel, max_param_rel, max_buffer_rel."""
-    state = build(trace, world, precision, compile, shard, replicate)
+    state = build(trace, world, precision, compile, shard, replicate, least=least)
     dtype = torch.float64 if precision == "float64" else torch.float32
     rows = trace.config["global_batch"] // world.size
     mine = slice(world.rank * rows, (world.rank + 1) * rows)

@@ -18,7 +18,7 @@ from engine.recipe.sections import ActivationCheckpoint, Pretrain
 from engine.torch_internals import watching, without_data
 from engine.training.activation_checkpoint import is_dear
 from engine.training.loss import CHUNK
-from engine.training.parallelize import trunk_dtype_of
+from engine.training.parallelize import trunk_dtype_of, units
 from models.moco import MoCo
 from models.norm import has_batch_norm
 from models.trunk import blocks, cast_constants
@@ -198,10 +198,11 @@ def _gathered(recipe: Pretrain, moco: MoCo, *, is_whole: bool) -> float:
     """is_whole: gradients of micro-batches add up, whole, on each rank."""
     trunk, heads = moco.base.trunk, _size((*moco.base.projector.parameters(), *moco.predictor.parameters()))
     whole, width = _size(trunk.parameters()), trunk_dtype_of(recipe.parallel).itemsize
-    unit = max((_size(block.parameters()) for block in blocks(trunk)), default=whole)
-    # One unit at work, the next one on its way, and one that is let go.
-    weights = whole if recipe.parallel.shard in ("grad_op", "replicate") else min(3 * unit, whole)
-    gradients = FLOAT * whole if is_whole else 2 * unit * (width + FLOAT)
+    sizes = [sum(_size(block.parameters()) for block in unit) for unit in units(trunk)]
+    unit, rest = max(sizes, default=0), whole - sum(sizes)
+    # One unit at work, the next one on its way, and one that is let go; the rest of the trunk stays throughout.
+    weights = whole if recipe.parallel.shard in ("grad_op", "replicate") else min(rest + 3 * unit, whole)
+    gradients = FLOAT * whole if is_whole else 2 * max(unit, rest) * (width + FLOAT)
     return weights * width + gradients + 2 * FLOAT * heads
 
 

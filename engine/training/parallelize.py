@@ -19,14 +19,17 @@ from engine.torch_internals import allow_variants, forget_forwards, has_cpp_comp
 from engine.training.activation_checkpoint import KEPT_SHARE, checkpoint_forward
 from models.norm import set_batch_norm_group
 from models.parts import Network
-from models.trunk import HasStem, blocks, cast_constants
+from models.trunk import HasStem, blocks, cast_constants, rows_of_blocks
 
 P, T = ParamSpec("P"), TypeVar("T")
 
+UNIT = 4_000_000  # parameters that travel together at least: a smaller message costs nearly as much time
 COMPILED_VARIANTS = 64  # graphs of one forward: its shapes, with and without gradient, in training and evaluation
 
 
-def parallelize(network: Network, mesh: DeviceMesh, group: ProcessGroup, parallel: Parallel) -> None:
+def parallelize(
+    network: Network, mesh: DeviceMesh, group: ProcessGroup, parallel: Parallel, least: int = UNIT
+) -> None:
     """Shard a network that is still on the meta device over `mesh` ("replicate", "shard"); `materialize` fills it.
 
     Each of its parts (trunks and heads) is a root of its own, because evaluation calls trunks alone. Trunks run in bf16
@@ -37,6 +40,7 @@ def parallelize(network: Network, mesh: DeviceMesh, group: ProcessGroup, paralle
 
     Args:
         group: the ranks of the global batch, for BatchNorm.
+        least: parameters of a trunk that travel together at least, as `units` has it.
     """
     # A trunk's CLS token is a view of its tokens; FSDP warns of in-place writes to it, and there are none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -50,20 +54,15 @@ def parallelize(network: Network, mesh: DeviceMesh, group: ProcessGroup, paralle
         # would hide.
         resting = parallel.shard in ("full", "hybrid") or not part.is_trained
         if part.is_trunk:
-            _lay_trunk(part.module, mesh, parallel, resting, part.is_trained)
+            _prepare_blocks(part.module, parallel, part.is_trained)
+            _shard_trunk(part.module, mesh, parallel, resting, least)
         else:
             _lay_head(part.module, mesh, parallel, resting)
         if not part.is_trained:
             forget_forwards(part.module)
 
 
-def _lay_trunk(trunk: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool, is_trained: bool) -> None:
-    inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    outer = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    if parallel.precision == "bf16":
-        cast_constants(trunk, torch.bfloat16)
-    else:
-        inner = outer = MixedPrecisionPolicy()
+def _prepare_blocks(trunk: nn.Module, parallel: Parallel, is_trained: bool) -> None:
     if parallel.compile and isinstance(trunk, HasStem):  # timm's trunks have stems of all kinds, which run as they are
         compile_method(trunk, "stem_forward")
     # What is not trained keeps nothing for a backward pass.
@@ -73,8 +72,34 @@ def _lay_trunk(trunk: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: 
             checkpoint_forward(block, mode)
         if parallel.compile:  # what is compiled decides itself what it computes again
             compile_method(block, "forward", KEPT_SHARE[mode])
-        shard(block, mesh, inner, resting)
+
+
+def _shard_trunk(trunk: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool, least: int) -> None:
+    inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    outer = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    if parallel.precision == "bf16":
+        cast_constants(trunk, torch.bfloat16)
+    else:
+        inner = outer = MixedPrecisionPolicy()
+    for unit in units(trunk, least):
+        shard(unit, mesh, inner, resting)
     shard(trunk, mesh, outer, resting)
+
+
+def units(trunk: nn.Module, least: int = UNIT) -> list[list[nn.Module]]:
+    """The blocks of a trunk whose parameters travel together: neighbours that have at least `least` between them.
+
+    What is left at the end of a row travels with the rest of the trunk: a small one is a single unit.
+    """
+    found = []
+    for row in rows_of_blocks(trunk):
+        unit: list[nn.Module] = []
+        for block in row:
+            unit.append(block)
+            if sum(parameter.numel() for each in unit for parameter in each.parameters()) >= least:
+                found.append(unit)
+                unit = []
+    return found
 
 
 def _lay_head(head: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool) -> None:
@@ -83,8 +108,11 @@ def _lay_head(head: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bo
     shard(head, mesh, MixedPrecisionPolicy(), resting)
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, resting: bool) -> None:
-    """Spread what a module holds, and none of its units does, along the last dimension of `mesh`.
+def shard(
+    modules: nn.Module | list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy, resting: bool
+) -> None:
+    """Spread what modules hold, and none of their units does, along the last dimension of `mesh`: one unit, gathered
+    before the first of them runs and let go after the last.
 
     A parameter is cut along its first dimension. Where this has fewer entries than there are ranks, every rank would
     send as much as an entry holds (a position embedding [1, T, D] would travel W times): then along a dimension that
@@ -96,7 +124,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, res
         even = [dim for dim, size in enumerate(parameter.shape) if size % ranks == 0]
         return Shard(even[-1]) if len(parameter) < ranks and even else None
 
-    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=resting, shard_placement_fn=placement)
+    fully_shard(modules, mesh=mesh, mp_policy=policy, reshard_after_forward=resting, shard_placement_fn=placement)
 
 
 def dtype_of(parallel: Parallel) -> torch.dtype:

@@ -15,13 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.distributed.world import World, make_mesh, process_group
 from engine.recipe.sections import Optimizer, Parallel
 from engine.training.health import health
-from engine.training.parallelize import materialize, parallelize
+from engine.training.parallelize import UNIT, materialize, parallelize, units
 from engine.training.schedule import MocoSchedule
 from engine.training.step import TrainState, train_step
 from models.architecture import Architecture
 from models.moco import MoCo
 from models.norm import GlobalBatchNorm
-from models.trunk import blocks
 from tests.distributed.replays import SHARDINGS
 
 IMAGES, SIDE, WIDTH = 4, 96, 32  # of a rank; of an image, for 145 positions; of a key
@@ -55,26 +54,27 @@ class Counting(TorchDispatchMode):
         return {kind: (len(sent), sum(sent)) for kind, sent in leaving.items() if sent}
 
 
-def least(state: TrainState, shard: str, ranks: int) -> Traffic:
+def minimum(state: TrainState, shard: str, ranks: int, least: int) -> Traffic:
     """What the step cannot do without, where a rank may hold at rest what `shard` says."""
     part = (ranks - 1) / ranks
     moco, gradients = state.moco, sum(p.numel() for p in state.update.trained.values()) * NUMBER
     trained, followed = [moco.base, moco.predictor], [moco.momentum]
-    units, followed_units = len(blocks(moco.base.trunk)) + 3, len(blocks(moco.momentum.trunk)) + 2
+    # Beside the units of blocks, the rest of the trunk and the heads.
+    apart, followed_apart = len(units(moco.base.trunk, least)) + 3, len(units(moco.momentum.trunk, least)) + 2
     passes = {"full": 2, "grad_op": 1}.get(shard, 0)  # gathered forward and backward, or once, or whole at rest
     gathers, gathered = 1, ranks * 2 * IMAGES * WIDTH  # the keys
     # BatchNorm, both views at once: four numbers for each channel forward and two backward. And the guard's one.
     forward, backward = channels(*trained, *followed), channels(*trained)
     reduces, reduced = len(forward) + len(backward) + 1, 2 * (4 * sum(forward) + 2 * sum(backward)) + 1
     if not passes:
-        sums = {"all_reduce": (reduces + units, 2 * part * (reduced * NUMBER + gradients))}
+        sums = {"all_reduce": (reduces + apart, 2 * part * (reduced * NUMBER + gradients))}
         return {"all_gather": (gathers, part * gathered * NUMBER)} | sums
-    gathers += passes * units + followed_units
+    gathers += passes * apart + followed_apart
     gathered += passes * numbers(*trained) + numbers(*followed)
     return {
         "all_gather": (gathers, part * gathered * NUMBER),
         "all_reduce": (reduces, 2 * part * reduced * NUMBER),
-        "reduce_scatter": (units, part * gradients),
+        "reduce_scatter": (apart, part * gradients),
     }
 
 
@@ -88,14 +88,14 @@ def channels(*modules: nn.Module) -> list[int]:
     return [len(layer.running_mean) for layer in layers if isinstance(layer, GlobalBatchNorm)]
 
 
-def build(world: World, shard: str, *, conv_stem: bool) -> TrainState:
+def build(world: World, shard: str, *, conv_stem: bool, least: int) -> TrainState:
     shape = {"image_size": SIDE, "patch_size": 8, "dim": 48, "depth": 3, "heads": 4, "conv_stem": conv_stem}
     with torch.device("meta"):
         moco = MoCo(Architecture("vit", shape).build, 96, WIDTH)
     replicas = world.size if shard == "hybrid" else 1
     mesh = make_mesh(world, shard, replicas)
     parallel = Parallel(compile=False, precision="float64", shard=shard, replicate=replicas)
-    parallelize(moco, mesh, world.group, parallel)
+    parallelize(moco, mesh, world.group, parallel, least)
     materialize(moco, world.device, moco.initial_values(seed=0))
     schedule = MocoSchedule(peak_lr=1e-3, epochs=2, warmup_epochs=1, steps_per_epoch=2, momentum=0.9)
     optimizer = Optimizer(name="adamw", base_lr=1e-3, weight_decay=0.1)
@@ -106,15 +106,15 @@ def main() -> None:
     with process_group() as world:
         generator = torch.Generator().manual_seed(world.rank)
         images = torch.randn(2 * IMAGES, 3, SIDE, SIDE, generator=generator, dtype=torch.float64).to(world.device)
-        for conv_stem in (False, True):
+        for conv_stem, least in ((False, 1), (True, UNIT)):
             for shard in SHARDINGS:
-                state = build(world, shard, conv_stem=conv_stem)
+                state = build(world, shard, conv_stem=conv_stem, least=least)
                 with Counting(world.size) as counting:
                     output = train_step(state, images)
                 with Counting(world.size) as counting_health:
                     health(output, state)
                 found = {"conv_stem": conv_stem, "shard": shard, "health": counting_health.traffic()}
-                found |= {"sent": counting.traffic(), "least": least(state, shard, world.size)}
+                found |= {"sent": counting.traffic(), "least": minimum(state, shard, world.size, least)}
                 if world.is_first:
                     print(json.dumps(found), flush=True)
 

@@ -27,10 +27,10 @@ def check(result: dict, precision: str) -> None:
 @pytest.mark.parametrize(
     ("ranks", "which", "replays"),
     [
-        (1, "some", 3 * 2),
-        (2, "some", 4 + 1 + 2 * 2),
-        pytest.param(2, "all", 3 * (4 + 1), marks=pytest.mark.slow),
-        pytest.param(4, "some", 4 + 1, marks=pytest.mark.slow),
+        (1, "some", 3 * 2 + 1),
+        (2, "some", 4 + 1 + 2 * 2 + 2),
+        pytest.param(2, "all", 3 * (4 + 1) + 2, marks=pytest.mark.slow),
+        pytest.param(4, "some", 4 + 1 + 2, marks=pytest.mark.slow),
     ],
 )
 def test_traces_under_every_sharding(ranks, which, replays):
