@@ -3,7 +3,7 @@
 Shapes: V views, B images of this rank, C channels, S positions (1 for a vector).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,9 @@ class GlobalBatchNorm(nn.Module):
     mean and variance over all ranks, and the running statistics move once for each, in order. In evaluation the
     running statistics normalise. Statistics are computed in float32 (float64 for float64 input), whatever the input's
     type, and combined over ranks in float64; the output has the input's type.
+
+    Weight and bias are whole on every rank; the message of the backward pass brings their gradients too, the mean of
+    those of all ranks.
 
     Unlike `torch.nn.SyncBatchNorm` it runs on the CPU and compiles into one graph, and its running statistics are equal
     on every rank. Parameter and buffer names are those of `torch.nn.BatchNorm2d`.
@@ -122,16 +125,14 @@ class _NormaliseByBatch(torch.autograd.Function):
     def backward(ctx: Any, dy_VBCS: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x_VBCS, weight_C, near_VC, rstd_VC, shift_VC = ctx.saved_tensors
         moved_VBCS = x_VBCS - _wide(near_VC)
-        # Over this rank's batch, sums of dy and of dy * normalised x: the gradients of bias and weight.
+        # Sums of dy and of dy * normalised x: over all ranks the gradients of bias and weight.
         sum_VC = dy_VBCS.sum((1, 3), dtype=rstd_VC.dtype)
         product_VC = (dy_VBCS * moved_VBCS).sum((1, 3)) * rstd_VC + shift_VC * sum_VC
-        # Not the sums themselves: compiled code adds the ranks' up in place, and the sums, which it lays into the same
-        # memory, are needed afterwards.
-        count = x_VBCS.shape[1] * x_VBCS.shape[3] * ctx.ranks
-        means_2VC = torch.stack([sum_VC / count, product_VC / count])
+        # Nothing of what is stacked is used afterwards: compiled code adds the ranks' numbers up in the same memory.
+        sums_2VC = torch.stack([sum_VC, product_VC])
         if ctx.group_name is not None:  # every rank's loss depends on every rank's input
-            means_2VC = functional.all_reduce(means_2VC, "sum", ctx.group_name)
-        dy_mean_VC, product_mean_VC = means_2VC.unbind()
+            sums_2VC = functional.all_reduce(sums_2VC, "sum", ctx.group_name)
+        dy_mean_VC, product_mean_VC = (sums_2VC / (x_VBCS.shape[1] * x_VBCS.shape[3] * ctx.ranks)).unbind()
         # dx = scale * (dy - mean of dy - normalised x * mean of the products), with one factor for each channel
         scale_VC = rstd_VC if weight_C is None else rstd_VC * weight_C
         slope_VC, constant_VC = rstd_VC * product_mean_VC, dy_mean_VC + shift_VC * product_mean_VC
@@ -139,7 +140,8 @@ class _NormaliseByBatch(torch.autograd.Function):
         dx_VBCS = (dy_VBCS * _wide(scale_VC) - through_mean_VBCS).to(x_VBCS.dtype)
         if weight_C is None:
             return dx_VBCS, None, None, None, None, None
-        return dx_VBCS, product_VC.sum(0).to(weight_C), sum_VC.sum(0).to(weight_C), None, None, None
+        bias_gradient_C, weight_gradient_C = (sums_2VC.sum(1) / ctx.ranks).to(weight_C)
+        return dx_VBCS, weight_gradient_C, bias_gradient_C, None, None, None
 
 
 def _statistics(x_VBCS: Tensor, ranks: int, group_name: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -200,6 +202,12 @@ def without_tracking(module: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.is_tracking = True
+
+
+def batch_norm_weights(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Weights and biases of every GlobalBatchNorm in modules."""
+    norms = [child for module in modules for child in module.modules() if isinstance(child, GlobalBatchNorm)]
+    return [parameter for norm in norms for parameter in (norm.weight, norm.bias) if parameter is not None]
 
 
 def has_batch_norm(module: nn.Module) -> bool:

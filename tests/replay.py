@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine.distributed.world import World, make_mesh, process_group
 from engine.recipe.sections import Optimizer, Parallel
-from engine.training.parallelize import materialize, parallelize
+from engine.training.parallelize import local, materialize, parallelize
 from engine.training.schedule import MocoSchedule
 from engine.training.step import StepOutput, TrainState, train_step
 from models.architecture import Architecture
@@ -104,8 +104,9 @@ def fill(moco: MoCo, values: dict[str, Tensor]) -> None:
     assert parameters.keys() == values.keys(), sorted(parameters.keys() ^ values.keys())
     for name, parameter in parameters.items():
         value = values[name].to(parameter)
-        shards = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(shards.to_local())
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        local(parameter).copy_(local(value))
 
 
 def replay(

@@ -174,7 +174,6 @@ class Finetuning(Supervised):
             self.schedule,
             recipe.optimizer,
             ema_decay=recipe.train.ema_decay or 0.0,
-            mesh=mesh,
             group=world.group,
         )
 

@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from engine.recipe.sections import FinetuneOptimizer
 from engine.torch_internals import lerp_each_
@@ -37,7 +36,6 @@ class FinetuneState:
     Args:
         classifier, ema: parallelized and materialized (engine.training.parallelize).
         ema_decay: what the moving average keeps of itself in a step.
-        mesh: how a parameter lies over the ranks: spread along "shard", copied along "replicate".
         group: the ranks of the global batch.
     """
 
@@ -49,7 +47,6 @@ class FinetuneState:
         optimizer: FinetuneOptimizer,
         *,
         ema_decay: float,
-        mesh: DeviceMesh,
         group: dist.ProcessGroup,
     ):
         self.classifier, self.ema, self.schedule, self.group = classifier, ema, schedule, group
@@ -64,7 +61,6 @@ class FinetuneState:
             {name: p for name, p in classifier.named_parameters() if p.requires_grad},
             list(classifier.buffers()),
             group=group,
-            copies=mesh["replicate"].size(),
         )
 
     def tensors(self) -> dict[str, Tensor]:

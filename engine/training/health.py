@@ -27,7 +27,7 @@ def health(output: StepOutput, state: TrainState) -> dict[str, Tensor]:
         torch.stack([output.loss, output.top1, output.positive, output.negative]).double(),
         moments(output.features),
         moments(output.queries),
-        momentum_squares(state),  # copies of a shard count in both alike
+        momentum_squares(state),
     ]
     flat = torch.cat([part.flatten() for part in parts])
     dist.all_reduce(flat, group=group)
@@ -63,4 +63,4 @@ def spread(moments_2D: Tensor) -> Tensor:
 def momentum_squares(state: TrainState) -> Tensor:
     """Of this rank's shards of base - momentum and of base, all parameters together: how far the average lags."""
     difference = subtract_each(state.base_shards, state.momentum_shards)
-    return torch.stack([norm_each(shards).square().sum() for shards in (difference, state.base_shards)])
+    return torch.stack([norm_each(shards).square() @ state.shares for shards in (difference, state.base_shards)])

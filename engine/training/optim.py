@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from engine.recipe.sections import Optimizer
 from engine.torch_internals import add_each, descend_each_, norm_each, scale_each
@@ -35,7 +36,13 @@ def build_optimizer(
 
 def adamw(groups: list[dict]) -> torch.optim.AdamW:
     """AdamW over groups with `params` and `weight_decay`; the step sets each one's `lr`."""
-    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+    # One kernel takes sharded parameters or whole ones.
+    kinds = [
+        {**group, "params": [p for p in group["params"] if isinstance(p, DTensor) == is_sharded]}
+        for group in groups
+        for is_sharded in (True, False)
+    ]
+    optimizer = torch.optim.AdamW([group for group in kinds if group["params"]], lr=0.0, fused=True)
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         # The state that AdamW would make in its first step.
         optimizer.state[parameter] = {

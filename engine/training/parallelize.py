@@ -1,5 +1,6 @@
 """How the networks are laid over the ranks: activation checkpoints, compile, FSDP2, weights. Read it from the top."""
 
+import math
 import os
 import shutil
 import warnings
@@ -17,7 +18,7 @@ from engine.errors import UserError
 from engine.recipe.sections import Parallel
 from engine.torch_internals import allow_variants, forget_forwards, has_cpp_compiler, keeping
 from engine.training.activation_checkpoint import KEPT_SHARE, checkpoint_forward
-from models.norm import set_batch_norm_group
+from models.norm import batch_norm_weights, set_batch_norm_group
 from models.parts import Network
 from models.trunk import HasStem, blocks, cast_constants, rows_of_blocks
 
@@ -27,9 +28,7 @@ UNIT = 4_000_000  # parameters that travel together at least: a smaller message 
 COMPILED_VARIANTS = 64  # graphs of one forward: its shapes, with and without gradient, in training and evaluation
 
 
-def parallelize(
-    network: Network, mesh: DeviceMesh, group: ProcessGroup, parallel: Parallel, least: int = UNIT
-) -> None:
+def parallelize(network: Network, mesh: DeviceMesh, group: ProcessGroup, parallel: Parallel, least: int = UNIT) -> None:
     """Shard a network that is still on the meta device over `mesh` ("replicate", "shard"); `materialize` fills it.
 
     Each of its parts (trunks and heads) is a root of its own, because evaluation calls trunks alone. Trunks run in bf16
@@ -83,7 +82,7 @@ def _shard_trunk(trunk: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting
         inner = outer = MixedPrecisionPolicy()
     for unit in units(trunk, least):
         shard(unit, mesh, inner, resting)
-    shard(trunk, mesh, outer, resting)
+    shard([trunk], mesh, outer, resting)
 
 
 def units(trunk: nn.Module, least: int = UNIT) -> list[list[nn.Module]]:
@@ -105,18 +104,17 @@ def units(trunk: nn.Module, least: int = UNIT) -> list[list[nn.Module]]:
 def _lay_head(head: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool) -> None:
     if parallel.compile:
         compile_method(head, "forward")
-    shard(head, mesh, MixedPrecisionPolicy(), resting)
+    shard([head], mesh, MixedPrecisionPolicy(), resting)
 
 
-def shard(
-    modules: nn.Module | list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy, resting: bool
-) -> None:
+def shard(modules: list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy, resting: bool) -> None:
     """Spread what modules hold, and none of their units does, along the last dimension of `mesh`: one unit, gathered
     before the first of them runs and let go after the last.
 
     A parameter is cut along its first dimension. Where this has fewer entries than there are ranks, every rank would
     send as much as an entry holds (a position embedding [1, T, D] would travel W times): then along a dimension that
-    can be cut evenly, as FSDP asks of all but the first.
+    can be cut evenly, as FSDP asks of all but the first. BatchNorm's few weights stay whole on every rank, in full
+    precision: no statistic of float32 is scaled by a number of bf16.
     """
     ranks = mesh.size(mesh.ndim - 1)
 
@@ -124,7 +122,14 @@ def shard(
         even = [dim for dim, size in enumerate(parameter.shape) if size % ranks == 0]
         return Shard(even[-1]) if len(parameter) < ranks and even else None
 
-    fully_shard(modules, mesh=mesh, mp_policy=policy, reshard_after_forward=resting, shard_placement_fn=placement)
+    fully_shard(
+        modules,
+        mesh=mesh,
+        mp_policy=policy,
+        reshard_after_forward=resting,
+        shard_placement_fn=placement,
+        ignored_params=set(batch_norm_weights(modules)),
+    )
 
 
 def dtype_of(parallel: Parallel) -> torch.dtype:
@@ -140,6 +145,19 @@ def trunk_dtype_of(parallel: Parallel) -> torch.dtype:
 def local(tensor: Tensor) -> Tensor:
     """This rank's own shard of a tensor; a tensor that is not sharded is its own."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shares(tensors: Iterable[Tensor], group: ProcessGroup | None) -> Tensor:
+    """How much of each tensor's `local` counts in a sum over the ranks of `group`: one over the number of ranks that
+    hold the same. float64, on the CPU; without a group nobody else holds anything."""
+    return torch.tensor([1 / _copies(tensor, group) for tensor in tensors], dtype=torch.float64)
+
+
+def _copies(tensor: Tensor, group: ProcessGroup | None) -> int:
+    if not isinstance(tensor, DTensor):
+        return 1 if group is None else group.size()
+    along = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(ranks for ranks, placement in along if placement.is_replicate())
 
 
 def saved(module: nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from engine.torch_internals import lerp_each_
 from engine.training.loss import contrastive_loss
 from engine.training.micro_batch import MicroBatches, passes_over
 from engine.training.optim import build_optimizer
-from engine.training.parallelize import local, saved
+from engine.training.parallelize import local, saved, shares
 from engine.training.schedule import MocoSchedule
 from engine.training.update import Applied, Update
 from models.moco import MoCo
@@ -60,13 +60,13 @@ class TrainState:
         with torch.no_grad():
             self.base_shards = [local(p) for p in moco.base.parameters()]
             self.momentum_shards = [local(p) for p in moco.momentum.parameters()]
+            self.shares = shares(moco.base.parameters(), group).to(self.base_shards[0].device)
         trained = {name: p for name, p in moco.named_parameters() if p.requires_grad}
         self.update = Update(
             build_optimizer(optimizer, trained.values(), mesh["shard"].get_group()),
             trained,
             list(moco.buffers()),
             group=group,
-            copies=mesh["replicate"].size(),
         )
 
     def tensors(self) -> dict[str, Tensor]:

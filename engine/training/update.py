@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.torch_internals import copy_each_, norm_each
-from engine.training.parallelize import local
+from engine.training.parallelize import local, shares
 
 
 class Applied(NamedTuple):
@@ -33,7 +33,6 @@ class Update:
         trained: its parameters, by name.
         kept: what else a step changes, as BatchNorm's buffers.
         group: the ranks over which gradients are spread; None where each rank has the whole of them.
-        copies: of every shard in the group.
         knows_found_inf: whether the optimizer skips its step where its `found_inf` is 1; if not, its parameters and
             state must be in `kept`.
     """
@@ -45,14 +44,14 @@ class Update:
         kept: Sequence[Tensor],
         *,
         group: dist.ProcessGroup | None = None,
-        copies: int = 1,
         knows_found_inf: bool = True,
     ):
         self.optimizer, self.trained, self.kept = optimizer, trained, kept
-        self.group, self.copies, self.knows_found_inf = group, copies, knows_found_inf
+        self.group, self.knows_found_inf = group, knows_found_inf
         self.step = 0  # skipped ones count
         self.message: Callable[[], Tensor] | None = None  # of the caller, 1-d: the guard adds it up over `group`
         device = next(iter(trained.values())).device
+        self.shares = shares(trained.values(), group).to(device)
         self.skipped = torch.zeros((), dtype=torch.long, device=device)
         self.heard = torch.empty(0, device=device)  # of the last step: the sum of the ranks' messages
         self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=device)
@@ -76,7 +75,7 @@ class Update:
             RuntimeError: a trained parameter took no part in the loss.
         """
         message = None if self.message is None else self.message()
-        grad_norm, self.heard = gradient_norm(self.trained, self.group, self.copies, message)
+        grad_norm, self.heard = gradient_norm(self.trained, self.shares, self.group, message)
         skipped = (~grad_norm.isfinite()).float()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -94,22 +93,22 @@ class Update:
 
 @torch.no_grad()
 def gradient_norm(
-    trained: Mapping[str, Tensor], group: dist.ProcessGroup | None, copies: int, message: Tensor | None = None
+    trained: Mapping[str, Tensor], shares: Tensor, group: dist.ProcessGroup | None, message: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Of all gradients on all ranks, on every rank alike; not finite where one of them is not.
 
-    message: more numbers, 1-d, to be added up on the same way; the second result is their sum over ranks, each its own
-    whatever the gradients are.
+    shares: of the trained, as `parallelize.shares` counts them. message: more numbers, 1-d, to be added up on the same
+    way; the second result is their sum over ranks, each its own whatever the gradients are.
     """
     unused = [name for name, parameter in trained.items() if parameter.grad is None]
     if unused:
         raise RuntimeError(f"{len(unused)} trained parameters took no part in the loss: {', '.join(unused[:5])}")
     # In float64, where no square of a finite float32 number overflows: not finite means a bad gradient.
-    square = norm_each([local(p.grad) for p in trained.values()]).square().sum()
+    square = norm_each([local(p.grad) for p in trained.values()]).square() @ shares
     sums = square[None] if message is None else torch.cat([square[None], message])
     if group is not None:
         dist.all_reduce(sums, group=group)
-    return (sums[0] / copies).sqrt(), sums[1:]
+    return sums[0].sqrt(), sums[1:]
 
 
 class Snapshot:

@@ -20,7 +20,7 @@ from engine.training.schedule import MocoSchedule
 from engine.training.step import TrainState, train_step
 from models.architecture import Architecture
 from models.moco import MoCo
-from models.norm import GlobalBatchNorm
+from models.norm import GlobalBatchNorm, batch_norm_weights
 from tests.distributed.replays import SHARDINGS
 
 IMAGES, SIDE, WIDTH = 4, 96, 32  # of a rank; of an image, for 145 positions; of a key
@@ -57,8 +57,9 @@ class Counting(TorchDispatchMode):
 def minimum(state: TrainState, shard: str, ranks: int, least: int) -> Traffic:
     """What the step cannot do without, where a rank may hold at rest what `shard` says."""
     part = (ranks - 1) / ranks
-    moco, gradients = state.moco, sum(p.numel() for p in state.update.trained.values()) * NUMBER
+    moco = state.moco
     trained, followed = [moco.base, moco.predictor], [moco.momentum]
+    gradients = numbers(*trained, trained=True) * NUMBER
     # Beside the units of blocks, the rest of the trunk and the heads.
     apart, followed_apart = len(units(moco.base.trunk, least)) + 3, len(units(moco.momentum.trunk, least)) + 2
     passes = {"full": 2, "grad_op": 1}.get(shard, 0)  # gathered forward and backward, or once, or whole at rest
@@ -78,8 +79,12 @@ def minimum(state: TrainState, shard: str, ranks: int, least: int) -> Traffic:
     }
 
 
-def numbers(*modules: nn.Module) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
+def numbers(*modules: nn.Module, trained: bool = False) -> int:
+    """Of all parameters, or those that are trained, which travel: BatchNorm's are whole on every rank, and its own
+    messages bring their gradients."""
+    whole = set(batch_norm_weights(modules))
+    parameters = [p for module in modules for p in module.parameters() if p not in whole]
+    return sum(p.numel() for p in parameters if p.requires_grad or not trained)
 
 
 def channels(*modules: nn.Module) -> list[int]:

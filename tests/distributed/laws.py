@@ -25,7 +25,7 @@ from engine.training.step import KeyGather, TrainState, train_step
 from engine.training.update import gradient_norm
 from models.architecture import Architecture
 from models.moco import MoCo
-from models.norm import GlobalBatchNorm, set_batch_norm_group
+from models.norm import GlobalBatchNorm, batch_norm_weights, set_batch_norm_group
 from tests.distributed.replays import GOLDEN, SHARDINGS
 from tests.replay import Trace, build
 from tests.training.trunks import Unpooled
@@ -153,8 +153,8 @@ def batch_norm_is_global(world: World) -> None:
             ours(x.detach()).unflatten(0, (2, -1)), torch.stack([theirs(v) for v in whole])[:, mine]
         )
         torch.testing.assert_close(x.grad.unflatten(0, (2, -1)), whole.grad[:, mine])
-        dist.all_reduce(ours.weight.grad)
-        torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+        for weight, expected in zip(ours.parameters(), theirs.parameters(), strict=True):  # the mean over ranks
+            torch.testing.assert_close(weight.grad, expected.grad / world.size)
         for name, buffer in ours.named_buffers():
             torch.testing.assert_close(buffer, dict(theirs.named_buffers())[name])
             everyones = [torch.empty_like(buffer) for _ in range(world.size)]
@@ -182,6 +182,27 @@ def small_variance_far_from_zero_is_exact(world: World) -> None:
         torch.testing.assert_close(ours.running_mean.double().cpu(), 1e4 + mean_VC[1], rtol=tolerance, atol=0)
         mine = expected.unflatten(1, (world.size, rows))[:, world.rank]
         torch.testing.assert_close(y.double().cpu(), mine, rtol=0, atol=10 * tolerance)
+
+
+def batch_norm_weights_stay_float32_under_bf16(world: World) -> None:
+    """In both trunks, forward and after a step; and they end equal on all ranks."""
+    state = build(Trace(GOLDEN / "C_conv_stem_adamw.safetensors"), world, "bf16", False, "full")
+    trunks, seen = (state.moco.base.trunk, state.moco.momentum.trunk), set()
+    norms = [part for trunk in trunks for part in trunk.modules() if isinstance(part, GlobalBatchNorm)]
+    hooks = [norm.register_forward_pre_hook(lambda n, x: seen.add((n.weight.dtype, x[0].dtype))) for norm in norms]
+    x = torch.randn(8, 3, 48, 48, generator=torch.Generator().manual_seed(world.rank)).to(world.device)
+    train_step(state, x)
+    train_step(state, x)
+    assert norms
+    assert seen == {(torch.float32, torch.bfloat16)}
+    for weight in batch_norm_weights(trunks):
+        assert weight.dtype == torch.float32
+        assert not isinstance(weight, DTensor)
+        everyones = [torch.empty_like(weight) for _ in range(world.size)]
+        dist.all_gather(everyones, weight.detach())
+        assert all(torch.equal(weight, other) for other in everyones)
+    for hook in hooks:
+        hook.remove()
 
 
 def batch_norm_compiles_into_one_graph(world: World) -> None:
@@ -298,6 +319,7 @@ LAWS = (
     nothing_grows_with_the_steps,
     batch_norm_is_global,
     small_variance_far_from_zero_is_exact,
+    batch_norm_weights_stay_float32_under_bf16,
     batch_norm_compiles_into_one_graph,
     weights_depend_on_the_seed_alone,
     lars_takes_norms_of_whole_parameters,
