@@ -22,6 +22,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--ranks", type=read_ranks, help="processes on this node, a number or gpus (default: this one)")
     again = "starts after the first, where a rank of --ranks dies or fails (default: 0)"
     parser.add_argument("--max-restarts", type=read_restarts, metavar="N", help=again)
+    back = "go on from this checkpoint of the run's own; later ones are set aside (default: the newest)"
+    parser.add_argument("--from", type=Path, dest="earlier", metavar="PATH", help=back)
     parser.add_argument("--print", action="store_true", help="the resolved recipe, sizes, schedule; nothing is started")
     options = parser.parse_intermixed_args(arguments)
     if (options.ranks or 1) == 1:
@@ -33,9 +35,10 @@ def main(arguments: list[str]) -> None:
         _print(recipe, options.recipe)
     elif (options.ranks or 1) > 1:
         note(f"{options.ranks} ranks: loading PyTorch")
-        launch("run", [str(options.recipe), *options.overrides], options.ranks, options.max_restarts or 0)
+        back = ["--from", str(options.earlier)] if options.earlier else []
+        launch("run", [str(options.recipe), *options.overrides, *back], options.ranks, options.max_restarts or 0)
     else:
-        _pretrain(recipe, options.recipe)
+        _pretrain(recipe, options.recipe, options.earlier)
 
 
 # PyTorch takes seconds to load, and a mistake in the recipe should show before.
@@ -49,13 +52,13 @@ def _print(recipe: Pretrain, file: Path) -> None:
     show(text)
 
 
-def _pretrain(recipe: Pretrain, file: Path) -> None:
+def _pretrain(recipe: Pretrain, file: Path, earlier: Path | None) -> None:
     say(f"{file} -> {recipe.run.dir}: loading PyTorch")
     from engine.distributed.world import process_group
     from engine.runs.pretrain import pretrain
 
     with process_group() as world:
-        pretrain(recipe, file, world)
+        pretrain(recipe, file, world, earlier)
 
 
 if __name__ == "__main__":

@@ -58,15 +58,22 @@ def _entries(checkpoints: Path) -> list[Path]:
         raise SystemRefused(f"checkpoint folder ({checkpoints}) must be a readable folder; {reason(error)}") from error
 
 
+def rename_aside(folder: Path, checkpoint: Path, kind: str) -> Path:
+    """Give a folder the name of a checkpoint and `.<kind>-1` (or -2, ...) behind it; returns its path. Raises OSError."""
+    count = 1
+    while os.path.lexists(target := checkpoint.with_name(f"{checkpoint.name}.{kind}-{count}")):
+        count += 1
+    folder.rename(target)
+    sync(target.parent)
+    return target
+
+
 def set_aside(checkpoint: Path, why: str) -> None:
     """Rename a damaged checkpoint to step_X.damaged-1 (or -2, ...), never to be loaded or overwritten, and say so.
 
     Raises OSError.
     """
-    count = 1
-    while os.path.lexists(target := checkpoint.with_name(f"{checkpoint.name}.damaged-{count}")):
-        count += 1
-    checkpoint.rename(target)
+    target = rename_aside(checkpoint, checkpoint, "damaged")
     warn(f"checkpoint {checkpoint} is damaged: {why}; it is set aside as {target.name}")
 
 

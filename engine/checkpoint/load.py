@@ -43,7 +43,7 @@ def _search(checkpoints: Path) -> Path | None:
 
 def _is_valid(folder: Path) -> bool:
     try:
-        _check(folder, folder)
+        check_whole(folder, folder)
         return True
     except Damaged as damage:
         try:
@@ -56,14 +56,14 @@ def _is_valid(folder: Path) -> bool:
 def _is_back(folder: Path, former: Path) -> bool:
     """Whether a checkpoint that was set aside is whole again; it then has its former name."""
     try:
-        _check(folder, former)
+        check_whole(folder, former)
         layout.put_back(folder, former)
         return True
     except (UserError, OSError):  # said when it was set aside
         return False
 
 
-def _check(folder: Path, name: Path) -> None:
+def check_whole(folder: Path, name: Path) -> None:
     """Raises UserError, mostly Damaged, where the folder is not the whole checkpoint of that name."""
     manifest = read_manifest(folder)
     if layout.step_name(manifest.step) != name.name:

@@ -23,7 +23,7 @@ STOP = "STOP"  # a file by which a person stops the run; the run that obeys remo
 REQUEUE = "REQUEUE"  # a file that a run leaves which a scheduler's signal stopped: it wants to go on
 SCHEDULERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM)
 # What a run replaces.
-OWN = ("recipe.yaml", "metrics.jsonl", "classes.csv", "confusion.png", "timm", "timm_ema", REQUEUE)
+OWN = ("recipe.yaml", "metrics.jsonl", "classes.csv", "confusion.png", "timm", "timm_ema", REQUEUE, ".from")
 MARK = "run_dir"  # of a launch that has found or made its folder
 LOCK_SECONDS = 10.0  # ranks of a killed launch need a moment to notice and to let go
 VISIBLE_SECONDS = 10.0  # network file systems need a moment to show a new file

@@ -40,8 +40,10 @@ from models.moco import MoCo
 from models.norm import has_batch_norm
 
 
-def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
-    """Run a recipe to its end, from its newest checkpoint where there is one. All ranks call it together.
+def pretrain(recipe: Pretrain, recipe_file: Path, world: World, earlier: Path | None = None) -> None:
+    """Run a recipe to its end, from its newest checkpoint where there is one, or from an `earlier` one of its own.
+
+    All ranks call it together.
 
     Raises:
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
@@ -51,7 +53,7 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World) -> None:
         moco = make_moco(recipe)
         check_compiler(recipe.parallel, world.device)
     splits = open_splits(recipe.data, recipe_file, world, batch=recipe.train.global_batch_size)
-    run(Pretraining(recipe, recipe_file, world, splits, moco), started)
+    run(Pretraining(recipe, recipe_file, world, splits, moco), started, earlier)
 
 
 def preview(recipe: Pretrain, recipe_file: Path, world: World) -> str:

@@ -17,6 +17,7 @@ from engine.logger import say
 from engine.recipe.identity import resume_differences
 from engine.recipe.load import loads, located
 from engine.recipe.sections import Linear, Recipe
+from engine.runs.back import find_earlier, go_back
 from engine.runs.directory import STOP, RunDirectory, check_same_task
 from engine.runs.failures import failures_in_words
 from engine.runs.log import MetricsLog, Row
@@ -26,10 +27,11 @@ from engine.runs.trainer import Trainer
 from engine.training.determinism import deterministic, refused_in_trial
 
 
-def run(task: Task, started: float) -> Row:
+def run(task: Task, started: float, earlier: Path | None = None) -> Row:
     """Carry a task out to the end of its plan; a run that is found in its directory goes on.
 
-    All ranks call it together. `started`: on the performance counter. Returns the monitor's row that counts, on every
+    All ranks call it together. `started`: on the performance counter. `earlier`: the checkpoint of its own from which
+    it goes on; the newest where there is none. Returns the monitor's row that counts, on every
     rank; {} where there is none.
 
     Raises:
@@ -46,7 +48,7 @@ def run(task: Task, started: float) -> Row:
         stop.at_once = True  # until there is a step that could be lost
         _say_opening(task)
         task.look_at_images()
-        found = _newest(directory, task)
+        found = _found(directory, task, earlier)
         task.start(resumes=found is not None)
         if found is not None:
             task.resume(*found)
@@ -90,15 +92,20 @@ def as_deterministic_as_asked(task: Task) -> Iterator[None]:
         yield
 
 
-def _newest(directory: RunDirectory, task: Task) -> tuple[Path, Manifest, RunState] | None:
+def _found(directory: RunDirectory, task: Task, earlier: Path | None) -> tuple[Path, Manifest, RunState] | None:
     """The checkpoint that the run goes on from; None where it begins.
 
     Raises:
         UserError: on every rank, where the run was begun with other values, images or weights, or would be buried.
     """
-    group = task.world.host_group
+    group, checkpoint = task.world.host_group, None
     clean(directory.checkpoints)
-    checkpoint = newest_valid(directory.checkpoints, group)
+    if earlier is not None:
+        with agreement(group):
+            checkpoint = find_earlier(directory, earlier) if task.world.is_first else None
+        checkpoint = broadcast(checkpoint, group)
+    goes_back = checkpoint is not None
+    checkpoint = checkpoint or newest_valid(directory.checkpoints, group)
     with agreement(group):
         if checkpoint is None:
             directory.check_fresh(task.recipe)
@@ -107,6 +114,9 @@ def _newest(directory: RunDirectory, task: Task) -> tuple[Path, Manifest, RunSta
         state = RunState.read(checkpoint, manifest)
         check_same_recipe(state, manifest, task.recipe)
         task.check_resume(state)
+    with agreement(group):
+        if goes_back and task.world.is_first:
+            go_back(directory, checkpoint)
     return checkpoint, manifest, state
 
 

@@ -51,7 +51,7 @@ def open_weights(checkpoint: str) -> Weights:
             raise UserError(
                 f"CHECKPOINT ({checkpoint}) must exist; pass a run, a checkpoint, an export, a file or timm/<name>"
             )
-        sharded = _sharded_folder(path)
+        sharded = checkpoint_folder(path)
         return read_weights(path) if sharded is None else _from_shards(sharded)
     except ValueError as error:  # models' word on a network that cannot be
         raise UserError(f"CHECKPOINT ({checkpoint}) must hold a network that can be built: {error}") from error
@@ -75,7 +75,7 @@ def _untrained(weights: Weights) -> Weights:
     return Weights(about, shapes, read, "the untrained network")
 
 
-def _sharded_folder(path: Path) -> Path | None:
+def checkpoint_folder(path: Path) -> Path | None:
     """The checkpoint that a path means; None where it is no sharded one."""
     if path.name in POINTERS and path.is_file():
         return path.parent / (read_pointer(path.parent, path.name) or "")

@@ -1,0 +1,60 @@
+"""`--from`: a run goes on from an earlier checkpoint of its own, and its later ones are set aside."""
+
+from pathlib import Path
+
+from engine.checkpoint.layout import checkpoint_folders, damaged_folders, point, read_pointer, rename_aside, step_of
+from engine.checkpoint.load import check_whole
+from engine.distributed.launcher import is_restarted
+from engine.errors import UserError, listed
+from engine.files import remove, replace_file
+from engine.logger import say
+from engine.runs.directory import RunDirectory
+from engine.weights.opening import checkpoint_folder
+
+DONE = ".from"  # in a run directory: the checkpoint to which this launch has gone back
+
+
+def find_earlier(directory: RunDirectory, wanted: Path) -> Path | None:
+    """The run's checkpoint that `--from` means, found whole; None where a launcher has started the ranks again after
+    they went back to it, and there may be later ones by now. Called on rank 0.
+
+    Raises:
+        UserError: it is no checkpoint of this run, or damaged.
+    """
+    found = checkpoint_folder(wanted) if wanted.exists() else None
+    if found is None or found.resolve() not in {own.resolve() for own in checkpoint_folders(directory.checkpoints)}:
+        raise UserError(
+            f"--from ({wanted}) must be a checkpoint of the run in {directory.path}, {_choice(directory)}; a new run "
+            f"that begins with another one's weights says run.continue_from"
+        )
+    own, done = directory.checkpoints / found.resolve().name, directory.path / DONE
+    if is_restarted() and done.exists() and done.read_text().strip() == own.name:
+        say(f"restarted after it went back to {own.name}: --from is not obeyed twice")
+        return None
+    remove(done)
+    check_whole(own, own)
+    return own
+
+
+def _choice(directory: RunDirectory) -> str:
+    names = [folder.name for folder in checkpoint_folders(directory.checkpoints)]
+    return f"which has {listed(names) or 'none'}"
+
+
+def go_back(directory: RunDirectory, checkpoint: Path) -> None:
+    """Make a checkpoint the run's newest: later ones get another name, under which they are not taken again, and stay.
+    Called on rank 0. Raises OSError."""
+    folders = [(folder, folder) for folder in checkpoint_folders(directory.checkpoints)]
+    folders += damaged_folders(directory.checkpoints)  # which would be taken once they are mended
+    later = [
+        rename_aside(folder, former, "left").name  # newest first: a cut between two of them loses nothing
+        for folder, former in folders
+        if step_of(former) > step_of(checkpoint)
+    ]
+    point(directory.checkpoints, "latest", checkpoint)
+    best = read_pointer(directory.checkpoints, "best")
+    if best is not None and not (directory.checkpoints / best).exists():
+        remove(directory.checkpoints / "best")  # the next save names the best of those that are there
+    replace_file(directory.path / DONE, f"{checkpoint.name}\n")
+    if later:
+        say(f"set aside {', '.join(later)}, later than {checkpoint.name}: yours to remove")
