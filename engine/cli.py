@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from engine.distributed.launcher import cores, end_with_launcher, local_ranks, ranks, take_place
+from engine.distributed.launcher import end_with_launcher, own_cores, ranks, take_place
 from engine.errors import Interrupted, RunFailed, UserError
 from engine.logger import complain, complain_once, note, rank, say
 from engine.own_models import exit_if_hidden
@@ -263,7 +263,7 @@ def decoding_workers(options: Namespace) -> int:
     """Processes per rank that decode: as asked for, else the cores that the ranks of this machine leave."""
     if options.workers is not None:
         return options.workers
-    return max(0, min(WORKERS_AT_MOST, cores() // local_ranks() - 1))
+    return max(0, min(WORKERS_AT_MOST, own_cores() - 1))
 
 
 # ---- a recipe

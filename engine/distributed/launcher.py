@@ -15,6 +15,7 @@ from pathlib import Path
 
 from engine.distributed import slurm
 from engine.errors import UserError
+from engine.logger import FIRST_WORD_SECONDS
 
 ORPHAN_CHECK_SECONDS = 1.0
 RESTARTS = "MOCOV3_RESTARTS"  # how often engine.launch has started its ranks again, for them to read
@@ -42,7 +43,8 @@ def _refuse_mpirun() -> None:
         processes = os.environ.get(size, "1")
         if processes != "1":
             if os.environ.get(number, "0") != "0":
-                sys.exit(2)  # the first says it
+                time.sleep(FIRST_WORD_SECONDS)  # mpirun ends all when one has ended, and the first shall say why
+                sys.exit(2)
             raise UserError(
                 f"ranks ({processes}, started by mpirun) must be started by torchrun; "
                 "on each node: torchrun --nproc-per-node N -m engine.run RECIPE"
@@ -72,6 +74,12 @@ def local_rank() -> int:
 def cores() -> int:
     """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def own_cores() -> int:
+    """This rank's share of them. torchrun's ranks share those of its node; srun may have dealt them out."""
+    dealt = None if "TORCHELASTIC_RUN_ID" in os.environ else os.environ.get("SLURM_CPUS_PER_TASK")
+    return min(cores(), int(dealt)) if dealt else cores() // local_ranks()
 
 
 def share_compilers(ranks: int) -> None:

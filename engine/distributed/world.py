@@ -81,7 +81,8 @@ def _own_gpu() -> torch.device:
     """This rank's GPU, set to compute the same bits every time, in the precision that it is asked for."""
     gpus = torch.cuda.device_count()
     if local_rank() >= gpus:
-        raise UserError(f"ranks ({local_ranks()}) must be at most {gpus}, the number of GPUs of this node; start fewer")
+        most = f"at most {gpus}, the number of GPUs that each of them sees"
+        raise UserError(f"ranks ({local_ranks()}) must be {most}; start fewer, or let each see all GPUs of its node")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     # NCCL asks when it starts, and then leaves out sums whose order varies. A run goes further (runs/run.py).
     torch.use_deterministic_algorithms(True, warn_only=True)

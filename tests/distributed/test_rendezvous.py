@@ -1,13 +1,15 @@
 """The ranks of a start find each other in a store that remembers earlier ones."""
 
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
+from engine.distributed import rendezvous
 from engine.distributed.rendezvous import of_this_start
-from engine.errors import RunFailed
+from engine.errors import RunFailed, UserError
 
 LONG, SHORT = timedelta(seconds=60), timedelta(seconds=0.2)
 
@@ -29,6 +31,13 @@ def test_each_start_has_a_name_of_its_own():
     assert of_this_start(store, 0, 1, SHORT).check(["word/0"]) is False
 
 
+def test_who_is_waited_for_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(rendezvous, "WORD_SECONDS", 0.1)
+    with pytest.raises(RunFailed, match=r"^ranks 1, 2 did not come"):
+        of_this_start(dist.HashStore(), 0, 3, timedelta(seconds=0.35))
+    assert "warning: ranks 1, 2 have not come yet, after 0 s" in capsys.readouterr().err.splitlines()[0]
+
+
 def test_what_dead_ranks_left_is_nobodys():
     """Some asked and nobody answered; some were answered and did not hear it; rank 0 went first, or last."""
     store = dist.HashStore()
@@ -40,3 +49,27 @@ def test_what_dead_ranks_left_is_nobodys():
         of_this_start(store, 2, 3, SHORT)
     assert meet(store, 3) == [b"0", b"1", b"2"]
     assert meet(store, 2) == [b"0", b"1"], "fewer ranks than before"
+
+
+def test_a_place_where_nobody_meets_is_said_in_one_line(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        port = taken.getsockname()[1]
+        for name, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+        }.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        with pytest.raises(
+            RunFailed, match=rf"^rank 0 could not open localhost:{port}, .*; choose another MASTER_PORT"
+        ):
+            rendezvous.meet(SHORT)
+        monkeypatch.setenv("RANK", "1")
+        with pytest.raises(RunFailed, match=rf"^rank 1 could not reach localhost:{port}, .*; start again$"):
+            rendezvous.meet(timedelta(seconds=1))
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(UserError, match=r"^MASTER_ADDR \(missing\) must be set where RANK is; start by torchrun"):
+        rendezvous.meet(SHORT)

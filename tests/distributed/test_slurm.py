@@ -119,6 +119,7 @@ def test_mpirun_is_refused_once(variables, mpi):
     with pytest.raises(UserError, match=r"^ranks \(4, started by mpirun\) must be started by torchrun; on each node: "):
         launcher.take_place([])
     variables.setenv(f"{mpi}_RANK", "3")
+    variables.setattr(launcher, "FIRST_WORD_SECONDS", 0.0)
     with pytest.raises(SystemExit, match="2"):
         launcher.take_place([])
     variables.setenv("RANK", "3")
@@ -130,3 +131,14 @@ def test_the_old_launcher_says_the_rank_in_an_argument_too(variables):
     assert launcher.take_place(arguments) == arguments, "nobody has started it"
     variables.setenv("RANK", "1")
     assert launcher.take_place(arguments) == ["quickstart", "train.epochs=1"]
+
+
+def test_cores_are_shared_by_torchruns_ranks_and_dealt_out_by_srun(variables):
+    variables.setattr(launcher, "cores", lambda: 96)
+    variables.setenv("LOCAL_WORLD_SIZE", "8")
+    variables.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert launcher.own_cores() == 12
+    variables.setenv("SLURM_CPUS_PER_TASK", "24")
+    assert launcher.own_cores() == 24
+    variables.setenv("TORCHELASTIC_RUN_ID", "srun torchrun")
+    assert launcher.own_cores() == 12
