@@ -8,7 +8,8 @@ from typing import Any
 
 from engine.benchmarks.clock import median, timed
 from engine.benchmarks.step import Subject
-from engine.checkpoint.save import save
+from engine.checkpoint.background import Saver
+from engine.checkpoint.layout import step_name
 from engine.checkpoint.state import RunState
 from engine.distributed.agreement import agreement, broadcast
 from engine.distributed.world import World
@@ -23,33 +24,30 @@ STEPS = {"cuda": 10, "cpu": 3}  # before anything counts, and then again
 def measure_checkpoint(recipe: Pretrain, world: World) -> dict[str, Any]:
     """Save the state of a run of the recipe, after a few steps on made-up images, as a run saves it.
 
-    stall_seconds: how long training stands still. The folder is a temporary one ($TMPDIR says on which disk, which all
-    nodes must see) and is gone afterwards.
+    stall_seconds: how long training stands still for a save that is not the first. The folder is a temporary one
+    ($TMPDIR says on which disk, which all nodes must see) and is gone afterwards.
 
-    Raises UserError where the network cannot be or the folder cannot be written. All ranks call it together.
+    All ranks call it together. Raises UserError where the network cannot be, RunFailed where the folder cannot be
+    written.
     """
     steps = STEPS[world.device.type]
     with deterministic(recipe.parallel.deterministic):
         subject = Subject(recipe, world, 2 * steps)
         subject.run(steps)
         step_seconds = median([timed(partial(subject.run, 1), world.device) for _ in range(steps)]).wall
-    state = RunState(subject.state.update.step, dump(recipe), images={}, made_by=world.made_by())
     with ExitStack() as held:
         folder = None
         with agreement(world.host_group):
             if world.is_first:
                 folder = held.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
         checkpoints = Path(broadcast(folder, world.host_group))
-        write = partial(
-            save,
-            checkpoints,
-            subject.state.tensors(),
-            state,
-            recipe_sha256=fingerprint(recipe),
-            group=world.host_group,
-        )
-        stall_seconds = timed(write, world.device).wall
+        beside = recipe.checkpoint.asynchronous
+        saver = Saver(checkpoints, fingerprint(recipe), world.save_group, beside=beside)
+        for step in (1, 2):  # the first also plans, and asks for memory
+            state = RunState(step, dump(recipe), images={}, made_by=world.made_by())
+            stall_seconds = timed(partial(saver.start, subject.state.tensors(), state), world.device).wall
+            saver.wait()
         # Rank 0 alone looks: it removes the folder as soon as it has.
-        files = [file for file in checkpoints.rglob("*") if file.is_file()] if world.is_first else []
+        files = [*(checkpoints / step_name(2)).iterdir()] if world.is_first else []
         gigabytes = broadcast(sum(file.stat().st_size for file in files) / 1e9, world.host_group)
     return {"stall_seconds": stall_seconds, "step_seconds": step_seconds, "gigabytes": gigabytes}

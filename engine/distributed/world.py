@@ -24,13 +24,18 @@ TIMEOUT = timedelta(minutes=30)  # a rank may index millions of images while the
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all of them. `host_group` carries small CPU messages beside the training traffic."""
+    """This process's place among all of them.
+
+    group: carries the training's tensors. host_group: small CPU messages beside them. save_group: those of saves, which
+    have a thread of their own.
+    """
 
     rank: int
     size: int
     device: torch.device
     group: dist.ProcessGroup
     host_group: dist.ProcessGroup
+    save_group: dist.ProcessGroup
 
     @property
     def is_first(self) -> bool:
@@ -66,8 +71,8 @@ def process_group() -> Iterator[World]:
         backend, timeout=TIMEOUT, device_id=device if cuda else None, store=store, rank=rank, world_size=size
     )
     try:
-        host_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        yield World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, host_group)
+        host_group, save_group = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
+        yield World(rank, size, device, dist.group.WORLD, host_group, save_group)
     except BaseException:
         # NCCL's farewell waits for kernels whose peers may never come: after a failure the process just ends.
         if not cuda:

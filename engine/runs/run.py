@@ -57,10 +57,10 @@ def run(task: Task, started: float, earlier: Path | None = None) -> Row:
         with agreement(world.host_group):
             kept = task.step if found else -1
             log = MetricsLog(directory.path, kept, monitor=task.monitor, enabled=world.is_first)
-        saves = Saves(task, log, directory)
-        trainer = Trainer(task, log, saves, stop)
-        trainer.seconds["start-up"] = time.perf_counter() - started
-        trainer.run()
+        with Saves(task, log, directory) as saves:
+            trainer = Trainer(task, log, saves, stop)
+            trainer.seconds["start-up"] = time.perf_counter() - started
+            trainer.run()
         _close(log, task)
         left = task.finish(directory.path)
         return _closing(task, directory, trainer, log, left)

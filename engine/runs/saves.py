@@ -1,8 +1,9 @@
 """A run's checkpoints: when one cannot be written, the run goes on and makes up for it with the next."""
 
+from engine.checkpoint.background import Saver
 from engine.checkpoint.layout import checkpoint_folders, point, read_pointer, step_name
 from engine.checkpoint.retain import retain
-from engine.checkpoint.save import SaveFailed, save
+from engine.checkpoint.save import SaveFailed
 from engine.errors import UserError
 from engine.files import remove
 from engine.logger import warn
@@ -13,39 +14,68 @@ from engine.runs.task import Task
 
 
 class Saves:
-    """failures: saves that failed so far."""
+    """A context manager, which waits for a save under way. Methods are called on all ranks together unless they say
+    otherwise.
+
+    failures: saves that failed so far.
+    """
 
     def __init__(self, task: Task, log: MetricsLog, directory: RunDirectory):
         self.task, self.plan, self.log, self.directory = task, task.plan(), log, directory
-        self.checkpoints = directory.checkpoints
+        self.checkpoints, self.beside = directory.checkpoints, task.recipe.checkpoint.asynchronous
         self.failures = self.in_a_row = 0
+        self.saved = self.started = task.step  # a run goes on from a checkpoint; a fresh one has nothing to save
+        self.saver = Saver(
+            self.checkpoints,
+            fingerprint(task.recipe),
+            task.world.save_group,
+            beside=self.beside,
+            before=self._before,
+            after=self._tidy,
+        )
+
+    def __enter__(self) -> "Saves":
+        self.saver.prepare(self.task.tensors())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.saver.__exit__(*error)
 
     def make(self, *, must: bool) -> None:
-        """Save the present step. All ranks call it together.
+        """Save the present step, beside the following ones or before them.
 
-        must: nothing comes after it that could make up for it.
+        must: nothing comes after it that could make up for it; so it is waited for.
 
         Raises:
-            SaveFailed: it failed and must not, or the last few in a row did.
+            SaveFailed: it must not fail and did, or the last few in a row did.
             RunFailed: the run's folder is gone.
             UserError: another run writes there.
         """
-        task = self.task
-        try:
-            save(
-                self.checkpoints,
-                task.tensors(),
-                task.state(),
-                recipe_sha256=fingerprint(task.recipe),
-                group=task.world.host_group,
-                before=self._before,
-            )
-        except SaveFailed as failure:
-            self._bear(failure, must)
+        self.settle(last=must)
+        self.started = self.task.step
+        self.saver.start(self.task.tensors(), self.task.state())
+        if must or not self.beside:
+            self.settle(must=must)
+
+    def secure(self) -> None:
+        """Returns when the present step is saved. Raises what `make` raises."""
+        self.settle(last=True)
+        if self.saved != self.task.step:
+            self.make(must=True)
+
+    def settle(self, *, must: bool = False, last: bool = False) -> None:
+        """Wait for the save under way, if there is one. Raises what `make` raises.
+
+        last: another one follows that must not fail, and ends the run if it does.
+        """
+        if not self.saver.under_way:
             return
-        self.in_a_row = 0
-        if task.world.is_first:
-            self._tidy()
+        try:
+            self.saver.wait()
+        except SaveFailed as failure:
+            self._bear(failure, must=must, last=last)
+        else:
+            self.in_a_row, self.saved = 0, self.started
 
     def _tidy(self) -> None:
         """On rank 0: what `best` should name is not removed before it does."""
@@ -57,12 +87,12 @@ class Saves:
         self.directory.check_there()
         self.log.sync()
 
-    def _bear(self, failure: SaveFailed, must: bool) -> None:
+    def _bear(self, failure: SaveFailed, *, must: bool, last: bool) -> None:
         """Raises the failure where the run cannot go on with it."""
         self.failures += 1
         self.in_a_row += 1
         most = self.plan.max_failures
-        if must or self.in_a_row >= most:
+        if must or (self.in_a_row >= most and not last):
             raise SaveFailed(f"{failure}; put this right, and the same command goes on") from failure
         if self.task.world.is_first:
             ends = f"{self.in_a_row} in a row failed, and {most} end the run"

@@ -104,6 +104,7 @@ class Trainer:
         if row is not None:
             row = {"epoch": self.task.epoch} | row
             self.log.monitor_row(step, row)
+            self.saves.settle()  # `best` names what is there
             with agreement(self.world.host_group):
                 if self.world.is_first:
                     self._show_result(step)
@@ -114,6 +115,8 @@ class Trainer:
     def _stop_if_asked(self, batch: int) -> None:
         """Between batches of an evaluation, on every rank. Raises Interrupted: a resumed run makes the row."""
         if batch % ASK_EVERY == 0 and (word := self.stop.agreed()) is not None:
+            if self.task.step:
+                self.saves.secure()
             kept = f"after step {self.task.step}, which is saved," if self.task.step else "before step 1,"
             raise Interrupted(word, f"{kept} during its evaluation")
 

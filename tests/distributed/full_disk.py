@@ -9,8 +9,10 @@ import os
 import resource
 import shutil
 import sys
+import threading
 from pathlib import Path
 
+from engine.checkpoint.background import THREAD
 from engine.distributed.world import World, process_group
 from engine.errors import RunFailed, UserError
 from engine.recipe.load import load
@@ -27,6 +29,10 @@ def limit(size: int) -> None:
 def meet(run: dict, step: int, rank: int) -> None:
     """What befalls the run before a step."""
     first, last = run.get("full", (0, 0))
+    if step in (first, last + 1, run.get("gone")):
+        for thread in threading.enumerate():  # a save before or after the change, not in the middle of it
+            if thread.name == THREAD:
+                thread.join()
     if step == first and rank in run["ranks"]:
         limit((Path(run["dir"]) / "metrics.jsonl").stat().st_size + 5)
     if step == last + 1:

@@ -3,7 +3,8 @@
 import multiprocessing
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from engine.checkpoint.background import Saver
 from engine.checkpoint.load import load, newest_valid, read_tensors
 from engine.checkpoint.manifest import read_manifest
 from engine.checkpoint.retain import clean, retain
@@ -163,12 +165,8 @@ def refusals(checkpoints: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def disk_full_on_one_rank(checkpoints: Path, tensors: dict[str, torch.Tensor]) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if dist.get_rank() == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
-    with pytest.raises(SaveFailed) as caught:
+    with full_disk(on=1), pytest.raises(SaveFailed) as caught:
         save(checkpoints, tensors, state(3), recipe_sha256=SHA)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     text = str(caught.value)
     assert "rank 1: [Errno 27] File too large" in text
     assert "\n" not in text
@@ -201,6 +199,51 @@ def four_ranks_after_the_kill(checkpoints: Path) -> None:
     hybrid = make_tensors(2)
     load_all(checkpoints / "step_0000004", hybrid)
     save(checkpoints, hybrid, state(5), recipe_sha256=SHA)
+    beside_traffic(checkpoints, hybrid)
+    a_failure_beside_traffic(checkpoints, hybrid)
+
+
+def beside_traffic(checkpoints: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A save in a thread, while other groups talk: its bytes are the same, each shard is copied by one rank, once."""
+    folder = checkpoints.with_name("beside")
+    whole = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    with Saver(folder, SHA, dist.new_group(backend="gloo")) as saver:
+        saver.prepare(tensors)
+        for step in (4, 5):
+            saver.start(tensors, state(step))
+            copied = torch.tensor(sum(copy.nbytes for copy in saver._copies.values()))
+            for _ in range(20):
+                dist.all_reduce(copied)
+                copied //= dist.get_world_size() if _ else 1
+            assert copied == whole
+            saver.wait()
+    dist.barrier()
+    assert read_manifest(folder / "step_0000005") == read_manifest(checkpoints / "step_0000005")
+
+
+def a_failure_beside_traffic(checkpoints: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """On one rank; all raise it where they wait, and the next save is whole."""
+    folder = checkpoints.with_name("beside")
+    with Saver(folder, SHA, dist.new_group(backend="gloo")) as saver:
+        with full_disk(on=2):
+            saver.start(tensors, state(6))
+            with pytest.raises(SaveFailed, match=r"step_0000005, is intact: rank 2: \[Errno 27\] File too large: '"):
+                saver.wait()
+        dist.barrier()
+        saver.start(tensors, state(7))
+        saver.wait()
+    assert newest_valid(folder).name == "step_0000007"
+
+
+@contextmanager
+def full_disk(on: int) -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == on:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def two_ranks_load_what_four_saved(checkpoints: Path) -> None:

@@ -27,7 +27,7 @@ def launched(tmp_path_factory):
     runs = [
         run("unbroken", *MONITORED),
         run("first", *MONITORED, "checkpoint.max_failures=4", full=[6, 8], ranks=[0]),  # three saves
-        run("other", *MONITORED, full=[6, 7], ranks=[1]),
+        run("other", *MONITORED, "checkpoint.asynchronous=false", full=[6, 7], ranks=[1]),
         run("last", full=[11, 12]),
         run("often", "checkpoint.max_failures=2", full=[5, 12], ranks=[1]),
         run("gone", gone=5),
