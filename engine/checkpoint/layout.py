@@ -59,7 +59,7 @@ def _entries(checkpoints: Path) -> list[Path]:
 
 
 def rename_aside(folder: Path, checkpoint: Path, kind: str) -> Path:
-    """Give a folder the name of a checkpoint and `.<kind>-1` (or -2, ...) behind it; returns its path. Raises OSError."""
+    """Give a folder the name of a checkpoint and `.<kind>-1` (or -2, ...) behind it; its new path. Raises OSError."""
     count = 1
     while os.path.lexists(target := checkpoint.with_name(f"{checkpoint.name}.{kind}-{count}")):
         count += 1

@@ -87,8 +87,8 @@ def load(
     the error says that the tensors are spoiled.
     """
     path = Path(path)
+    manifest, metadata = _open(path, group)
     with agreement(group):
-        manifest, metadata = _open(path, share_of=(rank(group), size(group)))
         _match(path, manifest, tensors, ignore)
     dcp.read(path, metadata, tensors, group)
 
@@ -100,7 +100,9 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> Iterator[tup
     unknown name.
     """
     path = Path(path)
-    manifest, metadata = _open(path)
+    manifest = read_manifest(path)
+    verify(path, manifest)
+    metadata = read_metadata(path, manifest)
     names = sorted(manifest.tensors) if names is None else list(names)
     unknown = [f"{name} is not in the checkpoint" for name in names if name not in manifest.tensors]
     if unknown:
@@ -116,12 +118,17 @@ def _one_by_one(path: Path, names: list[str], metadata: Metadata) -> Iterator[tu
         yield name, tensor
 
 
-def _open(path: Path, share_of: tuple[int, int] = (0, 1)) -> tuple[Manifest, Metadata]:
-    """Manifest and table of contents, after comparing every n-th file with its checksum, from the k-th on."""
-    manifest = read_manifest(path)
-    first, every = share_of
-    verify(path, manifest, sorted(manifest.files)[first::every])
-    return manifest, read_metadata(path, manifest)
+def _open(path: Path, group: dist.ProcessGroup | None) -> tuple[Manifest, Metadata]:
+    """Manifest and table of contents, which rank 0 reads, after each rank has compared its share of the files."""
+    first = rank(group) == 0
+    with agreement(group):
+        manifest = read_manifest(path) if first else None
+    manifest = broadcast(manifest, group)
+    with agreement(group):
+        verify(path, manifest, sorted(manifest.files)[rank(group) :: size(group)])
+    with agreement(group):
+        metadata = read_metadata(path, manifest) if first else None
+    return manifest, broadcast(metadata, group)
 
 
 def _match(path: Path, manifest: Manifest, tensors: dict[str, torch.Tensor], ignore: tuple[str, ...]) -> None:

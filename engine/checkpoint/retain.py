@@ -1,5 +1,6 @@
 """Remove checkpoints that are no longer wanted and what killed runs left behind."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.checkpoint import layout
@@ -9,8 +10,9 @@ from engine.files import aside, remove, remove_or_warn, sync
 from engine.logger import warn
 
 
-def retain(checkpoints: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints and those that `latest` and `best` name; returns the removed.
+def retain(checkpoints: Path, keep: int, archives: Callable[[int], bool] = lambda step: False) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints, those that `latest` and `best` name, and those of which `archives`
+    says, by their step, that they stay; returns the removed. An archive is none of the newest that count.
 
     Every rank may call it; rank 0 works and nobody waits. Damaged checkpoints that were set aside and foreign files
     stay. A checkpoint that cannot be removed is a warning.
@@ -26,7 +28,8 @@ def retain(checkpoints: Path, keep: int) -> list[Path]:
     except (UserError, OSError) as error:
         warn(f"no old checkpoint is removed from {checkpoints}: {error}")
         return []
-    return [folder for folder in folders[keep:] if folder.name not in named and _remove(folder)]
+    old = [folder for folder in folders if not archives(layout.step_of(folder))][keep:]
+    return [folder for folder in old if folder.name not in named and _remove(folder)]
 
 
 def _remove(folder: Path) -> bool:

@@ -39,6 +39,7 @@ MICRO_BATCH = "images of a process that pass the trunk together, to save memory 
 ON_SPIKE = "gradients over 10 times the median norm of 100 logged steps: said and counted; null: not looked for"
 NAMED = "null: as the named network has it"
 KNN_BANK = "training images of each class that are kNN's neighbours, drawn by run.seed; null: all"
+KEEP_EVERY = "checkpoints at whole multiples of so many epochs are made, and stay beside the newest; null: none"
 ASYNCHRONOUS = "write checkpoints beside the training, from a copy in memory; false: training waits, without a copy"
 MAX_FAILURES = "saves in a row that fail, as on a full disk, before the run ends; fewer are made up for by the next"
 CROP_FRACTION = "side of the centre crop over the shorter side of the resized image; 1 sees the whole width"
@@ -137,6 +138,7 @@ class Augment:
 class Checkpoint:
     every_steps: int = key("steps between checkpoints", AT_LEAST_1, default=500)
     keep: int = key("newest checkpoints that stay; the best stays too", AT_LEAST_1, default=2)
+    keep_every_epochs: float | None = key(KEEP_EVERY, POSITIVE, since=2, before=None, default=None)
     asynchronous: bool = key(ASYNCHRONOUS, since=2, before=False, default=True)
     max_failures: int = key(MAX_FAILURES, AT_LEAST_1, since=2, before=1, default=3)
 

@@ -80,7 +80,7 @@ class Saves:
     def _tidy(self) -> None:
         """On rank 0: what `best` should name is not removed before it does."""
         if self.point_best():
-            retain(self.checkpoints, self.plan.keep)
+            retain(self.checkpoints, self.plan.keep, self.plan.archives)
 
     def _before(self) -> None:
         """On rank 0, before anything is written: a checkpoint is never ahead of the log."""

@@ -39,7 +39,10 @@ SKIPS_IN_A_ROW = 10  # steps without update after which a run has failed
 
 @dataclass(frozen=True)
 class Plan:
-    """When things happen, in steps. `evaluate_every` 0: never. The run ends after `last_step` steps."""
+    """When things happen, in steps. `evaluate_every` 0: never. The run ends after `last_step` steps.
+
+    archive_every: between checkpoints that stay for good, a part of a step or so too; 0: none do.
+    """
 
     last_step: int
     log_every: int
@@ -47,12 +50,18 @@ class Plan:
     keep: int
     evaluate_every: int
     max_failures: int = 1
+    archive_every: float = 0.0
 
     def logs_after(self, step: int) -> bool:
         return step in (1, self.last_step) or step % self.log_every == 0
 
     def saves_after(self, step: int) -> bool:
-        return step == self.last_step or step % self.checkpoint_every == 0
+        return step == self.last_step or step % self.checkpoint_every == 0 or self.archives(step)
+
+    def archives(self, step: int) -> bool:
+        """Whether the step's checkpoint stays for good: it is the first at or after a multiple of `archive_every`."""
+        every = self.archive_every
+        return every > 0 and step // every > (step - 1) // every
 
     def evaluates_after(self, step: int) -> bool:
         return self.evaluate_every > 0 and (step in (0, self.last_step) or step % self.evaluate_every == 0)
@@ -215,6 +224,7 @@ class Task(ABC):
             keep=recipe.checkpoint.keep,
             evaluate_every=self.evaluate_every,
             max_failures=recipe.checkpoint.max_failures,
+            archive_every=(recipe.checkpoint.keep_every_epochs or 0) * self.order.steps_per_epoch,
         )
 
     def batches(self, last_step: int) -> Iterator[Batch]:

@@ -30,6 +30,13 @@ def test_retain_spares_what_is_new_or_named(tmp_path):
         retain(tmp_path, 0)
 
 
+def test_retain_spares_archives_beside_the_newest(tmp_path):
+    for step in range(1, 10):
+        save(tmp_path, {"x": torch.ones(1)}, example_state(step), recipe_sha256=SHA)
+        retain(tmp_path, 2, lambda step: step % 4 == 0)
+    assert sorted(path.name[-1] for path in tmp_path.glob("step_*")) == ["4", "7", "8", "9"]
+
+
 def test_clean_removes_leftovers_and_nothing_else(checkpoints, capsys):
     kept = {path.name for path in checkpoints.iterdir()} | {
         "step_0000001.damaged-1",

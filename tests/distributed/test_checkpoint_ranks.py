@@ -256,7 +256,10 @@ def two_ranks_load_what_four_saved(checkpoints: Path) -> None:
     with pytest.raises(UserError, match=r"__1_0\.distcp does not match its checksum"):
         load(checkpoints / "step_0000005", tensors)
     assert newest_valid(checkpoints) == checkpoints / "step_0000004"
-    load_all(checkpoints / "step_0000004", tensors)
+    with pytest.MonkeyPatch.context() as patched:
+        if dist.get_rank() == 1:  # one rank reads the table of contents, for all
+            patched.delattr("engine.checkpoint.load.read_metadata")
+        load_all(checkpoints / "step_0000004", tensors)
     save(checkpoints, tensors, state(5), recipe_sha256=SHA)
 
 

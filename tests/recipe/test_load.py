@@ -165,6 +165,7 @@ WRONG = {
     "checkpoint.keep": [*INTEGER, "0"],
     "log.every_steps": [*INTEGER, "0"],
     "evaluate.knn_every_epochs": INTEGER,
+    "checkpoint.keep_every_epochs": ["much", "true", ".nan", "0", "-1"],
     "checkpoint.asynchronous": ["1", "yes", "null"],
     "checkpoint.max_failures": ["0", "-1", "1.5", "null"],
     "evaluate.knn_bank": ["0", "ten", "1.5"],
