@@ -20,21 +20,29 @@ from engine.logger import warn
 
 TOUCH_SECONDS = 10.0
 FRESH_SECONDS = 120.0  # since the last touch, in which a launch elsewhere counts as alive
+RETRY_SECONDS = 0.5
 SETTLE_SECONDS = 2.0  # in which of two launches that came at once the earlier sees the later's name
 
 
 @contextmanager
-def claimed(path: Path, locked: bool) -> Iterator[None]:
+def claimed(path: Path, locked: bool, seconds: float = 0.0) -> Iterator[None]:
     """Say in `path` that this process holds it, and touch it to the end of the body or of the process.
 
     locked: whether it holds the file's lock, so that nobody else can. Raises UserError where it does not and another
-    launch may be alive, and OSError.
+    launch may be alive, still after `seconds`; and OSError.
     """
+    deadline = time.monotonic() + seconds
     mine = json.dumps(_self())
     if locked:
         path.write_text(mine)
     while path.read_text() != mine:
-        _refuse_where_held(path)
+        while who := _holder(path):
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"run.dir ({path.parent}) must not be in use by another launch: {who}; "
+                    "stop it, delete that file if it is gone, or pass another run.dir"
+                )
+            time.sleep(RETRY_SECONDS)
         path.write_text(mine)
         time.sleep(SETTLE_SECONDS)
     over = threading.Event()
@@ -48,20 +56,19 @@ def claimed(path: Path, locked: bool) -> Iterator[None]:
                 path.write_text("")
 
 
-def _refuse_where_held(path: Path) -> None:
+def _holder(path: Path) -> str | None:
+    """Whose launch may be alive there, in words."""
     holder = _read(path)
     if holder is None:
-        return
+        return None
     with draft(path) as place:
         place.touch()  # the file system's own clock, which may differ from this host's
         seconds = place.stat().st_mtime - path.stat().st_mtime
-    who = f"process {holder.get('process', '(unknown)')} on {holder.get('host', 'an unknown host')}"
     alive = _is_alive(holder)
-    if alive or (alive is None and seconds < FRESH_SECONDS):
-        raise UserError(
-            f"run.dir ({path.parent}) must not be in use by another launch: {who} touched {path} {seconds:.0f} s ago; "
-            "stop it, delete that file if it is gone, or pass another run.dir"
-        )
+    if alive is False or (alive is None and seconds >= FRESH_SECONDS):
+        return None
+    who = f"process {holder.get('process', '(unknown)')} on {holder.get('host', 'an unknown host')}"
+    return f"{who} touched {path} {seconds:.0f} s ago"
 
 
 def _read(path: Path) -> dict | None:
@@ -104,9 +111,10 @@ def _namespace() -> str:
 
 
 def _born(process: int) -> str:
-    """When a process began, which tells it from a later one of its number; empty where there is none."""
+    """When a process began, which tells it from a later one of its number; empty where none lives."""
     with suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return fields[19] if fields[0] not in ("Z", "X") else ""  # dead, and nobody has asked how it ended
     return ""
 
 

@@ -142,7 +142,7 @@ class RunDirectory:
             self.path.mkdir(exist_ok=True)  # raises where it is a file
             self.number = self.path.stat().st_ino
             locked = self.held.enter_context(lock(self.path / ".lock", in_use, LOCK_SECONDS))
-            self.held.enter_context(claimed(self.path / ".lock", locked))
+            self.held.enter_context(claimed(self.path / ".lock", locked, LOCK_SECONDS))
             if locked:
                 self.is_new = self.path in self.made
                 remove_drafts(self.path, OWN)

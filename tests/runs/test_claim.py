@@ -21,6 +21,7 @@ from engine.runs.claim import claimed
 def soon(monkeypatch):
     monkeypatch.setattr(claim, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(claim, "TOUCH_SECONDS", 0.05)
+    monkeypatch.setattr(claim, "RETRY_SECONDS", 0.05)
 
 
 def write(path: Path, seconds: float = 0.0, **other: object) -> None:
@@ -73,8 +74,9 @@ def test_a_process_of_this_host_is_alive_or_not(tmp_path):
         write(path, process=process.pid, born="1")  # a later process of the number
         enter(path)
         write(path, process=process.pid, born=claim._born(process.pid))
-        process.kill()
-    enter(path)
+        process.kill()  # the rank of a killed launch, which needs a moment to notice it
+        with claimed(path, locked=False, seconds=30):
+            pass
 
 
 def test_words_that_nobody_understands_are_somebodys(tmp_path):

@@ -49,6 +49,7 @@ def test_a_file_system_without_locks_is_told_from_a_broken_one(tmp_path, world, 
             pass
     else:
         monkeypatch.setattr(claim, "SETTLE_SECONDS", 0.0)
+        monkeypatch.setattr(directory, "LOCK_SECONDS", 0.0)
         with RunDirectory(tmp_path, world):
             assert f"warning: no file locks in {tmp_path}" in capsys.readouterr().err
             with (
