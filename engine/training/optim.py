@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw as adamw_each_
 
 from engine.recipe.sections import Optimizer
 from engine.torch_internals import add_each, descend_each_, norm_each, scale_each
@@ -34,23 +34,49 @@ def build_optimizer(
     return adamw([{"params": list(parameters), "weight_decay": section.weight_decay}])
 
 
-def adamw(groups: list[dict]) -> torch.optim.AdamW:
+def adamw(groups: list[dict]) -> "AdamW":
     """AdamW over groups with `params` and `weight_decay`; the step sets each one's `lr`."""
-    # One kernel takes sharded parameters or whole ones.
-    kinds = [
-        {**group, "params": [p for p in group["params"] if isinstance(p, DTensor) == is_sharded]}
-        for group in groups
-        for is_sharded in (True, False)
-    ]
-    optimizer = torch.optim.AdamW([group for group in kinds if group["params"]], lr=0.0, fused=True)
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        # The state that AdamW would make in its first step.
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=local(parameter).device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
+    return AdamW(groups, lr=0.0)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, on this rank's shards: its own step sends each of the lists through DTensor's dispatch, which takes the
+    host longer than all else in it."""
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, groups: list[dict], lr: float):
+        super().__init__(groups, lr=lr)
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            # The state that torch's would make in its first step.
+            self.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=local(parameter).device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            parameters = group["params"]
+            states = [self.state[p] for p in parameters]
+            adamw_each_(
+                [local(p) for p in parameters],
+                [local(p.grad) for p in parameters],
+                [local(state["exp_avg"]) for state in states],
+                [local(state["exp_avg_sq"]) for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                found_inf=self.found_inf,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
 
 
 class Lars(torch.optim.Optimizer):
