@@ -51,13 +51,14 @@ class Trainer:
             self.task.at_batch = self._stop_if_asked
             self._evaluate_if_due()
             self._restart_clock()
+            what = "first step"  # in which compiled blocks are compiled
             for batch in self._timed("data", self._batches()):
                 self.task.bad_images.meet(batch.bad)
-                with self._time("training"):
+                with self._time(what):
                     output = self.task.train_step(batch)
                     self.stop.at_once = False
                     self._log_if_due(output, batch)
-                word, step = news.after_step(), self.task.step
+                what, word, step = "training", news.after_step(), self.task.step
                 # An evaluation takes minutes on large data, and a scheduler's grace is short: save before it.
                 if word is not None or self.plan.saves_after(step) or self.plan.evaluates_after(step):
                     self._save(must=word is not None or step == self.plan.last_step)
