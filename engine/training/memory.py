@@ -18,7 +18,7 @@ from engine.recipe.sections import ActivationCheckpoint, Pretrain
 from engine.torch_internals import watching, without_data
 from engine.training.activation_checkpoint import is_dear
 from engine.training.loss import CHUNK
-from engine.training.parallelize import trunk_dtype_of, units
+from engine.training.parallelize import least_unit, trunk_dtype_of, units
 from models.moco import MoCo
 from models.norm import has_batch_norm
 from models.trunk import blocks, cast_constants
@@ -83,7 +83,7 @@ def memory_of(recipe: Pretrain, moco: MoCo, gpus: int) -> Memory:
     trunk = trunk_bytes(recipe, moco)
     return Memory(
         weights=_at_rest(recipe, moco, gpus),
-        gathered=_gathered(recipe, moco, is_whole=at_once < crops),
+        gathered=_gathered(recipe, moco, gpus, is_whole=at_once < crops),
         trunk=at_once * trunk.kept(mode),
         backward=at_once * trunk.backward(mode),
         heads=_heads(recipe, moco, crops, gpus),
@@ -194,14 +194,14 @@ def _at_rest(recipe: Pretrain, moco: MoCo, gpus: int) -> float:
     return FLOAT * (_size(moco.parameters()) + (1 + states) * trained) / ranks
 
 
-def _gathered(recipe: Pretrain, moco: MoCo, *, is_whole: bool) -> float:
+def _gathered(recipe: Pretrain, moco: MoCo, gpus: int, *, is_whole: bool) -> float:
     """is_whole: gradients of micro-batches add up, whole, on each rank."""
     trunk, heads = moco.base.trunk, _size((*moco.base.projector.parameters(), *moco.predictor.parameters()))
     whole, width = _size(trunk.parameters()), trunk_dtype_of(recipe.parallel).itemsize
-    sizes = [sum(_size(block.parameters()) for block in unit) for unit in units(trunk)]
+    sizes = [sum(_size(block.parameters()) for block in unit) for unit in units(trunk, least_unit(gpus))]
     unit, rest = max(sizes, default=0), whole - sum(sizes)
     # One unit at work, the next one on its way, and one that is let go; the rest of the trunk stays throughout.
-    weights = whole if recipe.parallel.shard in ("grad_op", "replicate") else min(rest + 3 * unit, whole)
+    weights = whole if recipe.parallel.shard in ("grad_op", "replicate") or gpus == 1 else min(rest + 3 * unit, whole)
     gradients = FLOAT * whole if is_whole else 2 * max(unit, rest) * (width + FLOAT)
     return weights * width + gradients + 2 * FLOAT * heads
 

@@ -35,11 +35,13 @@ def parallelize(network: Network, mesh: DeviceMesh, group: ProcessGroup, paralle
     under `precision: bf16`, heads always in full precision; gradients are reduced in full precision.
 
     `parallel.shard` says where a parameter rests. full, hybrid: sharded also between forward and backward; grad_op:
-    gathered from the forward to the backward pass; replicate: whole on every rank.
+    gathered from the forward to the backward pass; replicate: whole on every rank. A rank that is alone has nobody to
+    share with: it makes what it trains ready once a step, each part in one piece.
 
     Args:
         group: the ranks of the global batch, for BatchNorm.
-        least: parameters of a trunk that travel together at least, as `units` has it.
+        least: parameters of a trunk that travel together at least, as `units` has it; None: what is good for as many
+            ranks.
     """
     # A trunk's CLS token is a view of its tokens; FSDP warns of in-place writes to it, and there are none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -51,10 +53,10 @@ def parallelize(network: Network, mesh: DeviceMesh, group: ProcessGroup, paralle
         # What is not trained (the momentum encoder, a moving average) must rest sharded after every forward: it never
         # has a backward pass to do so, and its update writes shards, which weights still gathered from the last step
         # would hide.
-        resting = parallel.shard in ("full", "hybrid") or not part.is_trained
+        resting = (parallel.shard in ("full", "hybrid") and group.size() > 1) or not part.is_trained
         if part.is_trunk:
             _prepare_blocks(part.module, parallel, part.is_trained)
-            _shard_trunk(part.module, mesh, parallel, resting, least)
+            _shard_trunk(part.module, mesh, parallel, resting, least or least_unit(group.size()))
         else:
             _lay_head(part.module, mesh, parallel, resting)
         if not part.is_trained:
@@ -73,7 +75,7 @@ def _prepare_blocks(trunk: nn.Module, parallel: Parallel, is_trained: bool) -> N
             compile_method(block, "forward", KEPT_SHARE[mode])
 
 
-def _shard_trunk(trunk: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool, least: int) -> None:
+def _shard_trunk(trunk: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool, least: float) -> None:
     inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     outer = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
     if parallel.precision == "bf16":
@@ -85,7 +87,12 @@ def _shard_trunk(trunk: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting
     shard([trunk], mesh, outer, resting)
 
 
-def units(trunk: nn.Module, least: int = UNIT) -> list[list[nn.Module]]:
+def least_unit(ranks: int) -> float:
+    """How many parameters should travel together at least."""
+    return UNIT if ranks > 1 else math.inf
+
+
+def units(trunk: nn.Module, least: float) -> list[list[nn.Module]]:
     """The blocks of a trunk whose parameters travel together: neighbours that have at least `least` between them.
 
     What is left at the end of a row travels with the rest of the trunk: a small one is a single unit.
@@ -176,7 +183,7 @@ def add_up_gradients(root: nn.Module, *, last: bool) -> None:
     replicate) stay so until then."""
     sharded = cast(FSDPModule, root)
     sharded.set_requires_gradient_sync(last)
-    rests_sharded = all(isinstance(parameter, DTensor) for parameter in root.parameters())
+    rests_sharded = any(isinstance(parameter, DTensor) for parameter in root.parameters())
     sharded.set_reshard_after_backward(last or rests_sharded)
 
 

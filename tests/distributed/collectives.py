@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.distributed.world import World, make_mesh, process_group
 from engine.recipe.sections import Optimizer, Parallel
 from engine.training.health import health
-from engine.training.parallelize import UNIT, materialize, parallelize, units
+from engine.training.parallelize import least_unit, materialize, parallelize, units
 from engine.training.schedule import MocoSchedule
 from engine.training.step import TrainState, train_step
 from models.architecture import Architecture
@@ -54,7 +54,7 @@ class Counting(TorchDispatchMode):
         return {kind: (len(sent), sum(sent)) for kind, sent in leaving.items() if sent}
 
 
-def minimum(state: TrainState, shard: str, ranks: int, least: int) -> Traffic:
+def minimum(state: TrainState, shard: str, ranks: int, least: float) -> Traffic:
     """What the step cannot do without, where a rank may hold at rest what `shard` says."""
     part = (ranks - 1) / ranks
     moco = state.moco
@@ -93,7 +93,7 @@ def channels(*modules: nn.Module) -> list[int]:
     return [len(layer.running_mean) for layer in layers if isinstance(layer, GlobalBatchNorm)]
 
 
-def build(world: World, shard: str, *, conv_stem: bool, least: int) -> TrainState:
+def build(world: World, shard: str, *, conv_stem: bool, least: float) -> TrainState:
     shape = {"image_size": SIDE, "patch_size": 8, "dim": 48, "depth": 3, "heads": 4, "conv_stem": conv_stem}
     with torch.device("meta"):
         moco = MoCo(Architecture("vit", shape).build, 96, WIDTH)
@@ -111,7 +111,7 @@ def main() -> None:
     with process_group() as world:
         generator = torch.Generator().manual_seed(world.rank)
         images = torch.randn(2 * IMAGES, 3, SIDE, SIDE, generator=generator, dtype=torch.float64).to(world.device)
-        for conv_stem, least in ((False, 1), (True, UNIT)):
+        for conv_stem, least in ((False, 1), (True, least_unit(world.size))):
             for shard in SHARDINGS:
                 state = build(world, shard, conv_stem=conv_stem, least=least)
                 with Counting(world.size) as counting:
