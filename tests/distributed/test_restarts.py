@@ -1,5 +1,6 @@
 """A rank, a launcher or a node dies: torchrun starts again by itself, and the run ends as if nothing had been."""
 
+import itertools
 import os
 import secrets
 import signal
@@ -23,11 +24,12 @@ from tests.distributed.commands import (
     timeless,
     torchrun_ranks,
 )
-from tests.distributed.launch import environment
+from tests.distributed.launch import TIMEOUT, environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
-LAST = 9
+LAST = 16
+STARTED = "ranks     2 on CPU"  # what a start says first
 RESTARTING = (*TWO_RANKS[:-2], "--max-restarts=2", *TWO_RANKS[-2:])
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # a store of its own for every start: what the README advises
 STORES = pytest.mark.parametrize("more", [{}, OWN_STORE], ids=["kept store", "own store"])
@@ -49,18 +51,31 @@ def assert_equal(folder: Path, undisturbed: Path) -> None:
     assert checkpoint_sums(folder) == checkpoint_sums(undisturbed)
 
 
-def kill_rank(command: Command, rank: int) -> None:
-    os.kill(torchrun_ranks(command)[rank], signal.SIGKILL)
+def ranks_in_training(launchers: list[Command], start: int = 1) -> dict[int, int]:
+    """{rank: process} of a launch's start of this number, when it has made three steps: all in all there are more."""
+    deadline = time.monotonic() + TIMEOUT
+
+    def said_by_this_start() -> str:
+        assert time.monotonic() < deadline, [launcher.said() for launcher in launchers]
+        time.sleep(0.02)
+        starts = [launcher.said()[0].split(STARTED)[1:] for launcher in launchers]
+        return next(iter([*itertools.chain(*starts), *[""] * start][start - 1 :]))
+
+    while not said_by_this_start():
+        pass
+    ranks = {rank: pid for launcher in launchers for rank, pid in torchrun_ranks(launcher).items()}
+    while said_by_this_start().count("\nstep ") < 3:
+        pass
+    return ranks
 
 
 def test_torchrun_restarts_after_a_rank_was_killed(tmp_path):
     """With the store that torchrun keeps, as for those who have not read the README."""
     with Command(*RESTARTING, *arguments(tmp_path / "run")) as command:
-        command.wait_for("step 3/")
-        kill_rank(command, 1)
+        os.kill(ranks_in_training([command])[1], signal.SIGKILL)
         ended = command.end()
     assert ended.code == 0, ended
-    assert ended.out.count("resumed ") == 1
+    assert ended.out.count(STARTED) == 2
     assert [row["step"] for row in timeless(tmp_path / "run")] == list(range(1, LAST + 1))
 
 
@@ -68,13 +83,11 @@ def test_torchrun_restarts_after_a_rank_was_killed(tmp_path):
 @STORES
 def test_two_ranks_killed_one_after_the_other(tmp_path, undisturbed, more):
     with Command(*RESTARTING, *arguments(tmp_path / "run"), env=environment(**more)) as command:
-        command.wait_for("step 3/")
-        kill_rank(command, 0)
-        command.wait_for("step 6/")
-        kill_rank(command, 1)
+        for rank in (0, 1):
+            os.kill(ranks_in_training([command], start=rank + 1)[rank], signal.SIGKILL)
         ended = command.end()
     assert ended.code == 0, ended
-    assert ended.out.count("resumed ") == 2
+    assert ended.out.count(STARTED) == 3
     assert_equal(tmp_path / "run", undisturbed)
 
 
@@ -114,11 +127,6 @@ class Nodes:
         return [first, self.start(hosts=False)]
 
 
-def of_rank(nodes: list[Command], rank: int) -> Command:
-    """The node that has this rank."""
-    return next(node for node in nodes if rank in torchrun_ranks(node))
-
-
 def ends(nodes: list[Command]) -> list[Ended]:
     return [node.end() for node in nodes]
 
@@ -130,12 +138,11 @@ def test_a_rank_of_two_nodes(tmp_path, undisturbed, more, rank):
     """The other node's rank is held for a while: its launcher notices later, and counts for itself."""
     with ExitStack() as stack:
         nodes = Nodes(tmp_path / "run", stack, more).both()
-        wait_for_any(nodes, "step 3/")
-        other = torchrun_ranks(of_rank(nodes, 1 - rank))[1 - rank]
-        os.kill(other, signal.SIGSTOP)
-        kill_rank(of_rank(nodes, rank), rank)
+        ranks = ranks_in_training(nodes)
+        os.kill(ranks[1 - rank], signal.SIGSTOP)
+        os.kill(ranks[rank], signal.SIGKILL)
         time.sleep(2)
-        os.kill(other, signal.SIGCONT)
+        os.kill(ranks[1 - rank], signal.SIGCONT)
         for ended in ends(nodes):
             assert ended.code == 0, ended
     assert_equal(tmp_path / "run", undisturbed)
@@ -146,18 +153,10 @@ def test_a_node_is_replaced_while_the_other_launcher_stays(tmp_path, undisturbed
     with ExitStack() as stack:
         pair = Nodes(tmp_path / "run", stack, OWN_STORE)
         nodes = pair.both()
-        wait_for_any(nodes, "step 3/")
+        ranks_in_training(nodes)
         for pid in nodes[1].processes():
             os.kill(pid, signal.SIGKILL)
         nodes[1].process.wait()
         for ended in ends([nodes[0], pair.start(hosts=False)]):
             assert ended.code == 0, ended
     assert_equal(tmp_path / "run", undisturbed)
-
-
-def wait_for_any(nodes: list[Command], text: str) -> None:
-    """Returns when one of them, the one with rank 0, has said it."""
-    deadline = time.monotonic() + 120
-    while not any(text in node.said()[0] for node in nodes):
-        assert time.monotonic() < deadline, [node.said() for node in nodes]
-        time.sleep(0.05)
