@@ -43,6 +43,15 @@ class Manifest:
     tensors: dict[str, dict[str, Any]]
     state: dict[str, Any]
 
+    @property
+    def is_float64(self) -> bool:
+        """Whether weights are kept in float64, which runs of another precision do not take."""
+        return any(tensor["dtype"] == "float64" for tensor in self.tensors.values())
+
+    def sha256(self) -> str:
+        """Of all that it says, and so of the checkpoint."""
+        return own_checksum({"format": FORMAT, **asdict(self)})
+
 
 _TYPES = {"step": int, "world_size": int, "recipe_sha256": str, "files": dict, "tensors": dict, "state": dict}
 
@@ -55,7 +64,7 @@ def checksum(path: Path) -> dict[str, Any]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     content = {"format": FORMAT, **asdict(manifest)}
-    content["manifest_sha256"] = own_checksum(content)
+    content["manifest_sha256"] = manifest.sha256()
     replace_file(folder / NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 

@@ -22,6 +22,7 @@ class RunState:
         former versions have none.
     bad_images: unreadable ones that the run met.
     licence: of imported weights, which binds what is made of them.
+    continued_from: checksum of the manifest of the checkpoint that the run began with (run.continue_from).
     network: sha256 of the weights that supervised training began with.
     about: JSON in which a fine-tuned network says what it is (engine.weights).
     made_by: versions, device and number of ranks that wrote the checkpoint; for the reader.
@@ -33,6 +34,7 @@ class RunState:
     contents: dict[str, dict[str, str]] = field(default_factory=dict)
     bad_images: int = 0
     licence: str | None = None
+    continued_from: str | None = None
     network: str | None = None
     about: str | None = None
     made_by: dict[str, str] = field(default_factory=dict)
@@ -60,7 +62,7 @@ class RunState:
         for name in ("step", "bad_images"):
             if type(getattr(self, name)) is not int:
                 return f"{name} is no integer"
-        for name in ("recipe", "licence", "network", "about"):
+        for name in ("recipe", "licence", "continued_from", "network", "about"):
             value = getattr(self, name)
             if not isinstance(value, str) and (name == "recipe" or value is not None):
                 return f"{name} is no text"

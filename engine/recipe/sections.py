@@ -33,6 +33,7 @@ WARN = Rule(": warn", lambda value: value == "warn")
 ARGUMENTS = Rule(", each a keyword argument", lambda value: all(name.isidentifier() for name in value))
 
 TIMEOUT = "how long a rank, or the disk of the images, may be silent once steps run; then the run ends, to be resumed"
+CONTINUE_FROM = "run or checkpoint whose encoders, heads and optimizer state a new run begins with; null: none"
 MAX_STEPS = "ends the run early, while the schedules still span all epochs; null: no limit"
 BATCH = "images of a step over all processes, whose number must divide it"
 MICRO_BATCH = "images of a process that pass the trunk together, to save memory at a price in time; null: all"
@@ -59,6 +60,11 @@ class Run:
     dir: str = key("folder of checkpoints and metrics; a run that is found there is resumed", TEXT)
     seed: int = key("what initial weights, order of images and augmentation follow from", NOT_NEGATIVE, default=0)
     timeout_minutes: float = key(TIMEOUT, POSITIVE, since=2, before=30.0, default=5.0)
+
+
+@section
+class PretrainRun(Run):
+    continue_from: str | None = key(CONTINUE_FROM, TEXT, since=2, before=None, default=None)
 
 
 @section
@@ -182,7 +188,7 @@ class Pretrain:
 
     schema: int = schema_key()
     task: Literal["pretrain"] = key("MoCo v3 pre-training, without labels")
-    run: Run
+    run: PretrainRun
     model: Model
     moco: Moco
     optimizer: Optimizer

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from engine.checkpoint.load import load
 from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.state import RunState
 from engine.data.augment import Augment
@@ -23,6 +24,7 @@ from engine.logger import say, warn
 from engine.recipe.keys import wrong
 from engine.recipe.load import dump, locate, located
 from engine.recipe.sections import Pretrain
+from engine.runs.continuing import find_source
 from engine.runs.log import Row
 from engine.runs.monitor import has_monitor, make_probe, monitor_row, open_bank
 from engine.runs.run import run
@@ -177,6 +179,18 @@ class Pretraining(Task):
             self.probe.resume(state.step)
             if not any(name.startswith(PREFIX) for name in manifest.tensors):
                 say(f"probe     the online probe starts fresh at step {state.step:,}: the run had none until then")
+
+    def find_source(self) -> tuple[Path, Manifest, RunState] | None:
+        recipe = self.recipe
+        return find_source(recipe, self.recipe_file, self.world) if recipe.run.continue_from else None
+
+    def begin_with(self, checkpoint: Path, manifest: Manifest, state: RunState) -> None:
+        """The networks and the optimizer's state, with its own count of steps; this run counts anew what it skips, and
+        its online probe starts fresh."""
+        load(checkpoint, self.trained.tensors(), ignore=self.optional, group=self.world.host_group)
+        self.update.skipped.zero_()
+        self.update.skipped_in_a_row.zero_()
+        self.licence, self.continued_from = state.licence, manifest.sha256()
 
     def train_step(self, batch: Batch) -> StepOutput:
         output = train_step(self.trained, self.views(batch))

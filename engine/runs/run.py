@@ -16,7 +16,7 @@ from engine.errors import RunFailed, SystemRefused, UserError
 from engine.logger import say
 from engine.recipe.identity import resume_differences
 from engine.recipe.load import loads, located
-from engine.recipe.sections import Linear, Recipe
+from engine.recipe.sections import Linear, Pretrain, Recipe
 from engine.runs.back import find_earlier, go_back
 from engine.runs.directory import STOP, RunDirectory, check_same_task
 from engine.runs.failures import failures_in_words
@@ -49,10 +49,13 @@ def run(task: Task, started: float, earlier: Path | None = None) -> Row:
         _say_opening(task)
         task.look_at_images()
         found = _found(directory, task, earlier)
-        task.start(resumes=found is not None)
+        source = None if found else task.find_source()
+        task.start(resumes=(found or source) is not None)
         if found is not None:
             task.resume(*found)
             _say_resumed(found[0], task.step, task.plan())
+        elif source is not None:
+            task.begin_with(*source)
         directory.write_recipe(located(recipe, task.recipe_file), task.made_by())
         with agreement(world.host_group):
             kept = task.step if found else -1
@@ -126,18 +129,23 @@ def check_same_recipe(state: RunState, manifest: Manifest, recipe: Recipe) -> No
     begun = loads(state.recipe, f"recipe of the run in {recipe.run.dir}", kind=type(recipe))
     differences = resume_differences(begun, recipe)
     if differences:
+        other = f", where run.continue_from={recipe.run.dir} begins with its weights" if _continues(differences) else ""
         raise UserError(
             f"run.dir ({recipe.run.dir}) holds a run with other values: {', '.join(differences)}; "
-            "go on with its own, or pass another run.dir"
+            f"go on with its own, or pass another run.dir{other if isinstance(recipe, Pretrain) else ''}"
         )
-    wide = any(tensor["dtype"] == "float64" for tensor in manifest.tensors.values())
     precision = "float32" if isinstance(recipe, Linear) else recipe.parallel.precision
-    if wide != (precision == "float64"):
-        kept = "float64" if wide else "bf16 or float32"
+    if manifest.is_float64 != (precision == "float64"):
+        kept = "float64" if manifest.is_float64 else "bf16 or float32"
         raise UserError(
             f"parallel.precision ({precision}) must be {kept}, in which the run in {recipe.run.dir} keeps its weights; "
             "pass it, or another run.dir"
         )
+
+
+def _continues(differences: list[str]) -> bool:
+    """Whether a new run with these values could begin with the weights of the old one."""
+    return not any(each.startswith(("task", "model.", "optimizer.name", "run.continue_from")) for each in differences)
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

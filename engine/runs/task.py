@@ -115,6 +115,7 @@ class Task(ABC):
         self.bad_images = BadImages(recipe.data.max_bad_fraction, world)
         self.at_batch: AtBatch | None = None  # of an evaluation; it may raise on all ranks together
         self.licence: str | None = None  # of imported weights, which binds what is made of them
+        self.continued_from: str | None = None  # the checkpoint of another run that this one began with
         self.parallel: Parallel | None = getattr(recipe, "parallel", None)
         self.contents: dict[str, dict[str, str]] = {}  # checksums of some images of each split (`look_at_images`)
         self.refused: str | None = None  # an operation of the step that has no deterministic form here
@@ -309,6 +310,7 @@ class Task(ABC):
             contents=self.contents,
             bad_images=self.bad_images.count(),
             licence=self.licence,
+            continued_from=self.continued_from,
             made_by=self.made_by(),
         )
 
@@ -330,3 +332,12 @@ class Task(ABC):
         load(checkpoint, tensors, ignore=self.optional, group=self.world.host_group)
         self.update.step = state.step
         self.bad_images.total, self.licence = state.bad_images, state.licence
+        self.continued_from = state.continued_from
+
+    def find_source(self) -> tuple[Path, Manifest, RunState] | None:
+        """The checkpoint of another run that a new one begins with; None where it begins by itself."""
+        return None
+
+    def begin_with(self, checkpoint: Path, manifest: Manifest, state: RunState) -> None:
+        """Take what `find_source` found, at step 0."""
+        raise NotImplementedError

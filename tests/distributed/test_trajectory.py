@@ -69,11 +69,17 @@ def alone(tmp_path_factory):
     """The runs of one rank, that all others are compared with."""
     directory = tmp_path_factory.mktemp("alone")
     runs = [(kind, kind, "data.workers=0") for kind in ("vit", "vit_conv", "resnet")]
-    launch(1, directory, *runs, ("without", "vit", "data.workers=0", WITHOUT), ("bank", "vit", *MONITORED))
+    runs += [("without", "vit", "data.workers=0", WITHOUT), ("bank", "vit", *MONITORED)]
+    launch(1, directory, *runs, continued(directory))
     for kind in ("vit", "vit_conv", "resnet"):
         losses = [row["loss"] for row in rows(directory / kind)]
         assert len(set(losses)) == 20  # it moves: a trainer that does nothing would agree with itself
     return directory
+
+
+def continued(alone: Path) -> tuple:
+    """A run that begins with the weights of one rank's ViT."""
+    return "continued", "vit", "data.workers=0", "run.seed=1", f"run.continue_from={alone / 'vit'}"
 
 
 def test_the_online_probe_leaves_the_run_alone(alone):
@@ -98,7 +104,12 @@ def test_two_ranks(alone, tmp_path):
     runs = [sharded(*pair) for pair in pairs]
     runs += [("vit_halves", "vit", f"train.max_steps={s}") for s in (9, 20)]
     runs += [("resnet_halves", "resnet", "train.max_steps=9", WITHOUT), ("resnet_halves", "resnet")]
-    runs += [("conv", "vit_conv"), ("to_one", "vit", "train.max_steps=9"), ("bank", "vit", *MONITORED)]
+    runs += [
+        continued(alone),
+        ("conv", "vit_conv"),
+        ("to_one", "vit", "train.max_steps=9"),
+        ("bank", "vit", *MONITORED),
+    ]
     runs += [("micro", "vit", f"train.max_steps={s}", f"train.micro_batch_size={m}") for s, m in ((9, 1), (20, 2))]
     launch(2, tmp_path, *runs)
     for kind, shard in pairs:
@@ -107,6 +118,7 @@ def test_two_ranks(alone, tmp_path):
         assert_bitwise(tmp_path / f"{kind}_halves", tmp_path / f"{kind}_full", probe=kind == "vit")
     assert ["probe_loss" in row for row in rows(tmp_path / "resnet_halves")] == [False] * 9 + [True] * 11
     assert_same_run(tmp_path / "conv", alone / "vit_conv")
+    assert_same_run(tmp_path / "continued", alone / "continued")
     assert_same_run(tmp_path / "micro", alone / "vit")
     knn = [[row["knn_top1"] for row in rows(at / "bank") if "knn_top1" in row] for at in (alone, tmp_path)]
     assert knn[0] == knn[1]

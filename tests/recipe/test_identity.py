@@ -42,7 +42,9 @@ def any_recipe(draw):
     finite = st.floats(allow_nan=False, allow_infinity=False)
     return dataclasses.replace(
         base,
-        run=sections.Run(dir=draw(texts), seed=draw(st.integers(0, 2**63 - 1))),
+        run=sections.PretrainRun(
+            dir=draw(texts), seed=draw(st.integers(0, 2**63 - 1)), continue_from=draw(st.none() | texts)
+        ),
         moco=sections.Moco(temperature=draw(positives), momentum=draw(fractions)),
         optimizer=sections.Optimizer(
             name=draw(st.sampled_from(["adamw", "lars"])), base_lr=draw(positives), weight_decay=draw(positives)

@@ -126,6 +126,7 @@ NUMBER = ["much", "true", "null", "[1]", ".nan", ".inf", "1e999", "1" + "0" * 40
 WRONG = {
     "run.timeout_minutes": [*NUMBER, "0", "-5", "5 minutes"],
     "run.dir": ["3", "null", "''", "true", '"a\\nb"', '"a\\0b"'],
+    "run.continue_from": ["3", "''"],
     "run.seed": INTEGER,
     "model.name": ["vit_tiny", "timm/", "3", "timm/a b", "timm/../x"],
     "model.image_size": [*INTEGER, "0"],
