@@ -1,6 +1,7 @@
 """The ranks of a start find each other in a store that remembers earlier ones."""
 
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -11,14 +12,16 @@ from engine.distributed import rendezvous
 from engine.distributed.rendezvous import of_this_start
 from engine.errors import RunFailed, UserError
 
-LONG, SHORT = timedelta(seconds=60), timedelta(seconds=0.2)
+LONG, SHORT = timedelta(seconds=20), timedelta(seconds=0.2)
 
 
 def meet(store: dist.Store, ranks: int) -> list[bytes]:
     """One start; what every rank reads of a word that rank 0 has left for it, afterwards."""
     with ThreadPoolExecutor(ranks) as pool:
-        found = [pool.submit(of_this_start, store, rank, ranks, LONG) for rank in range(ranks)]
-        stores = [one.result() for one in found]
+        others = [pool.submit(of_this_start, store, rank, ranks, LONG) for rank in range(1, ranks)]
+        time.sleep(0.2)  # they ask before rank 0 answers
+        first = pool.submit(of_this_start, store, 0, ranks, LONG)
+        stores = [one.result() for one in (first, *others)]
     for rank, own in enumerate(stores):
         own.set(f"word/{rank}", str(rank))
     return [stores[rank - 1].get(f"word/{rank}") for rank in range(ranks)]
