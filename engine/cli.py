@@ -68,7 +68,7 @@ def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int | No
         complain_once(f"error: {error}")
         return 2
     except RunFailed as failure:
-        complain(f"failed: {failure}")
+        complain(f"failed: {failure}", at_once=failure.alone)
         return 1
     except Interrupted as stop:
         by = signal.Signals(stop.signum).name if stop.signum else "the file STOP"

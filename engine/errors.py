@@ -14,7 +14,14 @@ class SystemRefused(UserError):
 
 
 class RunFailed(Exception):
-    """A run cannot go on: what happened, what was lost, how to go on. Front doors print it and exit with status 1."""
+    """A run cannot go on: what happened, what was lost, how to go on. Front doors print it and exit with status 1.
+
+    alone: it happened on this rank, and the others will only know that they have lost it.
+    """
+
+    def __init__(self, text: str, *, alone: bool = False):
+        super().__init__(text)
+        self.alone = alone
 
 
 class Interrupted(BaseException):

@@ -37,13 +37,14 @@ def warn(text: str) -> None:
     _logger().log(WARNED, f"warning: {text}")
 
 
-def complain(text: str) -> None:
+def complain(text: str, *, at_once: bool = False) -> None:
     """Say on stderr, bare, why this process ends early; what ends all ranks of a node alike is said once.
 
     A launcher ends a node's ranks as soon as one has ended: the others wait until the first, which mostly failed alike,
-    has spoken. One that is still there after that failed alone.
+    has spoken. One that is still there after that failed alone; at_once: one that knows it already.
     """
-    _wait_for_first_word()
+    if not at_once:
+        _wait_for_first_word()
     print(text, file=sys.stderr, flush=True)
 
 

@@ -8,11 +8,14 @@ same test lists them.
 import multiprocessing.queues
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FSDPModule
 
 # ---- lists of tensors, by one kernel for all of them instead of one for each
@@ -99,6 +102,20 @@ def forget_forwards(root: nn.Module) -> None:
                     group._post_forward_indices.clear()
 
     root.register_forward_hook(forget)
+
+
+# ---- process groups
+
+
+def all_groups() -> list[dist.ProcessGroup]:
+    """Those of which this process is a member."""
+    return list(distributed_c10d._world.pg_map)
+
+
+def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Let operations of the group fail that, from now on, take longer."""
+    # Public from torch 2.14 on.
+    getattr(dist, "set_timeout", distributed_c10d._set_pg_timeout)(timeout, group)
 
 
 # ---- the compiler

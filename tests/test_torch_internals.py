@@ -4,6 +4,7 @@ import ast
 import inspect
 import multiprocessing
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from engine.distributed.world import make_mesh, process_group
 from engine.torch_internals import (
     add_each,
+    all_groups,
     allow_variants,
     copy_each_,
     descend_each_,
@@ -31,6 +33,7 @@ from engine.torch_internals import (
     norm_each,
     scale_each,
     send_instead,
+    set_group_timeout,
     stored_chunk,
     subtract_each,
     watching,
@@ -194,6 +197,14 @@ def test_operations_are_watched():
         y = torch.ones(2) + 1
     assert (seen[0][0], seen[-1][0]) == ("ones", "add")
     assert seen[-1][1] is y
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_groups_timeout_can_be_changed():
+    """What that does to ranks is tested with real ones."""
+    with process_group() as world:
+        assert {world.group, world.host_group, world.save_group, world.roll_group} == set(all_groups())
+        set_group_timeout(world.host_group, timedelta(seconds=7))
 
 
 def test_workers_end_while_their_iterator_lives():

@@ -20,6 +20,8 @@ from engine.errors import UserError
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)  # a rank may index millions of images while the others wait
+ROLL_TIMEOUT = timedelta(seconds=40)
+UNHURRIED = "unhurried"  # the description of groups whose time-out never changes
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class World:
     """This process's place among all of them.
 
     group: carries the training's tensors. host_group: small CPU messages beside them. save_group: those of saves, which
-    have a thread of their own.
+    have a thread of their own. roll_group: nothing, as long as nothing has failed (engine.distributed.roll).
     """
 
     rank: int
@@ -36,6 +38,7 @@ class World:
     group: dist.ProcessGroup
     host_group: dist.ProcessGroup
     save_group: dist.ProcessGroup
+    roll_group: dist.ProcessGroup
 
     @property
     def is_first(self) -> bool:
@@ -71,8 +74,10 @@ def process_group() -> Iterator[World]:
         backend, timeout=TIMEOUT, device_id=device if cuda else None, store=store, rank=rank, world_size=size
     )
     try:
-        host_group, save_group = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
-        yield World(rank, size, device, dist.group.WORLD, host_group, save_group)
+        host_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        save_group = dist.new_group(backend="gloo", timeout=TIMEOUT, group_desc=UNHURRIED)
+        roll_group = dist.new_group(backend="gloo", timeout=ROLL_TIMEOUT, group_desc=UNHURRIED)
+        yield World(rank, size, device, dist.group.WORLD, host_group, save_group, roll_group)
     except BaseException:
         # NCCL's farewell waits for kernels whose peers may never come: after a failure the process just ends.
         if not cuda:

@@ -4,12 +4,14 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from engine.checkpoint.layout import read_pointer
 from engine.data.workers import death_in_words
+from engine.distributed.roll import lost_ranks
 from engine.errors import RunFailed, one_line
 from engine.runs.task import Task
 
@@ -24,19 +26,25 @@ def kept(checkpoints: Path) -> str:
 @contextmanager
 def failures_in_words(task: Task, checkpoints: Path) -> Iterator[None]:
     """Raises RunFailed in place of errors from outside, with what is kept."""
-    with _memory_in_words(task, checkpoints), torn_code_in_words(), _deaths_in_words(checkpoints):
-        yield
+    with _memory_in_words(task, checkpoints), torn_code_in_words(), lost_ranks_in_words(task, checkpoints):
+        try:
+            yield
+        except RuntimeError as error:  # of a dead loading process, wherever the run then is
+            if (death := death_in_words(error)) is None:
+                raise
+            raise RunFailed(f"{death}; {kept(checkpoints)}", alone=True) from error
 
 
 @contextmanager
-def _deaths_in_words(checkpoints: Path) -> Iterator[None]:
-    """Raises RunFailed in place of torch's error of a dead loading process, which comes wherever the run then is."""
+def lost_ranks_in_words(task: Task, checkpoints: Path) -> Iterator[None]:
+    """Raises RunFailed in place of torch's error of ranks that do not answer. All communication ends, and with it a
+    save under way, which could not be finished."""
     try:
         yield
     except RuntimeError as error:
-        if (death := death_in_words(error)) is None:
+        if (lost := lost_ranks(task.world, error, timedelta(seconds=task.timeout))) is None:
             raise
-        raise RunFailed(f"{death}; {kept(checkpoints)}") from error
+        raise RunFailed(f"{lost}; {kept(checkpoints)}") from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from engine.recipe.load import loads, located
 from engine.recipe.sections import Linear, Pretrain, Recipe
 from engine.runs.back import find_earlier, go_back
 from engine.runs.directory import STOP, RunDirectory, check_same_task
-from engine.runs.failures import failures_in_words
+from engine.runs.failures import failures_in_words, lost_ranks_in_words
 from engine.runs.log import MetricsLog, Row
 from engine.runs.saves import Saves
 from engine.runs.task import Plan, Task
@@ -60,7 +60,7 @@ def run(task: Task, started: float, earlier: Path | None = None) -> Row:
         with agreement(world.host_group):
             kept = task.step if found else -1
             log = MetricsLog(directory.path, kept, monitor=task.monitor, enabled=world.is_first)
-        with Saves(task, log, directory) as saves:
+        with Saves(task, log, directory) as saves, lost_ranks_in_words(task, directory.checkpoints):
             trainer = Trainer(task, log, saves, stop)
             trainer.seconds["start-up"] = time.perf_counter() - started
             trainer.run()

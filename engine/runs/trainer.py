@@ -8,12 +8,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from tqdm import tqdm
 
 from engine.distributed.agreement import agreement, broadcast
+from engine.distributed.roll import wait_at_most
 from engine.distributed.signals import StopSignal
+from engine.distributed.world import TIMEOUT
 from engine.errors import Interrupted, RunFailed
 from engine.logger import say
 from engine.runs.failures import kept
@@ -37,6 +40,7 @@ class Trainer:
         self.log, self.saves, self.stop = log, saves, stop
         self.seconds: Counter[str] = Counter()  # where the wall time went
         watched = getattr(task.recipe.train, "on_spike", None) == "warn" and self.world.is_first
+        self.patience = TIMEOUT  # how long ranks wait for each other
         self.alarm = SpikeAlarm(log.recent) if watched else None  # of the rank that writes the log
 
     def run(self) -> None:
@@ -46,7 +50,7 @@ class Trainer:
             Interrupted: the run was asked to stop; the state is saved and the same command goes on.
             RunFailed: the task cannot go on, or is not saved.
         """
-        with self._progress_bar() as self.bar:
+        with self._progress_bar() as self.bar, self._patient_at_the_end():
             news = News(self.task, self.stop)
             self.task.at_batch = self._stop_if_asked
             self._evaluate_if_due()
@@ -57,6 +61,7 @@ class Trainer:
                 with self._time(what):
                     output = self.task.train_step(batch)
                     self.stop.at_once = False
+                    self._wait_at_most(timedelta(seconds=self.task.timeout))
                     self._log_if_due(output, batch)
                 what, word, step = "training", news.after_step(), self.task.step
                 # An evaluation takes minutes on large data, and a scheduler's grace is short: save before it.
@@ -66,6 +71,19 @@ class Trainer:
                     raise Interrupted(word, f"after step {step}, which is saved")
                 self._evaluate_if_due()
 
+    def _wait_at_most(self, timeout: timedelta) -> None:
+        """Let ranks wait long where one may work alone: in compiling, evaluating and saving, to the next step's end."""
+        if timeout != self.patience:
+            self.patience = timeout
+            wait_at_most(self.world, timeout)
+
+    @contextmanager
+    def _patient_at_the_end(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._wait_at_most(TIMEOUT)
+
     def _batches(self) -> Iterator[Any]:
         """The task's. Where none comes any more, the state is whole as long as no other rank is in the next step."""
         try:
@@ -73,7 +91,7 @@ class Trainer:
         except RunFailed as failure:
             if self.world.size == 1 and self.task.step:
                 self._save(must=True)
-            raise RunFailed(f"{failure}; {kept(self.saves.checkpoints)}") from failure
+            raise RunFailed(f"{failure}; {kept(self.saves.checkpoints)}", alone=True) from failure
 
     def _log_if_due(self, output: Any, batch: Any) -> None:
         step = self.task.step
@@ -97,8 +115,11 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         step = self.task.step
+        if not self.plan.evaluates_after(step):
+            return
+        self._wait_at_most(TIMEOUT)
         # Only the rank that writes the log knows what is in it.
-        if not self.plan.evaluates_after(step) or broadcast(self.log.has_monitor_row(step), self.world.host_group):
+        if broadcast(self.log.has_monitor_row(step), self.world.host_group):
             return
         with self._time("evaluation"):
             row = self.task.evaluate()
@@ -129,6 +150,7 @@ class Trainer:
                 self.log.show(name, content, step)
 
     def _save(self, *, must: bool) -> None:
+        self._wait_at_most(TIMEOUT)
         with self._time("checkpoints"):
             self.saves.make(must=must)
         self._restart_clock()
