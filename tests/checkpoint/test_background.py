@@ -1,10 +1,13 @@
 """Saves beside the training: what was there when they began, to the byte, whatever comes later."""
 
+import errno
+import io
 import multiprocessing
 import os
 import random
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from engine.checkpoint.background import THREAD, Saver
 from engine.checkpoint.layout import read_pointer
 from engine.checkpoint.load import load, newest_valid
 from engine.checkpoint.manifest import read_manifest
-from engine.checkpoint.retain import clean
+from engine.checkpoint.retain import clean, retain
 from engine.checkpoint.save import SaveFailed, save
 from tests.checkpoint.examples import SHA, blank, example_state, example_tensors, same
 
@@ -91,6 +94,50 @@ def test_a_failure_that_nobody_asks_for_is_said(tmp_path, capsys):
     with Saver(tmp_path / "file", SHA) as saver:
         saver.start(many_kinds(), example_state(1))
     assert "warning: the save under way failed: checkpoint (" in capsys.readouterr().err
+
+
+class RefusedOnce:
+    """A call of the system, which fails at one of its uses by a save."""
+
+    def __init__(self, call, number: int):
+        self.call, self.number, self.uses = call, number, 0
+
+    def __call__(self, *arguments, **more):
+        if threading.current_thread().name == THREAD:
+            self.uses += 1
+            if self.uses == self.number:
+                raise OSError(errno.EIO, "Input/output error", "somewhere")
+        return self.call(*arguments, **more)
+
+
+RARE = [(io, "open"), (os, "open"), (os, "mkdir"), (os, "stat"), (os, "scandir")]
+CALLS = [(os, "fsync"), (os, "replace"), *(pytest.param(*call, marks=pytest.mark.faults) for call in RARE)]
+
+
+@pytest.mark.parametrize(("module", "name"), CALLS)
+def test_whichever_call_of_the_system_fails_what_was_there_stays(checkpoints, module, name):
+    """Each of its uses in turn; then the next save is whole, and what half a one left is cleaned up."""
+
+    def make(saver: Saver, step: int) -> None:
+        saver.start(example_tensors(), example_state(step))
+        saver.wait()
+
+    for number in range(1, 100):
+        first, step, last = (500 + 3 * number + more for more in range(3))
+        refused = RefusedOnce(getattr(module, name), number)
+        with Saver(checkpoints, SHA) as saver:
+            make(saver, first)
+            with pytest.MonkeyPatch.context() as patched, suppress(SaveFailed):
+                patched.setattr(module, name, refused)
+                make(saver, step)
+            assert read_manifest(newest_valid(checkpoints)).step in (first, step)
+            make(saver, last)
+        clean(checkpoints)
+        retain(checkpoints, 1)
+        assert {path.name for path in checkpoints.iterdir()} == {f"step_{last:07d}", "latest", ".lock"}
+        if refused.uses < number:
+            return
+    raise AssertionError("it never came to an end")
 
 
 def value(step: int) -> dict[str, torch.Tensor]:

@@ -1,7 +1,11 @@
 """A run outlives a disk that is full for a while: it ends as if nothing had been, or says in one line what was lost."""
 
+import functools
 import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,31 +20,55 @@ STEPS = "train.max_steps=12"
 MONITORED = ["evaluate.knn_every_epochs=1", "evaluate.knn_bank=6"]  # after steps 0, 7 and 12
 
 
+RUNS = {
+    "unbroken": {"overrides": MONITORED},
+    "first": {"overrides": [*MONITORED, "checkpoint.max_failures=4"], "full": [6, 8], "ranks": [0]},  # three saves
+    "last": {"full": [11, 12]},
+    "gone": {"gone": 5},
+}
+MORE = {
+    "unbroken": RUNS["unbroken"],
+    "other": {"overrides": [*MONITORED, "checkpoint.asynchronous=false"], "full": [6, 7], "ranks": [1]},
+    "often": {"overrides": ["checkpoint.max_failures=2"], "full": [5, 12], "ranks": [1]},
+}
+OTHER, OFTEN = (pytest.param((MORE, name), marks=pytest.mark.faults) for name in ("other", "often"))
+
+
+class Launched(NamedTuple):
+    folder: Path  # of all runs
+    ends: dict[str, str]  # how each ended
+    said: list[str]  # on stderr
+
+
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """(folder, {run: how it ended}, what was said on stderr) of two ranks."""
-    folder = tmp_path_factory.mktemp("runs")
+def launch(tmp_path_factory) -> Callable[[dict], Launched]:
+    """Runs on two ranks, in one launch for all of them."""
 
-    def run(name: str, *overrides: str, **what) -> dict:
-        return {"dir": str(folder / name), "ranks": [0, 1], "overrides": [STEPS, *overrides], **what}
+    @functools.cache
+    def launched(more: bool) -> Launched:
+        folder = tmp_path_factory.mktemp("runs")
+        runs = [
+            {"dir": str(folder / name), "ranks": [0, 1], **run, "overrides": [STEPS, *run.get("overrides", [])]}
+            for name, run in (MORE if more else RUNS).items()
+        ]
+        done = torchrun(2, "tests.distributed.full_disk", json.dumps(runs))
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        ends = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+        return Launched(folder, ends, done.stderr.splitlines())
 
-    runs = [
-        run("unbroken", *MONITORED),
-        run("first", *MONITORED, "checkpoint.max_failures=4", full=[6, 8], ranks=[0]),  # three saves
-        run("other", *MONITORED, "checkpoint.asynchronous=false", full=[6, 7], ranks=[1]),
-        run("last", full=[11, 12]),
-        run("often", "checkpoint.max_failures=2", full=[5, 12], ranks=[1]),
-        run("gone", gone=5),
-    ]
-    done = torchrun(2, "tests.distributed.full_disk", json.dumps(runs))
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    ends = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
-    return folder, ends, done.stderr
+    return lambda runs: launched(runs is MORE)
 
 
-@pytest.mark.parametrize("name", ["first", "other"])
-def test_a_run_goes_on_and_ends_equal_to_the_bit(launched, name):
-    folder, ends, said = launched
+@pytest.fixture
+def launched(launch, request) -> tuple[str, Launched]:
+    """One of the runs, and all of its launch."""
+    runs, name = request.param
+    return name, launch(runs)
+
+
+@pytest.mark.parametrize("launched", [(RUNS, "first"), OTHER], indirect=True)
+def test_a_run_goes_on_and_ends_equal_to_the_bit(launched):
+    name, (folder, ends, said) = launched
     assert ends["unbroken"] == ends[name] == "done"
     whole, broken = (folder / run / "checkpoints" for run in ("unbroken", name))
     newest = (whole / "latest").read_text().strip()
@@ -55,16 +83,16 @@ def test_a_run_goes_on_and_ends_equal_to_the_bit(launched, name):
     for step in range(2, 13, 2):
         assert (broken / f"step_{step:07d}").exists() == (step not in failed)
     for count, step in enumerate(failed, start=1):
-        line = next(line for line in said.splitlines() if f"{name}/checkpoints/step_{step:07d}) was not saved" in line)
+        line = next(line for line in said if f"{name}/checkpoints/step_{step:07d}) was not saved" in line)
         assert "the previous checkpoint, step_0000004, is intact: " in line
         assert "[Errno 27] File too large: '" in line
         assert f"makes up for it ({count} in a row failed, and " in line
     assert not [path.name for path in broken.iterdir() if ".tmp-" in path.name]
 
 
-def test_the_log_waits_in_memory(launched):
-    folder, _, said = launched
-    lines = [line for line in said.splitlines() if f"{folder / 'first'}/metrics.jsonl c" in line]
+def test_the_log_waits_in_memory(launch):
+    folder, _, said = launch(RUNS)
+    lines = [line for line in said if f"{folder / 'first'}/metrics.jsonl c" in line]
     assert len(lines) == 2
     assert "could not be written (File too large); training goes on, and what it lacks stays in memory" in lines[0]
     assert lines[1].endswith("can be written again, and lacks nothing")
@@ -72,30 +100,31 @@ def test_the_log_waits_in_memory(launched):
     assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 13))
 
 
-def test_best_names_a_checkpoint_that_is_there(launched):
-    folder, _, _ = launched
+def test_best_names_a_checkpoint_that_is_there(launch):
+    folder = launch(RUNS).folder
     best = {row["step"]: row["knn_top1"] for row in rows(folder / "first") if "knn_top1" in row}
     assert best.keys() == {0, 7, 12}
     assert (folder / "first/checkpoints/best").read_text() == "step_0000012\n"
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("last", "/last/checkpoints/step_0000012) was not saved, the previous checkpoint, step_0000010, is intact: "),
-        ("often", "/often/checkpoints/step_0000008) was not saved, the previous checkpoint, step_0000004, is intact: "),
-    ],
+    ("launched", "failed", "whole"),
+    [((RUNS, "last"), 12, 10), pytest.param(*OFTEN.values, 8, 4, marks=OFTEN.marks)],
+    indirect=["launched"],
 )
-def test_a_save_that_nothing_makes_up_for_ends_the_run(launched, name, words):
-    _, ends, _ = launched
+def test_a_save_that_nothing_makes_up_for_ends_the_run(launched, failed, whole):
+    name, (_, ends, _) = launched
+    where = (
+        f"/{name}/checkpoints/step_{failed:07d}) was not saved, the previous checkpoint, step_{whole:07d}, is intact: "
+    )
     assert ends[name].startswith("SaveFailed: checkpoint (")
-    assert words in ends[name]
+    assert where in ends[name]
     assert ends[name].endswith("; put this right, and the same command goes on")
     assert "\n" not in ends[name]
 
 
-def test_a_folder_that_is_deleted_ends_the_run(launched):
-    folder, ends, _ = launched
+def test_a_folder_that_is_deleted_ends_the_run(launch):
+    folder, ends, _ = launch(RUNS)
     assert ends["gone"].startswith(
         f"RunFailed: run.dir ({folder / 'gone'}) was deleted or replaced while the run went on"
     )
