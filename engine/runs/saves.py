@@ -54,7 +54,8 @@ class Saves:
         self.settle(last=must)
         self.started = self.task.step
         self.saver.start(self.task.tensors(), self.task.state())
-        if must or not self.beside:
+        at_the_end = 0 < self.in_a_row == self.plan.max_failures - 1  # one more failure ends the run: here, not later
+        if must or at_the_end or not self.beside:
             self.settle(must=must)
 
     def secure(self) -> None:

@@ -19,7 +19,7 @@ def read(state: dict) -> RunState:
 def test_what_is_written_is_read():
     state = RunState(
         *(4, "task: pretrain", {"train": "a", "val": "b"}, {"train": {"3": "d"}}),
-        *(1, "CC0-1.0", "c", "{}", {"torch": "2", "ranks": "8"}),
+        *(1, "CC0-1.0", "e", "c", "{}", {"torch": "2", "ranks": "8"}),
     )
     assert read(json.loads(json.dumps(state.to_json()))) == state
 
