@@ -45,11 +45,13 @@ def test_what_is_repaired_is_taken_again(checkpoints, capsys):
     shutil.copytree(checkpoints / "step_0000500.damaged-1", checkpoints / "step_0000900.damaged-1")
     for name in ("step_0000500.damaged-1", "step_0000900.damaged-1", "step_0000100.damaged-1"):
         shutil.copy(checkpoints / "mislaid", checkpoints / name / ".metadata")
+    reseal(checkpoints / "step_0000100.damaged-1", step=100)
     assert newest_valid(checkpoints) == newest
     assert "step_0000500, which was set aside as step_0000500.damaged-1, is whole again" in capsys.readouterr().err
     left = {path.name for path in checkpoints.glob("*.damaged-*")}
     assert left == {"step_0000100.damaged-1", "step_0000900.damaged-1"}  # older; and of another step than it says
     load(newest, blank(example_tensors()))
+    assert newest_valid(checkpoints) == newest
 
 
 def test_of_one_step_the_whole_one_is_taken(checkpoints, capsys):
