@@ -18,6 +18,7 @@ from engine.distributed.world import process_group
 from engine.errors import UserError
 from engine.recipe.load import load
 from engine.training.loss import contrastive_loss
+from tests.distributed.launch import results
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/quickstart.yaml"
@@ -53,6 +54,13 @@ def test_step(found, tmp_path):
 
 def test_step_alone_has_no_ratio(found):
     assert found("step", "--recipe", RECIPE, "--batch", 2)["ratio"] is None
+
+
+@pytest.mark.slow
+def test_step_of_two_ranks_in_micro_batches():
+    [result] = results(2, "engine.bench", "step", "--recipe", RECIPE, "--batch", 8, "train.micro_batch_size=2", NO_DATA)
+    assert result["images_per_second"] > 0
+    assert result["parts"].keys() == PARTS
 
 
 def test_the_counted_steps_cross_the_end_of_an_epoch_and_end_with_the_schedule():
