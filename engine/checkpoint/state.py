@@ -20,6 +20,8 @@ class RunState:
         none, empty.
     contents: of the same splits, checksums of some images by their number (engine.data.contents); checkpoints of
         former versions have none.
+    image_rules: the number of the rules that said what is an image of the set (engine.data.rules); before they had
+        numbers it was 1.
     bad_images: unreadable ones that the run met.
     licence: of imported weights, which binds what is made of them.
     continued_from: checksum of the manifest of the checkpoint that the run began with (run.continue_from).
@@ -38,6 +40,7 @@ class RunState:
     network: str | None = None
     about: str | None = None
     made_by: dict[str, str] = field(default_factory=dict)
+    image_rules: int = 1
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,7 +62,7 @@ class RunState:
         return state
 
     def _problem(self) -> str | None:
-        for name in ("step", "bad_images"):
+        for name in ("step", "bad_images", "image_rules"):
             if type(getattr(self, name)) is not int:
                 return f"{name} is no integer"
         for name in ("recipe", "licence", "continued_from", "network", "about"):

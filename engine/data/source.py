@@ -59,9 +59,12 @@ class Source(ABC):
     """Images by number, 0 to N-1, the same on every node that holds the same data.
 
     labels: int64 [N], or None where images have no class; classes: their names. fingerprint: a sha256, equal where
-    the data is.
+    the data is. notes: what is to be said of it, a line each. otherwise: the first file that former rules took for
+    something else, and the rule that does (engine.data.rules); None where there is none.
     """
 
+    notes: tuple[str, ...] = ()
+    otherwise: str | None = None
     labels: np.ndarray | None
     classes: tuple[str, ...] | None
     fingerprint: str

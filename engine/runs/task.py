@@ -21,6 +21,7 @@ from engine.data.contents import difference, sample
 from engine.data.decode import Crops
 from engine.data.loader import Batch, train_batches
 from engine.data.order import Order
+from engine.data.rules import RULES, by_rules
 from engine.data.source import Source
 from engine.data.splits import Splits
 from engine.distributed.agreement import agreement, broadcast
@@ -312,6 +313,7 @@ class Task(ABC):
             licence=self.licence,
             continued_from=self.continued_from,
             made_by=self.made_by(),
+            image_rules=RULES,
         )
 
     def check_resume(self, state: RunState) -> None:
@@ -319,10 +321,11 @@ class Task(ABC):
         for split, (source, name) in self.images_bound().items():
             differs = state.images.get(split, source.fingerprint) != source.fingerprint  # imported ones have seen none
             found = difference(source, state.contents.get(split, {}), self.contents[split])
+            why = by_rules(state.image_rules, source) if differs else f", and {found}" if found else ""
             if differs or found:
                 raise UserError(
-                    f"{name} must hold the images that the run in {self.recipe.run.dir} began with"
-                    f"{f', and {found}' if found and not differs else ''}; give it those, or pass another run.dir"
+                    f"{name} must hold the images that the run in {self.recipe.run.dir} began with{why}; "
+                    "give it those, or pass another run.dir"
                 )
 
     def resume(self, checkpoint: Path, manifest: Manifest, state: RunState) -> None:

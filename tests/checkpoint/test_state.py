@@ -36,6 +36,7 @@ def test_earlier_forms_are_read(former, images):
     state = read(BASIS | former)
     assert (state.step, state.recipe, state.bad_images, state.images) == (4, "task: pretrain", 1, images)
     assert (state.licence, state.network) == (former.get("licence"), former.get("network"))
+    assert state.image_rules == 1
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,7 @@ def test_earlier_forms_are_read(former, images):
     [
         {"step": "4"},
         {"step": True},
+        {"image_rules": "2"},
         {"recipe": None},
         {"images": ["a"]},
         {"images": {"train": 1}},
