@@ -17,8 +17,9 @@ from torchvision.transforms import functional as F
 from engine.data.philox import CROP, uniform
 from engine.recipe.sections import Interpolation
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_NEW_SUFFIXES = (".jfif", ".jpe", ".ppm", ".pgm", ".avif")  # since rules 2 (engine.data.rules)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", *_NEW_SUFFIXES)
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # never all: Pillow starts Ghostscript for EPS
 
 _TRIES = 10
 _ASPECTS = (3 / 4, 4 / 3)
@@ -28,6 +29,11 @@ RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling
 
 def is_image_name(name: bytes) -> bool:
     return name.lower().endswith(tuple(suffix.encode() for suffix in IMAGE_SUFFIXES))
+
+
+def is_new_suffix(name: bytes) -> bool:
+    """Whether former rules took an image of this name for something else."""
+    return name.lower().endswith(tuple(suffix.encode() for suffix in _NEW_SUFFIXES))
 
 
 def decode(data: bytes) -> Image.Image:

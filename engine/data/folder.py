@@ -4,44 +4,126 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from engine.data.decode import IMAGE_SUFFIXES, is_image_name
+from engine.data.decode import IMAGE_SUFFIXES, is_image_name, is_new_suffix
+from engine.data.naming import called, is_system_folder, is_tar_name
 from engine.data.paths import FileSource, Names
 from engine.data.source import Root, Source, Split, part_of
-from engine.errors import UserError
+from engine.data.survey import Survey
+from engine.errors import UserError, listed
+
+
+class _Parts(NamedTuple):
+    """The folders that are a root's splits, and lines about what else lies there."""
+
+    train: Path | None
+    val: Path | None
+    notes: tuple[str, ...] = ()
+    otherwise: str | None = None
 
 
 def open_folder(root: Root, split: Split) -> Source | None:
     """The folder `train` or `val` in the root; without `train` all of it is training data."""
-    root.path.stat()  # a root that is not there is no root without val
-    train, val = (path if path.is_dir() else None for path in (root.path / "train", root.path / "val"))
-    folder = part_of(root, split, train, val, root.path)
+    if root.path.is_file() and is_tar_name(root.path.name):
+        raise UserError(f"{root} must be a folder of images, and is a tar; pass {root.of_source('shards')}")
+    parts = _parts(root, split)
+    folder = part_of(root, split, parts.train, parts.val, root.path)
     if folder is None:
         return None
     source = FolderSource(folder)
     if not len(source):
-        raise UserError(f"{root} must hold images ({' '.join(IMAGE_SUFFIXES)}); {folder} has none")
+        raise _no_images(root, folder, source.survey)
+    found = source.survey.words()
+    source.notes = (*parts.notes, *([f"{root}: left out in {folder}: {found}"] if found else []))
+    source.otherwise = parts.otherwise or source.otherwise
     return source
+
+
+def _no_images(root: Root, folder: Path, survey: Survey) -> UserError:
+    do = f"; pass {root.of_source('shards')}" if survey.left_out[".tar"] else ""
+    found = survey.words()
+    return UserError(
+        f"{root} must hold images ({' '.join(IMAGE_SUFFIXES)}); {folder} has none{f', but {found}' if found else ''}"
+        f"{do}"
+    )
+
+
+def _parts(root: Root, split: Split) -> _Parts:
+    """`train` beside `val` is a split, beside other folders of images a class.
+
+    Raises:
+        UserError: it may be either.
+    """
+    folders = {path.name: path for path in sorted(root.path.iterdir()) if _is_visible_folder(path)}
+    train, val = (_called(folders, part) for part in ("train", "val"))
+    if train is None or val is None:  # other words for a split are classes, unless there are both
+        train, val = folders.get("train"), folders.get("val")
+    if train is None:
+        return _Parts(None, val)
+    tests = {path.name for path in folders.values() if path.name.lower() in called("test")}
+    others = [path for path in folders.values() if path not in (train, val)]
+    if val is None and not tests:
+        others = [path for path in others if next(_walk(path, Survey()), None)]
+        if others:
+            return _as_classes(root, train, others)
+    names = [path.name for path in others]
+    beside = " and ".join(path.name for path in (train, val) if path)
+    notes = (f"{root}: left out beside {beside}: {listed(names)}",) if names and split != "all" else ()
+    otherwise = None
+    if val and val.name != "val":
+        otherwise = f"{val.name}/ (it is the validation split)"
+    return _Parts(train, val, notes, otherwise)
+
+
+def _called(folders: dict[str, Path], split: str) -> Path | None:
+    """The folder that is called as the split is: in small letters and by its usual name, where there is a choice."""
+    names = [name for word in called(split) for name in (word, *sorted(folders)) if name.lower() == word]
+    return next((folders[name] for name in names if name in folders), None)
+
+
+def _as_classes(root: Root, train: Path, others: list[Path]) -> _Parts:
+    """No split: `train` is a class as the folders beside it are."""
+    names = listed([path.name for path in others], most=5)
+    if any(_has_folders_of_images(path) for path in (train, *others)):
+        raise UserError(
+            f"{root} must say whether train is a split or a class beside {names}; to train on it alone pass "
+            f"{root.key}={train}, to make it a class give it another name"
+        )
+    notes = (f"{root}: train is a class, as {names} beside it; to train on it alone pass {root.key}={train}",)
+    return _Parts(None, None, notes, f"{others[0].name}/ (train beside other classes is a class)")
+
+
+def _has_folders_of_images(folder: Path) -> bool:
+    inner = (path for path in folder.iterdir() if _is_visible_folder(path))
+    return any(next(_walk(path, Survey()), None) for path in inner)
+
+
+def _is_visible_folder(path: Path) -> bool:
+    return not path.name.startswith(".") and not is_system_folder(path.name) and path.is_dir()
 
 
 class FolderSource(FileSource):
     """All image files below a folder, in the order of their paths."""
 
     def __init__(self, root: Path):
-        files = sorted(_walk(root))
+        self.survey = Survey()
+        files = sorted(_walk(root, self.survey))
         super().__init__(Names.of(name for name, _ in files), np.array([size for _, size in files], np.int64))
         self._root = root
+        self.otherwise = self.survey.rule_in_words()
 
     def content(self, i: int) -> bytes:
         return (self._root / os.fsdecode(self._names[i])).read_bytes()
 
 
-def _walk(root: Path) -> Iterator[tuple[bytes, int]]:
+def _walk(root: Path, survey: Survey) -> Iterator[tuple[bytes, int]]:
     """Path below root and size in bytes of every image file except hidden ones; links are followed.
 
-    A link that leads nowhere counts as an image of size -1, so that it is reported when it is read.
+    A link that leads nowhere counts as an image of size -1, so that it is reported when it is read. What else there is
+    goes to the survey.
     """
     status = root.stat()
     todo = [(os.fsencode(root), b"", frozenset([(status.st_dev, status.st_ino)]))]
@@ -50,6 +132,11 @@ def _walk(root: Path) -> Iterator[tuple[bytes, int]]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith(b"."):
+                    survey.leave_out("hidden")
+                    continue
+                if is_system_folder(os.fsdecode(entry.name)):
+                    survey.leave_out(entry.name.decode())
+                    survey.takes_otherwise(prefix + entry.name, "a system's own folder holds no images of the set")
                     continue
                 try:
                     status = entry.stat()
@@ -60,4 +147,8 @@ def _walk(root: Path) -> Iterator[tuple[bytes, int]]:
                     if identity not in above:  # a link to a folder that it lies in would never end
                         todo.append((entry.path, prefix + entry.name + b"/", above | {identity}))
                 elif is_image_name(entry.name) and (status is None or stat.S_ISREG(status.st_mode)):
+                    if is_new_suffix(entry.name):
+                        survey.takes_otherwise(prefix + entry.name, "its suffix counts as an image's")
                     yield prefix + entry.name, status.st_size if status else -1
+                else:
+                    survey.leave_out_file(entry.name)

@@ -8,22 +8,22 @@ Shapes: N images in the tar.
 """
 
 import hashlib
+import json
 import os
-import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from engine.data.contents import spread
-from engine.data.decode import is_image_name
+from engine.data.members import find_images
 from engine.data.paths import Names
-from engine.errors import UserError, one_line, reason
+from engine.data.survey import Survey
+from engine.errors import UserError, reason
 from engine.files import draft, publish
 from engine.logger import warn
 
-_FORMAT = 2
+_FORMAT = 3
 _HEADERS = 16  # that a saved index is compared with, spread over the tar: another one may have its size and time
 _BLOCK = 512
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -31,11 +31,14 @@ _MAX_OPEN = 64  # file descriptors that one process holds open
 
 
 class TarIndex(NamedTuple):
-    """The images of one tar in the order they lie in: path inside it, place of the data and its length in bytes."""
+    """The images of one tar in the order they lie in: path inside it, place of the data and its length in bytes; the
+    class that a label beside it says, empty where there is none. survey: what else is in the tar."""
 
     names: Names
     offsets_N: np.ndarray
     sizes_N: np.ndarray
+    labels: Names
+    survey: Survey
 
 
 class TarReader:
@@ -94,7 +97,9 @@ def _places(tar: Path) -> tuple[Path, Path]:
 def _load(path: Path, tar: Path, stamp: np.ndarray) -> TarIndex | None:
     try:
         with np.load(path, allow_pickle=False) as saved:
-            index = TarIndex(Names(saved["text"], saved["ends"]), saved["offsets"], saved["sizes"])
+            names, labels = (Names(saved[f"{what}_text"], saved[f"{what}_ends"]) for what in ("name", "label"))
+            survey = Survey(**json.loads(saved["survey"].tobytes()))
+            index = TarIndex(names, saved["offsets"], saved["sizes"], labels, survey)
             fits = np.array_equal(saved["stamp"], stamp) and np.array_equal(saved["headers"], _headers(index, tar))
     except Exception:  # absent or damaged in any way: the tar itself is the truth, and is read again
         return None
@@ -112,8 +117,11 @@ def _headers(index: TarIndex, tar: Path) -> np.ndarray:
 
 
 def _save(index: TarIndex, tar: Path, stamp: np.ndarray) -> None:
-    arrays = {"stamp": stamp, "text": index.names.text_U, "ends": index.names.ends_N}
-    arrays |= {"offsets": index.offsets_N, "sizes": index.sizes_N, "headers": _headers(index, tar)}
+    survey = {"left_out": index.survey.left_out, "otherwise": index.survey.otherwise}
+    arrays = {"stamp": stamp, "headers": _headers(index, tar), "offsets": index.offsets_N, "sizes": index.sizes_N}
+    arrays["survey"] = np.frombuffer(json.dumps(survey).encode(), np.uint8)
+    for what, texts in (("name", index.names), ("label", index.labels)):
+        arrays |= {f"{what}_text": texts.text_U, f"{what}_ends": texts.ends_N}
     for path in _places(tar):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,45 +136,17 @@ def _save(index: TarIndex, tar: Path, stamp: np.ndarray) -> None:
 
 
 def _scan(tar: Path) -> TarIndex:
+    survey = Survey()
     with tar.open("rb") as file:
         head = file.read(8)
         for magic, kind in _COMPRESSED.items():
             if head.startswith(magic):
                 raise UserError(f"tar ({tar}) must not be compressed ({kind}); unpack it to a plain .tar")
-        file.seek(0)
-        members = list(_members(tar, file))
-    names, offsets, sizes = zip(*members, strict=True) if members else ((), (), ())
-    return TarIndex(Names.of(names), np.array(offsets, np.int64), np.array(sizes, np.int64))
-
-
-def _members(path: Path, file) -> Iterator[tuple[bytes, int, int]]:
-    """Every image in an open tar. Raises UserError unless the tar ends as a tar must, so that none is lost unseen."""
-    tar, end = None, 0
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the caller closes the file)
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile would keep an object per member
-            if tar.offset <= end:
-                raise ValueError("a member ends before it begins")
-            end = tar.offset
-            name = _clean(os.fsencode(member.name))
-            if member.isreg() and name and is_image_name(name):
-                if member.issparse():
-                    raise ValueError(f"{member.name} is stored sparse")
-                yield name, member.offset_data, member.size
-    except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-        raise _broken(path, f"at byte {tar.offset if tar else 0}: {one_line(error)}") from error
-    # tarfile takes a damaged header for the end of the archive. The true end is a block of zeros.
-    file.seek(end)
-    if file.read(_BLOCK) != bytes(_BLOCK):
-        raise _broken(path, f"breaks off at byte {end}")
-
-
-def _broken(tar: Path, where: str) -> UserError:
-    return UserError(f"tar ({tar}) must be a whole, plain tar; {where}; fetch or pack it again")
-
-
-def _clean(name: bytes) -> bytes:
-    """The path without `.` and `..`, which is a name here and never a place on disk; empty if hidden."""
-    parts = [part for part in name.split(b"/") if part not in (b"", b".", b"..")]
-    return b"" if any(part.startswith(b".") for part in parts) else b"/".join(parts)
+        images = find_images(tar, file, survey)
+    return TarIndex(
+        Names.of(image.at.name for image in images),
+        np.array([image.offset for image in images], np.int64),
+        np.array([image.size for image in images], np.int64),
+        Names.of(image.label for image in images),
+        survey,
+    )

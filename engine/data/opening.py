@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.data.folder import open_folder
+from engine.data.naming import is_tar_name
 from engine.data.shards import open_shards
 from engine.data.source import Root, Source, Split
 from engine.data.torchvision import open_torchvision
@@ -34,7 +35,8 @@ def open_source(root: Root, split: Split) -> Source | None:
 
 def guess_kind(root: Path) -> str:
     """`shards` for a tar or a folder with tars in it, else `folder`."""
-    return "shards" if root.is_file() or (root.is_dir() and any(root.glob("[!.]*.tar"))) else "folder"
+    has_tars = root.is_file() or (root.is_dir() and any(is_tar_name(path.name) for path in root.iterdir()))
+    return "shards" if has_tars else "folder"
 
 
 def align_labels(train: Source, val: Source) -> Source:

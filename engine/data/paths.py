@@ -5,13 +5,15 @@ Shapes: N images, U bytes of text.
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from PIL import Image
 
 from engine.data.decode import decode
+from engine.data.labels import by_number
 from engine.data.source import Source
+from engine.data.survey import printable
 
 
 class Names:
@@ -46,15 +48,28 @@ class Names:
 
 
 class FileSource(Source):
-    """Image files with a path each, whose first folder is the class."""
+    """Image files with a path each, whose first folder is the class unless `classes_N` names each image's."""
 
-    def __init__(self, names: Names, sizes_N: np.ndarray):
+    labels, classes = None, None
+
+    def __init__(self, names: Names, sizes_N: np.ndarray, classes_N: Names | None = None):
         self._names, self._sizes_N = names, sizes_N
-        self.labels, self.classes = _classes_of(names)
-        sha256 = hashlib.sha256()  # the labels follow from the names
-        for array in (names.text_U, names.ends_N.astype("<i8"), sizes_N.astype("<i8")):
+        if classes_N is not None:
+            self._label(list(classes_N), by_number)
+        elif (folders_N := first_folders(names)) is not None:
+            self._label(folders_N, sorted)
+        sha256 = hashlib.sha256()  # labels by folder follow from the names
+        arrays = [names.text_U, names.ends_N.astype("<i8"), sizes_N.astype("<i8")]
+        arrays += [classes_N.text_U, classes_N.ends_N.astype("<i8")] if classes_N is not None else []
+        for array in arrays:
             sha256.update(np.ascontiguousarray(array))
         self.fingerprint = sha256.hexdigest()
+
+    def _label(self, class_N: list[bytes], order: Callable[[set[bytes]], list[bytes]]) -> None:
+        classes = order(set(class_N))
+        number = {name: i for i, name in enumerate(classes)}
+        self.labels = np.fromiter((number[name] for name in class_N), np.int64, len(class_N))
+        self.classes = tuple(printable(name) for name in classes)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -67,20 +82,10 @@ class FileSource(Source):
         return decode(self.content(i))
 
     def name(self, i: int) -> str:
-        return _printable(self._names[i])
+        return printable(self._names[i])
 
 
-def _classes_of(names: Names) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """(labels, classes) by first folder, classes sorted; (None, None) where some image lies in none."""
+def first_folders(names: Names) -> list[bytes] | None:
+    """Each image's first folder; None where some image lies in none."""
     parts = [name.partition(b"/") for name in names]
-    if not all(slash for _, slash, _ in parts):
-        return None, None
-    classes = sorted({folder for folder, _, _ in parts})
-    number = {folder: i for i, folder in enumerate(classes)}
-    labels_N = np.fromiter((number[folder] for folder, _, _ in parts), np.int64, len(parts))
-    return labels_N, tuple(_printable(folder) for folder in classes)
-
-
-def _printable(name: bytes) -> str:
-    text = name.decode(errors="backslashreplace")
-    return text if text.isprintable() else ascii(text)[1:-1]
+    return [folder for folder, _, _ in parts] if all(slash for _, slash, _ in parts) else None

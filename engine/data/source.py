@@ -40,6 +40,10 @@ class Root:
     def __str__(self) -> str:
         return f"{self.key} ({self.path})"
 
+    def of_source(self, kind: str) -> str:
+        """What to pass where the images are of another kind."""
+        return f"--source {kind}" if self.key.startswith("-") else f"data.source={kind}"
+
 
 def part_of(root: Root, split: Split, train: T, val: T, everything: T) -> T:
     """What makes up a split of a root that holds `everything`, and some of it under the names `train` and `val` (each

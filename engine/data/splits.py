@@ -10,7 +10,7 @@ from engine.data.subset import take_labels
 from engine.distributed.agreement import all_gather
 from engine.distributed.world import World, in_turn
 from engine.errors import UserError
-from engine.logger import warn
+from engine.logger import note, warn
 from engine.recipe.load import locate
 from engine.recipe.sections import Data, LabelledData
 
@@ -111,4 +111,6 @@ def _open_together(find: Callable[[], Splits], world: World, name: str) -> Split
     fingerprints = all_gather(tuple(s.fingerprint for s in splits if s is not None), world.host_group)
     if len(set(fingerprints)) > 1:
         raise UserError(f"{name} must hold the same images on every node; copy them again")
+    for line in dict.fromkeys(line for source in splits if source is not None for line in source.notes):
+        note(line)
     return splits

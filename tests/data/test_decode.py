@@ -23,7 +23,7 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF"])
 def test_every_kind_of_file_becomes_rgb(kind):
     image = decode(encoded(picture(9, 7), kind))
     assert image.mode == "RGB"
@@ -75,7 +75,7 @@ def test_a_file_cut_short_is_refused():
         decode(data[: len(data) // 2])
 
 
-@pytest.mark.parametrize("data", [b"", b"text", encoded(picture(4, 4), "PPM")])
+@pytest.mark.parametrize("data", [b"", b"text", encoded(picture(4, 4), "TGA"), encoded(picture(4, 4), "EPS")])
 def test_other_bytes_are_refused_in_words_that_repeat(data):
     with pytest.raises(ValueError, match=r"^not an image of the kinds JPEG, PNG"):
         decode(data)

@@ -21,7 +21,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    names, offsets, sizes = open_index(path)
+    names, offsets, sizes, *_ = open_index(path)
     reader = TarReader()
     rows = zip(names, offsets.tolist(), sizes.tolist(), strict=True)
     return {name.decode(): reader.read(str(path), offset, size) for name, offset, size in rows}
@@ -61,7 +61,7 @@ def test_only_visible_regular_image_files_count(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, kind in [("d.png", tarfile.DIRTYPE), ("s.png", tarfile.SYMTYPE), ("h.png", tarfile.LNKTYPE)]:
             info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "a/1.png"
+            info.type, info.linkname = kind, "nothing"
             tar.addfile(info)
         for name in ("./a/1.png", "a/._1.png", ".git/2.png", "a/notes.txt", "/abs/3.png", "../up/4.png"):
             tar.addfile(tarfile.TarInfo(name))

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from engine.checkpoint.manifest import own_checksum
+from engine.data.rules import RULES
 from engine.distributed.world import process_group
 from engine.errors import UserError
 from engine.recipe.load import load
@@ -48,7 +49,12 @@ def test_others_under_the_same_names_and_sizes_are_refused(tmp_path):
     manifest = run / "checkpoints/step_0000001/MANIFEST.json"
     content = json.loads(manifest.read_text())
     assert len(content["state"].pop("contents")["train"]) == 16
+    assert content["state"].pop("image_rules") == RULES
     manifest.write_text(json.dumps(content | {"manifest_sha256": own_checksum(content)}))
+    (images / "16.ppm").write_bytes(b"former rules took it for no image")
+    with pytest.raises(UserError, match=rf"began with under rules 1 .* rules {RULES} differ: 16.ppm \(its suffix"):
+        train(2)
+    (images / "16.ppm").unlink()
     train(2)
     fill(images, 0)
     with pytest.raises(UserError, match=words):
