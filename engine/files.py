@@ -8,7 +8,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -119,7 +119,12 @@ def lock(path: Path, in_use: str, seconds: float = 0.0) -> Iterator[bool]:
             if time.monotonic() >= deadline:
                 raise UserError(in_use)
             time.sleep(_RETRY_SECONDS)
-        yield held
+        try:
+            yield held
+        finally:
+            if held:
+                with suppress(OSError):  # closed here alone, it would stay locked by what was forked in the body
+                    fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _try_lock(file: IO) -> bool | None:

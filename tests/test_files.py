@@ -4,8 +4,10 @@ import ast
 import errno
 import fcntl
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,21 @@ def test_a_lock_waits_and_ends_with_its_process(tmp_path):
         process.kill()
         with lock(path, "in use", seconds=10) as held:
             assert held
+
+
+def test_a_lock_ends_with_its_body_whatever_was_forked_in_it(tmp_path):
+    """A loading process, which begins while a checkpoint is written, has the lock's file open too."""
+    with lock(tmp_path / ".lock", "in use"):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with lock(tmp_path / ".lock", "in use") as held:
+            assert held
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO])
