@@ -122,7 +122,11 @@ class Trainer:
         if broadcast(self.log.has_monitor_row(step), self.world.host_group):
             return
         with self._time("evaluation"):
-            row = self.task.evaluate()
+            try:
+                row = self.task.evaluate()
+            except Interrupted:  # saved here: in there, what refuses the save might pass for the evaluation's failure
+                self.saves.secure()
+                raise
         if row is not None:
             row = {"epoch": self.task.epoch} | row
             self.log.monitor_row(step, row)
@@ -137,8 +141,6 @@ class Trainer:
     def _stop_if_asked(self, batch: int) -> None:
         """Between batches of an evaluation, on every rank. Raises Interrupted: a resumed run makes the row."""
         if batch % ASK_EVERY == 0 and (word := self.stop.agreed()) is not None:
-            if self.task.step:
-                self.saves.secure()
             kept = f"after step {self.task.step}, which is saved," if self.task.step else "before step 1,"
             raise Interrupted(word, f"{kept} during its evaluation")
 

@@ -11,12 +11,13 @@ import torch.distributed as dist
 from engine.distributed import signals
 from engine.distributed.signals import SIGNALS, StopSignal
 from engine.distributed.world import process_group
-from engine.errors import Interrupted, RunFailed
+from engine.errors import Interrupted, RunFailed, UserError
 from engine.evaluation import features
 from engine.recipe.load import load
 from engine.runs import trainer
 from engine.runs.linear import LinearClassification, linear
 from engine.runs.pretrain import Pretraining, pretrain
+from engine.runs.saves import Saves
 from engine.runs.task import SKIPS_IN_A_ROW
 from tests.distributed.trajectories import RECIPE, SMALL
 from tests.runs.small import CHECKPOINT, linear_recipe, rows
@@ -124,6 +125,25 @@ def test_an_evaluation_ends_at_one_of_its_next_batches_and_is_made_by_the_resume
     found, expected = (rows(tmp_path / name, "knn_top1") for name in ("stopped", "whole"))
     assert found == expected
     assert [row["step"] for row in found] == [0, 2]
+
+
+def test_what_refuses_the_save_of_a_stopped_evaluation_ends_the_run(world, tmp_path, monkeypatch):
+    """An evaluation that fails is left out; the save is none of it."""
+    own = Pretraining.evaluate
+
+    def stopped(self):
+        ask = self.at_batch
+        self.at_batch = lambda number: (number == 1 and self.step and kill_self(), ask(number))
+        return own(self)
+
+    def refuse(self):
+        raise UserError("another run writes here")
+
+    monkeypatch.setattr(features, "BATCH", 2)
+    monkeypatch.setattr(Pretraining, "evaluate", stopped)
+    monkeypatch.setattr(Saves, "secure", refuse)
+    with pytest.raises(UserError, match="another run writes here"):
+        train(world, tmp_path, "train.max_steps=2", "evaluate.knn_every_epochs=1")
 
 
 def kill_self() -> None:
