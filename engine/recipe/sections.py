@@ -29,6 +29,7 @@ RANDAUGMENT = Rule(
     " in timm's words, such as rand-m9-mstd0.5-inc1",
     lambda value: re.fullmatch(r"rand(-(m|n|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-inc[01]|-tweights)*", value) is not None,
 )
+MINUTES = Rule(" > 0 and <= 1e6", lambda value: 0 < value <= 1e6)
 WARN = Rule(": warn", lambda value: value == "warn")
 ARGUMENTS = Rule(", each a keyword argument", lambda value: all(name.isidentifier() for name in value))
 
@@ -59,7 +60,7 @@ def schema_key() -> int:
 class Run:
     dir: str = key("folder of checkpoints and metrics; a run that is found there is resumed", TEXT)
     seed: int = key("what initial weights, order of images and augmentation follow from", NOT_NEGATIVE, default=0)
-    timeout_minutes: float = key(TIMEOUT, POSITIVE, since=2, before=30.0, default=5.0)
+    timeout_minutes: float = key(TIMEOUT, MINUTES, since=2, before=30.0, default=5.0)
 
 
 @section

@@ -124,7 +124,7 @@ def test_overrides_reach_every_depth_and_the_last_holds():
 INTEGER = ["ten", "1.5", "true", "null", "[1]", "{a: 1}", "99999999999999999999", "-1"]
 NUMBER = ["much", "true", "null", "[1]", ".nan", ".inf", "1e999", "1" + "0" * 400]
 WRONG = {
-    "run.timeout_minutes": [*NUMBER, "0", "-5", "5 minutes"],
+    "run.timeout_minutes": [*NUMBER, "0", "-5", "1e10", "5 minutes"],
     "run.dir": ["3", "null", "''", "true", '"a\\nb"', '"a\\0b"'],
     "run.continue_from": ["3", "''"],
     "run.seed": INTEGER,
