@@ -58,3 +58,4 @@ def go_back(directory: RunDirectory, checkpoint: Path) -> None:
     replace_file(directory.path / DONE, f"{checkpoint.name}\n")
     if later:
         say(f"set aside {', '.join(later)}, later than {checkpoint.name}: yours to remove")
+    say(f"back to {checkpoint.name}: leave --from out from now on, or the next start goes back again")

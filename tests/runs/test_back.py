@@ -55,7 +55,9 @@ def test_it_makes_the_steps_again_and_keeps_the_first_ones(world, whole, run, ca
     train(world, run, "train.max_steps=2", earlier=step_2)
     left = ["step_0000002", "step_0000004.left-1", "step_0000006.left-1"]
     assert names(run) == left
-    assert "set aside step_0000006.left-1, step_0000004.left-1, later than step_0000002" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "set aside step_0000006.left-1, step_0000004.left-1, later than step_0000002" in out
+    assert "back to step_0000002: leave --from out from now on" in out, "the same command would go back again"
     assert rows(run) == rows(whole)[:2]
     train(world, run)  # which does not take the later ones
     assert f"resumed   {step_2} at step 2" in capfd.readouterr().out
