@@ -216,6 +216,21 @@ def test_workers_end_while_their_iterator_lives():
     assert not any(worker.is_alive() for worker in workers)
 
 
+def test_workers_end_though_one_is_killed_meanwhile():
+    """torch says so wherever the main thread then is, and here that is of no use to anybody."""
+    batches = iter(DataLoader(range(100), num_workers=2, multiprocessing_context="fork"))
+    next(batches)
+    workers = multiprocessing.active_children()
+
+    def join(timeout: float) -> None:
+        del batches._workers[0].join
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    batches._workers[0].join = join
+    end_workers(batches)
+    assert not any(worker.is_alive() for worker in workers)
+
+
 class Unfit:
     """What a DataLoader's worker cannot hand over."""
 

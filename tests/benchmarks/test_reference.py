@@ -41,7 +41,7 @@ def losses(recipe, *, improved: bool = False, steps: int = 3) -> tuple[list[floa
         (VIT, ["moco.momentum=0"], 1e-9),  # keys follow every step at once
         (VIT, ["optimizer.name=lars", "optimizer.base_lr=10"], 1e-9),
         (CONV, [], 1e-9),
-        ("resnet50_100ep.yaml", RESNET, 1e-9),
+        pytest.param("resnet50_100ep.yaml", RESNET, 1e-9, marks=pytest.mark.slow),
         ("vit_s.yaml", TIMM, 1e-9),
     ],
 )

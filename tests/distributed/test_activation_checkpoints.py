@@ -6,7 +6,7 @@ from tests.distributed.launch import results
 from tests.distributed.replays import TRACES
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_steps_are_those_without_checkpoints(ranks):
     """Golden traces in float64, buffers and optimizer too: to the bit, but for micro-batches' order of sums."""
     found = results(ranks, "tests.distributed.activation_checkpoints")

@@ -61,7 +61,7 @@ def test_three_ranks_train_the_classifier_of_one_and_go_on_from_its_checkpoint(a
     [
         ((1, 2), "knn", (*ROOTS, "--k", "10,50")),
         pytest.param((1, 4), "knn", (*ROOTS, "--k", "10,50"), marks=pytest.mark.slow),
-        ((1, 2), "rankme", ("--data", VAL)),
+        pytest.param((1, 2), "rankme", ("--data", VAL), marks=pytest.mark.slow),
         pytest.param((1, 2), "linear", (*ROOTS, "--fast"), marks=pytest.mark.slow),
     ],
 )

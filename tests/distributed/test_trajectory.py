@@ -100,7 +100,7 @@ def test_two_ranks(alone, tmp_path):
 
     One half of resnet_halves has no online probe.
     """
-    pairs = [*(("vit", shard) for shard in WORKERS), ("resnet", "full"), ("resnet", "hybrid")]
+    pairs = [*(("vit", shard) for shard in WORKERS), ("resnet", "full")]
     runs = [sharded(*pair) for pair in pairs]
     runs += [("vit_halves", "vit", f"train.max_steps={s}") for s in (9, 20)]
     runs += [("resnet_halves", "resnet", "train.max_steps=9", WITHOUT), ("resnet_halves", "resnet")]
@@ -139,7 +139,7 @@ def test_four_ranks_and_two_that_become_four(alone, tmp_path):
 
 @pytest.mark.slow
 def test_the_resnet_under_the_other_shardings_and_on_four_ranks(alone, tmp_path):
-    launch(2, tmp_path, sharded("resnet", "grad_op"), sharded("resnet", "replicate"))
+    launch(2, tmp_path, *(sharded("resnet", shard) for shard in ("grad_op", "hybrid", "replicate")))
     launch(4, tmp_path, ("resnet_four", "resnet"))
-    for name in ("resnet_grad_op", "resnet_replicate", "resnet_four"):
+    for name in ("resnet_grad_op", "resnet_hybrid", "resnet_replicate", "resnet_four"):
         assert_same_run(tmp_path / name, alone / "resnet")
