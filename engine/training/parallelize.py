@@ -28,7 +28,9 @@ UNIT = 4_000_000  # parameters that travel together at least: a smaller message 
 COMPILED_VARIANTS = 64  # graphs of one forward: its shapes, with and without gradient, in training and evaluation
 
 
-def parallelize(network: Network, mesh: DeviceMesh, group: ProcessGroup, parallel: Parallel, least: int = UNIT) -> None:
+def parallelize(
+    network: Network, mesh: DeviceMesh, group: ProcessGroup, parallel: Parallel, least: float | None = None
+) -> None:
     """Shard a network that is still on the meta device over `mesh` ("replicate", "shard"); `materialize` fills it.
 
     Each of its parts (trunks and heads) is a root of its own, because evaluation calls trunks alone. Trunks run in bf16
@@ -40,8 +42,7 @@ def parallelize(network: Network, mesh: DeviceMesh, group: ProcessGroup, paralle
 
     Args:
         group: the ranks of the global batch, for BatchNorm.
-        least: parameters of a trunk that travel together at least, as `units` has it; None: what is good for as many
-            ranks.
+        least: parameters of a trunk that travel together at least, as `units` has it; None: as `least_unit` has it.
     """
     # A trunk's CLS token is a view of its tokens; FSDP warns of in-place writes to it, and there are none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -88,7 +89,7 @@ def _shard_trunk(trunk: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting
 
 
 def least_unit(ranks: int) -> float:
-    """How many parameters should travel together at least."""
+    """How many parameters should travel together at least: a rank that is alone has a trunk as one unit."""
     return UNIT if ranks > 1 else math.inf
 
 
