@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> None:
         _print(recipe, options.recipe)
     elif (options.ranks or 1) > 1:
         note(f"{options.ranks} ranks: loading PyTorch")
-        back = ["--from", str(options.earlier)] if options.earlier else []
-        launch("run", [str(options.recipe), *options.overrides, *back], options.ranks, options.max_restarts or 0)
+        earlier = ["--from", str(options.earlier)] if options.earlier else []
+        launch("run", [str(options.recipe), *options.overrides, *earlier], options.ranks, options.max_restarts or 0)
     else:
         _pretrain(recipe, options.recipe, options.earlier)
 

@@ -21,7 +21,7 @@ LEAVE_SECONDS = 60.0  # at most, for a save under way when its run fails
 class Saver:
     """Makes one checkpoint of a run at a time. All ranks call every method together; each rank copies what it writes.
 
-    A context manager: a save that is under way at the end of its body is waited for.
+    A context manager: the end of its body waits LEAVE_SECONDS at most for a save under way.
 
     Args:
         checkpoints: the folder.
@@ -59,7 +59,7 @@ class Saver:
             warn(f"the save under way failed: {self._error}")
 
     def prepare(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Plan beside what follows, where saves are: with many ranks a plan takes a while."""
+        """Where saves are beside the training, plan them so too: with many ranks that takes a while."""
         if self.beside:
             self._begin(self._make_plan, tensors)
 
@@ -67,8 +67,8 @@ class Saver:
         """Begin to save, with the arguments of engine.checkpoint.save.save; returns when the tensors may change."""
         if self.under_way:
             raise RuntimeError("a save is under way: wait for it first")
-        self.wait()
-        if self._plan is None or self._plan.contents != dcp.contents_of(tensors):
+        self.wait()  # for the plan
+        if self._plan is None or self._plan.entries != dcp.entries_of(tensors):
             self._make_plan(tensors)
         self.under_way = True
         shards = dcp.shards_of(tensors, self._plan)

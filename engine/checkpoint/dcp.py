@@ -23,31 +23,30 @@ from engine.files import naming
 
 _REASON = 300  # characters of what one rank says of a failure
 
-
 Shards = dict[MetadataIndex, torch.Tensor]  # of this rank, those that it writes
 
 
 class Plan(NamedTuple):
     """How a set of tensors is saved, of which each rank has its shards. It holds as long as names and shardings do.
 
-    contents: of the whole tensors, as the manifest has it.
+    entries: of the whole tensors, as the manifest has them.
     mine: the shards that this rank writes; each is written by one.
     table: of contents, all ranks', on rank 0.
     """
 
-    contents: dict[str, dict[str, Any]]
+    entries: dict[str, dict[str, Any]]
     mine: SavePlan
     table: Metadata | None
 
 
-def contents_of(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+def entries_of(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
     return {name: entry(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def make_plan(tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> Plan:
     """All ranks of `group` call it, with the same names, whole shapes and dtypes. Raises ValueError for others."""
-    contents = contents_of(tensors)
-    _check_same(contents, group)
+    entries = entries_of(tensors)
+    _check_same(entries, group)
     planner, shares, table = _planner(), None, None
     planner.set_up_planner(tensors, is_coordinator=rank(group) == 0)
     plans = gather(planner.create_local_plan(), group)
@@ -55,14 +54,14 @@ def make_plan(tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None)
         if plans is not None:
             shares, table = planner.create_global_plan(plans)
             shares = _Writer(Path()).prepare_global_plan(shares)  # the names of files, the same in any folder
-    return Plan(contents, scatter(shares, group), table)
+    return Plan(entries, scatter(shares, group), table)
 
 
-def _check_same(contents: dict[str, dict], group: dist.ProcessGroup | None) -> None:
+def _check_same(entries: dict[str, dict], group: dist.ProcessGroup | None) -> None:
     """Ranks that save different things would write a checkpoint that fits none of them."""
-    first = broadcast(contents, group)
+    first = broadcast(entries, group)
     with agreement(group):
-        different = [name for name in sorted(contents.keys() | first) if contents.get(name) != first.get(name)]
+        different = [name for name in sorted(entries.keys() | first) if entries.get(name) != first.get(name)]
         if different:
             raise ValueError(f"all ranks must save the same tensors; {different[0]!r} is not as on rank 0")
 

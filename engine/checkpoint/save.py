@@ -27,7 +27,6 @@ def save(
     *,
     recipe_sha256: str,
     group: dist.ProcessGroup | None = None,
-    before: Callable[[], None] | None = None,
 ) -> Path:
     """Save `tensors` and `state` as checkpoints/step_<state.step>, which `latest` then names. All of `group` call it.
 
@@ -40,7 +39,7 @@ def save(
     """
     plan = dcp.make_plan(tensors, group)
     shards = dcp.shards_of(tensors, plan)
-    return commit(checkpoints, plan, shards, state, recipe_sha256=recipe_sha256, group=group, before=before)
+    return commit(checkpoints, plan, shards, state, recipe_sha256=recipe_sha256, group=group)
 
 
 def commit(
@@ -50,7 +49,7 @@ def commit(
     state: RunState,
     *,
     recipe_sha256: str,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | None,
     before: Callable[[], None] | None = None,
 ) -> Path:
     """`save` of shards that lie ready.
@@ -62,7 +61,7 @@ def commit(
     the folder is another run's; what `before` raises, an OSError as SaveFailed.
     """
     final = Path(checkpoints) / layout.step_name(state.step)
-    content, draft = Manifest(state.step, size(group), recipe_sha256, {}, plan.contents, state.to_json()), None
+    content, draft = Manifest(state.step, size(group), recipe_sha256, {}, plan.entries, state.to_json()), None
     with ExitStack() as held:
         try:
             with agreement(group):

@@ -23,7 +23,7 @@ from engine.data.bad_images import Bad
 from engine.data.decode import CenterCrop, Crops
 from engine.data.order import REPEAT, Order
 from engine.data.source import Source
-from engine.data.workers import SHARED_MEMORY, TIMEOUT, delivered, start_worker, unwrapped, word_seconds
+from engine.data.workers import SHARED_MEMORY, TIMEOUT, delivered, say_seconds, start_worker, unwrapped
 from engine.distributed.launcher import local_ranks
 from engine.errors import UserError, one_line
 
@@ -193,7 +193,7 @@ def _run(dataset: Dataset, at: Iterable, workers: int, pin_memory: bool, timeout
         num_workers=workers,
         prefetch_factor=_PREFETCH if workers else None,
         pin_memory=pin_memory,
-        timeout=word_seconds(timeout) if workers else 0,
+        timeout=say_seconds(timeout) if workers else 0,
         worker_init_fn=partial(start_worker, os.getpid()),
         multiprocessing_context=("fork" if sys.platform == "linux" else "spawn") if workers else None,
         generator=torch.Generator(),  # else it would draw from the global one, and so move the training's numbers

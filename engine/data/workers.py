@@ -17,7 +17,7 @@ from engine.logger import warn
 from engine.torch_internals import end_workers, has_lost_its_thread, send_instead
 
 SHARED_MEMORY = Path("/dev/shm")  # where workers hand batches over
-SAY_SECONDS = 60.0  # between two words about a batch that does not come
+SAY_SECONDS = 60.0  # between two lines about a batch that does not come
 TIMEOUT = 300.0  # seconds
 _PR_SET_PDEATHSIG = 1
 _END = object()
@@ -35,7 +35,7 @@ def unwrapped(items: Iterator) -> Iterator:
 
 
 def delivered(items: Iterator, timeout: float) -> Iterator:
-    """What comes from a DataLoader's iterator with workers, whose own time-out must be `word_seconds(timeout)`.
+    """What comes from a DataLoader's iterator with workers, whose own time-out must be `say_seconds(timeout)`.
 
     Each minute in which nothing comes is said. Raises RunFailed after `timeout` seconds of that, and where a worker
     dies or cannot hand over a batch; UserError where an item is one.
@@ -54,8 +54,8 @@ def delivered(items: Iterator, timeout: float) -> Iterator:
         end_workers(items)
 
 
-def word_seconds(timeout: float) -> float:
-    """Between two words about silence, which lasts `timeout` seconds at most."""
+def say_seconds(timeout: float) -> float:
+    """Between two lines about silence, which lasts `timeout` seconds at most."""
     return min(SAY_SECONDS, timeout)
 
 
@@ -69,7 +69,7 @@ def _awaited(items: Iterator, timeout: float) -> object:
                 raise
         if has_lost_its_thread(items):
             raise RunFailed("the thread that hands batches to the GPU died, after the error above")
-        waited += word_seconds(timeout)
+        waited += say_seconds(timeout)
         silence = f"no batch came from the loading processes for {waited / 60:.2g} minutes"
         if waited >= timeout:
             raise RunFailed(f"{silence}: the disk that holds the images may not answer")

@@ -103,20 +103,20 @@ def is_restarted() -> bool:
 
 def leave_mark(name: str) -> None:
     """Tell the ranks that torchrun will start in this one's place, on this node, how far it came."""
-    if place := _place():
+    if folder := _mark_folder():
         with suppress(OSError):
-            (place / name).touch()
+            (folder / name).touch()
 
 
 def found_mark(name: str) -> bool:
     """Whether a rank of this node left the mark before torchrun restarted it."""
-    place = _place()
-    if place is None:
+    folder = _mark_folder()
+    if folder is None:
         return False
-    return any(mark.parents[1] != place.parent for mark in place.parents[1].glob(f"attempt_*/*/{name}"))
+    return any(mark.parents[1] != folder.parent for mark in folder.parents[1].glob(f"attempt_*/*/{name}"))
 
 
-def _place() -> Path | None:
+def _mark_folder() -> Path | None:
     """A folder of this rank and start, in one that torchrun keeps as long as it lives: attempt_<restarts>/<rank>."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     return Path(file).parent if file else None

@@ -16,7 +16,7 @@ from engine.logger import warn
 
 QUESTIONS = "engine/questions"  # of ranks that want to know the name
 LOOK_SECONDS = 0.05
-WORD_SECONDS = 60.0  # between two lines about ranks that have not come
+SAY_SECONDS = 60.0  # between two lines about ranks that have not come
 
 
 def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
@@ -70,7 +70,7 @@ def _ask(store: dist.Store, rank: int, timeout: timedelta) -> str:
 def _answer(store: dist.Store, size: int, timeout: timedelta) -> str:
     """Answer whoever asks until every rank has heard: the question of a dead rank gets an answer that nobody reads."""
     name, answered, missing = secrets.token_hex(8), set(), set(range(1, size))
-    begun, words = time.monotonic(), 1
+    begun, lines = time.monotonic(), 1
     while True:
         asked = _list(store, QUESTIONS) - answered
         if asked:
@@ -81,9 +81,9 @@ def _answer(store: dist.Store, size: int, timeout: timedelta) -> str:
             return name
         late = f"ranks {listed([str(rank) for rank in sorted(missing)])}"
         waited = time.monotonic() - begun
-        if waited > words * WORD_SECONDS:
+        if waited > lines * SAY_SECONDS:
             warn(f"{late} have not come yet, after {waited:.0f} s")
-            words += 1
+            lines += 1
         if waited > timeout.total_seconds():
             raise RunFailed(f"{late} did not come within {timeout}; the same command starts again")
         time.sleep(LOOK_SECONDS)

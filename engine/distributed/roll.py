@@ -24,8 +24,8 @@ def wait_at_most(world: World, timeout: timedelta) -> None:
 def lost_ranks(world: World, error: BaseException, timeout: timedelta) -> str | None:
     """Which ranks an operation has lost that failed with this error, in words; None for another error.
 
-    Every rank that works calls it when an operation has failed so; it ends all communication. timeout: after which
-    operations fail in steps.
+    Every rank that works calls it when an operation has failed so; it ends all communication. timeout: for which an
+    operation of a step waits.
     """
     text = one_line(error)
     if world.size == 1 or not isinstance(error, RuntimeError) or not _LOST.search(text):

@@ -62,7 +62,7 @@ class World:
 def process_group() -> Iterator[World]:
     """Join the other processes of the launch (or be the only one); yields the World.
 
-    GPUs are used where there are any. Under a launcher a rank whose agent died exits within seconds.
+    GPUs are used where there are any. A rank whose launcher died exits within seconds.
     """
     end_with_launcher(os.getppid())
     allow_open_files()

@@ -8,10 +8,8 @@ from engine.distributed.launcher import is_restarted
 from engine.errors import UserError, listed
 from engine.files import remove, replace_file
 from engine.logger import say
-from engine.runs.directory import RunDirectory
+from engine.runs.directory import WENT_BACK, RunDirectory
 from engine.weights.opening import checkpoint_folder
-
-DONE = ".from"  # in a run directory: the checkpoint to which this launch has gone back
 
 
 def find_earlier(directory: RunDirectory, wanted: Path) -> Path | None:
@@ -27,7 +25,7 @@ def find_earlier(directory: RunDirectory, wanted: Path) -> Path | None:
             f"--from ({wanted}) must be a checkpoint of the run in {directory.path}, {_choice(directory)}; a new run "
             f"that begins with another one's weights says run.continue_from"
         )
-    own, done = directory.checkpoints / found.resolve().name, directory.path / DONE
+    own, done = directory.checkpoints / found.resolve().name, directory.path / WENT_BACK
     if is_restarted() and done.exists() and done.read_text().strip() == own.name:
         say(f"restarted after it went back to {own.name}: --from is not obeyed twice")
         return None
@@ -55,7 +53,7 @@ def go_back(directory: RunDirectory, checkpoint: Path) -> None:
     best = read_pointer(directory.checkpoints, "best")
     if best is not None and not (directory.checkpoints / best).exists():
         remove(directory.checkpoints / "best")  # the next save names the best of those that are there
-    replace_file(directory.path / DONE, f"{checkpoint.name}\n")
+    replace_file(directory.path / WENT_BACK, f"{checkpoint.name}\n")
     if later:
         say(f"set aside {', '.join(later)}, later than {checkpoint.name}: yours to remove")
     say(f"back to {checkpoint.name}: leave --from out from now on, or the next start goes back again")

@@ -46,15 +46,13 @@ class Board:
         self.file.try_to(self.file.close)
 
     def _add(self, step: int, **content: Any) -> None:
-        if not self.has_begun:
-            from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
+        if not self.has_begun:
             self.has_begun = True
             self._add(0, file_version="brain.Event:2")
             self._add(self.begin, session_log={"status": SessionLog.START})
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
         record = io.BytesIO()
         RecordWriter(record).write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
         self.file.add(record.getvalue())

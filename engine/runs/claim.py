@@ -72,7 +72,7 @@ def _holder(path: Path) -> str | None:
 
 
 def _read(path: Path) -> dict | None:
-    """What a holder has said; None where there is none, {} where its words are no sentence."""
+    """What a holder has said; None where there is none, {} where it cannot be understood."""
     text = path.read_text(errors="replace")
     try:
         said = json.loads(text or "null")
@@ -82,7 +82,7 @@ def _read(path: Path) -> dict | None:
 
 
 def _self() -> dict[str, str | int]:
-    """This process, told from all others, and this time of its holding a run."""
+    """What tells this process, and this claim of it, from all others."""
     return {
         "launch": secrets.token_hex(4),
         "host": socket.gethostname(),
@@ -96,9 +96,8 @@ def _self() -> dict[str, str | int]:
 def _is_alive(holder: dict) -> bool | None:
     """None where it is, or may be, another host's."""
     process = holder.get("process")
-    if (holder.get("host"), holder.get("namespace")) != (socket.gethostname(), _namespace()) or type(
-        process
-    ) is not int:
+    is_here = (holder.get("host"), holder.get("namespace")) == (socket.gethostname(), _namespace())
+    if not is_here or type(process) is not int:
         return None
     return _born(process) == holder.get("born") != ""
 

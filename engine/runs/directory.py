@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
-from engine.checkpoint.layout import checkpoint_folders
+from engine.checkpoint.layout import LOCK, checkpoint_folders
 from engine.distributed.agreement import agreement, all_gather, broadcast
 from engine.distributed.launcher import found_mark, leave_mark
 from engine.distributed.world import World
@@ -22,8 +22,9 @@ from engine.runs.claim import claimed
 STOP = "STOP"  # a file by which a person stops the run; the run that obeys removes it
 REQUEUE = "REQUEUE"  # a file that a run leaves which a scheduler's signal stopped: it wants to go on
 SCHEDULERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM)
+WENT_BACK = ".from"  # a file that names the checkpoint to which `--from` went back
 # What a run replaces.
-OWN = ("recipe.yaml", "metrics.jsonl", "classes.csv", "confusion.png", "timm", "timm_ema", REQUEUE, ".from")
+OWN = ("recipe.yaml", "metrics.jsonl", "classes.csv", "confusion.png", "timm", "timm_ema", REQUEUE, WENT_BACK)
 MARK = "run_dir"  # of a launch that has found or made its folder
 LOCK_SECONDS = 10.0  # ranks of a killed launch need a moment to notice and to let go
 VISIBLE_SECONDS = 10.0  # network file systems need a moment to show a new file
@@ -64,19 +65,19 @@ class RunDirectory:
             raise
         return self
 
-    def _check_kept(self, was_there: bool) -> None:
-        if was_there and not self.path.exists():
-            raise RunFailed(
-                f"run.dir ({self.path}) is gone, which was there before the launcher restarted its ranks: no new run "
-                "begins in its place by itself; start again where it stays"
-            )
-
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if isinstance(error, UserError):
             self._leave_nothing()
         elif self.is_ours:
             self._mark_end(error)
         self.held.close()
+
+    def _check_kept(self, was_there: bool) -> None:
+        if was_there and not self.path.exists():
+            raise RunFailed(
+                f"run.dir ({self.path}) is gone, which was there before the launcher restarted its ranks: no new run "
+                "begins in its place by itself; start again where it stays"
+            )
 
     def _mark_end(self, error: BaseException | None) -> None:
         signum = error.signum if isinstance(error, Interrupted) else None
@@ -90,7 +91,7 @@ class RunDirectory:
 
     def _leave_nothing(self) -> None:
         if self.is_new and not self._has_steps():
-            for name in (*OWN, "tensorboard", "checkpoints", ".lock"):
+            for name in (*OWN, "tensorboard", "checkpoints", LOCK):
                 remove_or_warn(self.path / name)
         with suppress(OSError):  # something else lies there
             for path in reversed(self.made):
@@ -141,8 +142,8 @@ class RunDirectory:
                 self.made.append(path)
             self.path.mkdir(exist_ok=True)  # raises where it is a file
             self.number = self.path.stat().st_ino
-            locked = self.held.enter_context(lock(self.path / ".lock", in_use, LOCK_SECONDS))
-            self.held.enter_context(claimed(self.path / ".lock", locked, LOCK_SECONDS))
+            locked = self.held.enter_context(lock(self.path / LOCK, in_use, LOCK_SECONDS))
+            self.held.enter_context(claimed(self.path / LOCK, locked, LOCK_SECONDS))
             if locked:
                 self.is_new = self.path in self.made
                 remove_drafts(self.path, OWN)

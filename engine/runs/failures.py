@@ -1,4 +1,5 @@
-"""What ends a run from outside, in one line in place of torch's many: no memory, code torn by a kill, dead helpers."""
+"""What ends a run from outside, in one line in place of torch's many: no memory, torn code, loading processes and ranks
+that are gone."""
 
 import os
 import re
@@ -18,9 +19,12 @@ from engine.runs.task import Task
 
 def kept(checkpoints: Path) -> str:
     """How a run that has failed goes on, in words."""
+    return f"{_newest(checkpoints)}, and the same command goes on"
+
+
+def _newest(checkpoints: Path) -> str:
     newest = read_pointer(checkpoints, "latest")
-    found = f"checkpoint {newest} is kept" if newest else "there is no checkpoint yet"
-    return f"{found}, and the same command goes on"
+    return f"checkpoint {newest} is kept" if newest else "there is no checkpoint yet"
 
 
 @contextmanager
@@ -54,11 +58,9 @@ def _memory_in_words(task: Task, checkpoints: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-        newest = read_pointer(checkpoints, "latest")
-        kept = f"checkpoint {newest} is kept" if newest else "there is no checkpoint yet"
         raise RunFailed(
-            f"{task.world.device_name} had no memory left for {asked[1] if asked else one_line(error)} more; {kept}: "
-            f"go on with {task.less_memory}, which makes the same run in less memory"
+            f"{task.world.device_name} had no memory left for {asked[1] if asked else one_line(error)} more; "
+            f"{_newest(checkpoints)}: go on with {task.less_memory}, which makes the same run in less memory"
         ) from error
 
 

@@ -41,7 +41,7 @@ class GrowingFile:
             act()
         except OSError as error:
             with self._lock:
-                self._suffer(error)
+                self._count_failure(error)
 
     def sync(self) -> None:
         """Returns when all that was added would survive a power failure. Raises OSError."""
@@ -97,7 +97,7 @@ class GrowingFile:
             os.ftruncate(self._file.fileno(), self._end)
             self._torn = False
 
-    def _suffer(self, error: OSError) -> None:
+    def _count_failure(self, error: OSError) -> None:
         self.failures += 1
         if not self._fails:
             self._fails = True

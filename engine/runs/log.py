@@ -100,7 +100,7 @@ class MetricsLog:
             try:
                 replace_file(self._directory / name, content)
             except OSError as error:
-                self.suffer(self._directory / name, error)
+                self.count_failure(self._directory / name, error)
             if name.endswith(".png"):
                 pixels_HW3 = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
                 self.picture(Path(name).stem, torch.from_numpy(pixels_HW3.transpose(2, 0, 1)), step)
@@ -116,7 +116,7 @@ class MetricsLog:
             self._board.close()
             self._rows.close()
 
-    def suffer(self, path: Path, error: Exception) -> None:
+    def count_failure(self, path: Path, error: Exception) -> None:
         """Say and count that a file could not be written, which is tried again after the next evaluation."""
         self._missed += 1
         warn(f"{path} could not be written ({reason(error)}); training goes on, the next evaluation tries again")

@@ -21,8 +21,9 @@ from engine.runs.back import find_earlier, go_back
 from engine.runs.directory import STOP, RunDirectory, check_same_task
 from engine.runs.failures import failures_in_words, lost_ranks_in_words
 from engine.runs.log import MetricsLog, Row
+from engine.runs.plan import Plan
 from engine.runs.saves import Saves
-from engine.runs.task import Plan, Task
+from engine.runs.task import Task
 from engine.runs.trainer import Trainer
 from engine.training.determinism import deterministic, refused_in_trial
 
@@ -31,8 +32,7 @@ def run(task: Task, started: float, earlier: Path | None = None) -> Row:
     """Carry a task out to the end of its plan; a run that is found in its directory goes on.
 
     All ranks call it together. `started`: on the performance counter. `earlier`: the checkpoint of its own from which
-    it goes on; the newest where there is none. Returns the monitor's row that counts, on every
-    rank; {} where there is none.
+    it goes on; None: the newest. Returns the monitor's row that counts, on every rank; {} where there is none.
 
     Raises:
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
@@ -58,8 +58,9 @@ def run(task: Task, started: float, earlier: Path | None = None) -> Row:
             task.begin_with(*source)
         directory.write_recipe(located(recipe, task.recipe_file), task.made_by())
         with agreement(world.host_group):
-            kept = task.step if found else -1
-            log = MetricsLog(directory.path, kept, monitor=task.monitor, enabled=world.is_first)
+            resume_step = task.step if found else -1
+            log = MetricsLog(directory.path, resume_step, monitor=task.monitor, enabled=world.is_first)
+        # Inside of `saves`, whose end would else wait for a save that needs a lost rank.
         with Saves(task, log, directory) as saves, lost_ranks_in_words(task, directory.checkpoints):
             trainer = Trainer(task, log, saves, stop)
             trainer.seconds["start-up"] = time.perf_counter() - started

@@ -51,7 +51,7 @@ class Saves:
             RunFailed: the run's folder is gone.
             UserError: another run writes there.
         """
-        self.settle(last=must)
+        self.settle(followed=must)
         self.started = self.task.step
         self.saver.start(self.task.tensors(), self.task.state())
         at_the_end = 0 < self.in_a_row == self.plan.max_failures - 1  # one more failure ends the run: here, not later
@@ -60,44 +60,24 @@ class Saves:
 
     def secure(self) -> None:
         """Returns when the present step is saved. Raises what `make` raises."""
-        self.settle(last=True)
+        self.settle(followed=True)
         if self.saved != self.task.step:
             self.make(must=True)
 
-    def settle(self, *, must: bool = False, last: bool = False) -> None:
+    def settle(self, *, must: bool = False, followed: bool = False) -> None:
         """Wait for the save under way, if there is one. Raises what `make` raises.
 
-        last: another one follows that must not fail, and ends the run if it does.
+        must: of that save, as `make` has it.
+        followed: another one comes next that must not fail, and ends the run if it does.
         """
         if not self.saver.under_way:
             return
         try:
             self.saver.wait()
         except SaveFailed as failure:
-            self._bear(failure, must=must, last=last)
+            self._bear(failure, must=must, followed=followed)
         else:
             self.in_a_row, self.saved = 0, self.started
-
-    def _tidy(self) -> None:
-        """On rank 0: what `best` should name is not removed before it does."""
-        if self.point_best():
-            retain(self.checkpoints, self.plan.keep, self.plan.archives)
-
-    def _before(self) -> None:
-        """On rank 0, before anything is written: a checkpoint is never ahead of the log."""
-        self.directory.check_there()
-        self.log.sync()
-
-    def _bear(self, failure: SaveFailed, *, must: bool, last: bool) -> None:
-        """Raises the failure where the run cannot go on with it."""
-        self.failures += 1
-        self.in_a_row += 1
-        most = self.plan.max_failures
-        if must or (self.in_a_row >= most and not last):
-            raise SaveFailed(f"{failure}; put this right, and the same command goes on") from failure
-        if self.task.world.is_first:
-            ends = f"{self.in_a_row} in a row failed, and {most} end the run"
-            warn(f"{failure}; training goes on, and the next save makes up for it ({ends})")
 
     def point_best(self) -> bool:
         """Let `best` name the checkpoint that the monitor likes most, of those that are there; whether it does. Called
@@ -110,6 +90,27 @@ class Saves:
             elif best is None and named not in (None, *names):
                 remove(self.checkpoints / "best")
         except (OSError, UserError) as error:
-            self.log.suffer(self.checkpoints / "best", error)
+            self.log.count_failure(self.checkpoints / "best", error)
             return False
         return True
+
+    def _before(self) -> None:
+        """On rank 0, before anything is written: a checkpoint is never ahead of the log."""
+        self.directory.check_there()
+        self.log.sync()
+
+    def _tidy(self) -> None:
+        """On rank 0: what `best` should name is not removed before it does."""
+        if self.point_best():
+            retain(self.checkpoints, self.plan.keep, self.plan.archives)
+
+    def _bear(self, failure: SaveFailed, *, must: bool, followed: bool) -> None:
+        """Raises the failure where the run cannot go on with it."""
+        self.failures += 1
+        self.in_a_row += 1
+        most = self.plan.max_failures
+        if must or (self.in_a_row >= most and not followed):
+            raise SaveFailed(f"{failure}; put this right, and the same command goes on") from failure
+        if self.task.world.is_first:
+            ends = f"{self.in_a_row} in a row failed, and {most} end the run"
+            warn(f"{failure}; training goes on, and the next save makes up for it ({ends})")

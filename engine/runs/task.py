@@ -5,7 +5,6 @@ Shapes: V views, B images of this rank, S side of an image.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,41 +30,12 @@ from engine.evaluation.features import AtBatch
 from engine.recipe.load import dump
 from engine.recipe.sections import Parallel, Recipe
 from engine.runs.log import Row
+from engine.runs.plan import Plan
 from engine.training.activation_checkpoint import stronger
 from engine.training.update import Update
 
 PICTURED = 8  # images of which TensorBoard shows what the networks see
 SKIPS_IN_A_ROW = 10  # steps without update after which a run has failed
-
-
-@dataclass(frozen=True)
-class Plan:
-    """When things happen, in steps. `evaluate_every` 0: never. The run ends after `last_step` steps.
-
-    archive_every: between checkpoints that stay for good, a part of a step or so too; 0: none do.
-    """
-
-    last_step: int
-    log_every: int
-    checkpoint_every: int
-    keep: int
-    evaluate_every: int
-    max_failures: int = 1
-    archive_every: float = 0.0
-
-    def logs_after(self, step: int) -> bool:
-        return step in (1, self.last_step) or step % self.log_every == 0
-
-    def saves_after(self, step: int) -> bool:
-        return step == self.last_step or step % self.checkpoint_every == 0 or self.archives(step)
-
-    def archives(self, step: int) -> bool:
-        """Whether the step's checkpoint stays for good: it is the first at or after a multiple of `archive_every`."""
-        every = self.archive_every
-        return every > 0 and step // every > (step - 1) // every
-
-    def evaluates_after(self, step: int) -> bool:
-        return self.evaluate_every > 0 and (step in (0, self.last_step) or step % self.evaluate_every == 0)
 
 
 def on_host(numbers: Mapping[str, Tensor | float]) -> Row:

@@ -39,8 +39,8 @@ class Trainer:
         self.task, self.plan, self.world = task, task.plan(), task.world
         self.log, self.saves, self.stop = log, saves, stop
         self.seconds: Counter[str] = Counter()  # where the wall time went
-        watched = getattr(task.recipe.train, "on_spike", None) == "warn" and self.world.is_first
         self.patience = TIMEOUT  # how long ranks wait for each other
+        watched = getattr(task.recipe.train, "on_spike", None) == "warn" and self.world.is_first
         self.alarm = SpikeAlarm(log.recent) if watched else None  # of the rank that writes the log
 
     def run(self) -> None:
@@ -141,8 +141,8 @@ class Trainer:
     def _stop_if_asked(self, batch: int) -> None:
         """Between batches of an evaluation, on every rank. Raises Interrupted: a resumed run makes the row."""
         if batch % ASK_EVERY == 0 and (word := self.stop.agreed()) is not None:
-            kept = f"after step {self.task.step}, which is saved," if self.task.step else "before step 1,"
-            raise Interrupted(word, f"{kept} during its evaluation")
+            where = f"after step {self.task.step}, which is saved," if self.task.step else "before step 1,"
+            raise Interrupted(word, f"{where} during its evaluation")
 
     def _show_result(self, step: int) -> None:
         """Let `best` name the best checkpoint, and show the evaluation if it counts."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from engine.recipe.sections import FinetuneOptimizer
 from engine.torch_internals import lerp_each_
-from engine.training.optim import adamw
+from engine.training.optim import AdamW
 from engine.training.parallelize import local, saved
 from engine.training.schedule import Schedule
 from engine.training.update import Applied, Update
@@ -57,7 +57,7 @@ class FinetuneState:
             self.saved |= {f"ema.{name}": tensor for name, tensor in saved(ema).items()}
             self.ema_shards = floating(ema)
         self.update = Update(
-            adamw(decaying_groups(classifier, optimizer)),
+            AdamW(decaying_groups(classifier, optimizer)),
             {name: p for name, p in classifier.named_parameters() if p.requires_grad},
             list(classifier.buffers()),
             group=group,

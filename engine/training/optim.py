@@ -31,22 +31,20 @@ def build_optimizer(
     """
     if section.name == "lars":
         return Lars(parameters, section.weight_decay, shard_group)
-    return adamw([{"params": list(parameters), "weight_decay": section.weight_decay}])
-
-
-def adamw(groups: list[dict]) -> "AdamW":
-    """AdamW over groups with `params` and `weight_decay`; the step sets each one's `lr`."""
-    return AdamW(groups, lr=0.0)
+    return AdamW([{"params": list(parameters), "weight_decay": section.weight_decay}])
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's, on this rank's shards: its own step sends each of the lists through DTensor's dispatch, which takes the
-    host longer than all else in it."""
+    """torch's, over groups with `params` and `weight_decay`; the step sets each one's `lr`.
+
+    It works on this rank's shards: torch's own step sends each of its lists through DTensor's dispatch, which takes the
+    host longer than all else in it.
+    """
 
     found_inf: Tensor | None = None
 
-    def __init__(self, groups: list[dict], lr: float):
-        super().__init__(groups, lr=lr)
+    def __init__(self, groups: list[dict]):
+        super().__init__(groups, lr=0.0)
         for parameter in (p for group in self.param_groups for p in group["params"]):
             # The state that torch's would make in its first step.
             self.state[parameter] = {

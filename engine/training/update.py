@@ -53,8 +53,8 @@ class Update:
         device = next(iter(trained.values())).device
         self.shares = shares(trained.values(), group).to(device)
         self.skipped = torch.zeros((), dtype=torch.long, device=device)
-        self.heard = torch.empty(0, device=device)  # of the last step: the sum of the ranks' messages
         self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=device)
+        self.heard = torch.empty(0, device=device)  # of the last step: the sum of the ranks' messages
 
     def tensors(self) -> dict[str, Tensor]:
         """The optimizer's state and the counts, by name; loading fills them in place."""

@@ -35,7 +35,7 @@ def test_each_start_has_a_name_of_its_own():
 
 
 def test_who_is_waited_for_is_said(monkeypatch, capsys):
-    monkeypatch.setattr(rendezvous, "WORD_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "SAY_SECONDS", 0.1)
     with pytest.raises(RunFailed, match=r"^ranks 1, 2 did not come"):
         of_this_start(dist.HashStore(), 0, 3, timedelta(seconds=0.35))
     assert "warning: ranks 1, 2 have not come yet, after 0 s" in capsys.readouterr().err.splitlines()[0]

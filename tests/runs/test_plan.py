@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from engine.runs.task import Plan
+from engine.runs.plan import Plan
 
 
 def test_plan():

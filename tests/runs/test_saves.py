@@ -12,8 +12,8 @@ from engine.errors import RunFailed
 from engine.recipe.load import load
 from engine.runs.directory import RunDirectory
 from engine.runs.log import MetricsLog
+from engine.runs.plan import Plan
 from engine.runs.saves import Saves
-from engine.runs.task import Plan
 from tests.checkpoint.examples import example_state, example_tensors
 from tests.distributed.trajectories import RECIPE
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from engine.distributed.world import process_group
-from engine.training.optim import adamw
+from engine.training.optim import AdamW
 from engine.training.step import train_step
 from engine.training.update import Update
 from tests.replay import Trace, build
@@ -23,7 +23,7 @@ def small_update(**options) -> tuple[nn.Linear, Update]:
         {"params": [layer.weight], "weight_decay": 0.0, "lr_scale": 0.5},
         {"params": [layer.bias], "weight_decay": 0.0},
     ]
-    return layer, Update(adamw(groups), dict(layer.named_parameters()), list(layer.buffers()), **options)
+    return layer, Update(AdamW(groups), dict(layer.named_parameters()), list(layer.buffers()), **options)
 
 
 def step(layer: nn.Linear, update: Update, factor: float = 1.0):
