@@ -22,7 +22,8 @@ from engine.own_models import exit_if_hidden
 exit_if_hidden()
 
 from engine.recipe.keys import wrong  # noqa: E402
-from engine.recipe.load import AnyRecipe, check_world, load, locate  # noqa: E402
+from engine.recipe.load import AnyRecipe, check_world, load, place  # noqa: E402
+from engine.recipe.paths import expand  # noqa: E402
 from engine.recipe.sections import Source  # noqa: E402
 from engine.recipe.shipped import find  # noqa: E402
 
@@ -300,7 +301,7 @@ def read_labelled_run(options: Namespace, kind: type[AnyRecipe]) -> AnyRecipe:
 def request(kind: type[AnyRecipe], file: Path, said: Mapping[str, Any], overrides: Sequence[str]) -> AnyRecipe:
     """The recipe of `file` with what is `said` ({dotted key: value}; None: nothing), and then the overrides.
 
-    Without roots the recipe's own are taken, which `locate` finds. With roots and without a source, it is what lies
+    Without roots the recipe's own are taken, which `place` finds. With roots and without a source, it is what lies
     there; but a torchvision dataset's root looks like any folder, so a recipe of one knows better than a guess.
 
     Raises:
@@ -314,11 +315,11 @@ def request(kind: type[AnyRecipe], file: Path, said: Mapping[str, Any], override
         raise UserError(f"{ROOTS[missing]} (missing) must be given with {ROOTS[given]}; {pass_both}")
     if given not in said:
         own = {key: getattr(recipe.data, key.removeprefix("data.")) for key in ROOTS}
-        said |= {key: str(locate(root, file)) for key, root in own.items() if root is not None}
+        said |= {key: place(root, file) for key, root in own.items() if root is not None}
     elif "data.source" not in said and recipe.data.source != "torchvision":
         from engine.data.opening import guess_kind  # loads PyTorch, and a mistake in the recipe should show before
 
-        said["data.source"] = guess_kind(Path(said["data.root"]))
+        said["data.source"] = guess_kind(expand(said["data.root"]))
     recipe = load(file, _overrides(said, overrides), kind)
     check_world(recipe, ranks())
     return recipe

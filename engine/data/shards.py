@@ -47,15 +47,14 @@ def open_shards(root: Root, split: Split) -> Source | None:
 
 
 def _tars(folder: Path, beside: Survey) -> list[Path]:
+    """Its tars; images and folders among the rest, which nobody may miss, go to the survey."""
     found = []
     for path in sorted(folder.iterdir()):
         if is_tar_name(path.name):
             found.append(path)
-        elif path.name.startswith("."):
-            beside.leave_out("hidden")
-        elif path.is_dir():
+        elif path.is_dir() and not path.name.startswith("."):
             beside.leave_out("folders")
-        elif path.suffix != ".index":
+        elif is_image_name(bytes(path)):
             beside.leave_out_file(bytes(path))
     return found
 

@@ -12,6 +12,7 @@ from engine.distributed.world import World, in_turn
 from engine.errors import UserError
 from engine.logger import note, warn
 from engine.recipe.load import locate
+from engine.recipe.paths import expand
 from engine.recipe.sections import Data, LabelledData
 
 
@@ -47,8 +48,8 @@ def open_splits(data: Data, recipe_file: Path, world: World, *, batch: int, read
 
 def open_labelled_splits(data: LabelledData, world: World, *, seed: int, batch: int = 1) -> Splits:
     """The labelled images that a recipe names: `open_labelled` of its roots, of which train must fill a batch."""
-    train = _root(data, Path(data.root), "data.root")
-    val = train if data.val_root is None else _root(data, Path(data.val_root), "data.val_root")
+    train = _root(data, expand(data.root), "data.root")
+    val = train if data.val_root is None else _root(data, expand(data.val_root), "data.val_root")
     return open_labelled(train, val, world, share=data.labels, seed=seed, batch=batch)
 
 

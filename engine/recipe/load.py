@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from engine.errors import UserError, one_line, reason
 from engine.recipe.keys import keys_of, read, show, wrong
+from engine.recipe.paths import expand, is_path, typed
 from engine.recipe.plain import parse, unparse
 from engine.recipe.sections import RECIPES, SCHEMA, Data, Finetune, Model, Pretrain, Recipe
 from engine.recipe.shipped import OF_A_RUN, is_run
@@ -25,7 +26,9 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), kind: type[AnyRecipe] = Pretrain) -> AnyRecipe:
-    """The checked recipe of a YAML file, after `dotted.key=value` overrides (value: YAML; of equal keys the last).
+    """The checked recipe of a YAML file, after `dotted.key=value` overrides.
+
+    The last of equal keys holds. A value is YAML, but a path stands as it is.
 
     A run directory stands for the recipe that it holds, whose run.dir it then is, wherever it has been moved to.
 
@@ -68,9 +71,9 @@ def dump(recipe: Recipe) -> str:
 
 
 def located(recipe: AnyRecipe, recipe_file: str | Path) -> AnyRecipe:
-    """The recipe with absolute paths of its data, for a copy of it that lies elsewhere."""
+    """The recipe with the paths of its data as `place` has them, for a copy of it that lies elsewhere."""
     written = {key: getattr(recipe.data, key) for key in ("root", "val_root")}
-    found = {key: str(locate(path, recipe_file).absolute()) for key, path in written.items() if path is not None}
+    found = {key: place(path, recipe_file) for key, path in written.items() if path is not None}
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **found))
 
 
@@ -83,7 +86,8 @@ def _apply(raw: dict, override: str) -> None:
         raw = raw.setdefault(name, {})
         if not isinstance(raw, dict):
             raise UserError(f"{one_line(dotted)} is no key of the recipe; {name} holds a value and no keys")
-    raw[leaf] = parse(text, f"override ({one_line(override)})")
+    read_text = typed if is_path(dotted) else parse
+    raw[leaf] = read_text(text, f"override ({one_line(override)})")
 
 
 def _build(raw: dict, kind: type[AnyRecipe]) -> AnyRecipe:
@@ -229,11 +233,16 @@ def _check_micro_batch(size: int | None, batch: int) -> None:
 
 
 def locate(path: str, recipe_file: str | Path) -> Path:
-    """A path that a recipe names: relative to the working directory, else to the recipe file's folder.
+    """A path that a recipe names, expanded: relative to the working directory, else to the recipe file's folder.
 
     Where nothing is at either place it is the one in the working directory; the caller says that it is missing.
     """
-    file = Path(recipe_file)
-    here, beside = Path(path), (file if file.is_dir() else file.parent) / path
+    file, here = Path(recipe_file), expand(path)
+    beside = (file if file.is_dir() else file.parent) / here
     # Not Path.exists, which raises where a folder may not be looked into.
     return beside if os.access(beside, os.F_OK) and not os.access(here, os.F_OK) else here
+
+
+def place(path: str, recipe_file: str | Path) -> str:
+    """A path for a copy of the recipe that lies elsewhere: absolute, or as it was written if `~` or `$VAR` is in it."""
+    return path if expand(path) != Path(path) else str(locate(path, recipe_file).absolute())

@@ -23,7 +23,8 @@ HUE = Rule(" from 0 to 0.5", lambda value: 0 <= value <= 0.5)
 CROP = Rule(" > 0 and <= 1", lambda value: 0 < value <= 1)
 BELOW_1 = Rule(" >= 0 and < 1", lambda value: 0 <= value < 1)
 REPEATS = Rule(" from 1 to 100", lambda value: 1 <= value <= 100)
-TEXT = Rule(", in quotes if it looks like a number", lambda value: bool(value) and value.isprintable())
+PATH = Rule(", in quotes if it looks like a number", lambda value: bool(value) and value.isprintable())
+TEXT = Rule(PATH.text, PATH.holds)
 NETWORK = Rule(f": {', '.join((*PLAIN_VITS, *CONV_VITS, *RESNET_SHAPES))} or timm/<name>", is_network)
 RANDAUGMENT = Rule(
     " in timm's words, such as rand-m9-mstd0.5-inc1",
@@ -58,14 +59,14 @@ def schema_key() -> int:
 
 @section
 class Run:
-    dir: str = key("folder of checkpoints and metrics; a run that is found there is resumed", TEXT)
+    dir: str = key("folder of checkpoints and metrics; a run that is found there is resumed", PATH)
     seed: int = key("what initial weights, order of images and augmentation follow from", NOT_NEGATIVE, default=0)
     timeout_minutes: float = key(TIMEOUT, MINUTES, since=2, before=30.0, default=5.0)
 
 
 @section
 class PretrainRun(Run):
-    continue_from: str | None = key(CONTINUE_FROM, TEXT, since=2, before=None, default=None)
+    continue_from: str | None = key(CONTINUE_FROM, PATH, since=2, before=None, default=None)
 
 
 @section
@@ -112,8 +113,8 @@ Source = Literal["folder", "shards", "torchvision"]
 @section
 class Data:
     source: Source = key("image files, tar files or a dataset of torchvision")
-    root: str = key("where the images are; may hold `train` and `val`", TEXT)
-    val_root: str | None = key("where the validation images are; null: `val` inside root", TEXT, default=None)
+    root: str = key("where the images are; may hold `train` and `val`", PATH)
+    val_root: str | None = key("where the validation images are; null: `val` inside root", PATH, default=None)
     dataset: str | None = key("class in torchvision.datasets, under source torchvision", TEXT, default=None)
     dataset_options: dict = key("what that class is called with", ARGUMENTS, default_factory=dict)
     workers: int = key("loading processes beside each training process; 0: none", NOT_NEGATIVE)

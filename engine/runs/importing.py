@@ -15,6 +15,7 @@ from engine.errors import UserError
 from engine.logger import note
 from engine.recipe.identity import fingerprint
 from engine.recipe.load import Pretrain, dump
+from engine.recipe.paths import expand
 from engine.runs.pretrain import build_state, make_moco, make_schedule
 from engine.training.parallelize import local
 from engine.weights.adopt import adopt
@@ -30,7 +31,7 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
     interpolate: resize learned position embeddings of another grid.
     Returns {"checkpoint", "fresh"}: its path, and the names of the parts that the file did not have. Raises UserError.
     """
-    checkpoints = Path(recipe.run.dir) / "checkpoints"
+    checkpoints = expand(recipe.run.dir) / "checkpoints"
     if checkpoint_folders(checkpoints):
         raise UserError(f"RUN_DIR ({recipe.run.dir}) must hold no checkpoint yet; pass another folder")
     moco = make_moco(recipe)

@@ -16,6 +16,7 @@ from engine.errors import RunFailed, SystemRefused, UserError
 from engine.logger import say
 from engine.recipe.identity import resume_differences
 from engine.recipe.load import loads, located
+from engine.recipe.paths import expand
 from engine.recipe.sections import Linear, Pretrain, Recipe
 from engine.runs.back import find_earlier, go_back
 from engine.runs.directory import STOP, RunDirectory, check_same_task
@@ -38,7 +39,7 @@ def run(task: Task, started: float, earlier: Path | None = None) -> Row:
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
     """
     recipe, world = task.recipe, task.world
-    path = Path(recipe.run.dir)
+    path = expand(recipe.run.dir)
     with (
         StopSignal(world, path / STOP) as stop,
         RunDirectory(path, world) as directory,

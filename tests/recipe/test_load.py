@@ -6,12 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from engine.errors import UserError, one_line
 from engine.recipe import load as recipes
 from engine.recipe.describe import describe_keys
 from engine.recipe.identity import fingerprint, flatten, is_free
-from engine.recipe.load import check_world, dump, load, loads, locate
+from engine.recipe.load import check_world, dump, load, loads, locate, located
+from engine.recipe.paths import expand
 from engine.recipe.plain import unparse
 from engine.recipe.sections import RECIPES, SCHEMA, Recipe
 from tests.recipe.shipped import CONV, FOLDER, QUICK, RESNET, complaint, shipped
@@ -125,8 +128,8 @@ INTEGER = ["ten", "1.5", "true", "null", "[1]", "{a: 1}", "99999999999999999999"
 NUMBER = ["much", "true", "null", "[1]", ".nan", ".inf", "1e999", "1" + "0" * 400]
 WRONG = {
     "run.timeout_minutes": [*NUMBER, "0", "-5", "1e10", "5 minutes"],
-    "run.dir": ["3", "null", "''", "true", '"a\\nb"', '"a\\0b"'],
-    "run.continue_from": ["3", "''"],
+    "run.dir": ["null", "''", "[a, b]", '"a\\nb"', '"a\\0b"'],
+    "run.continue_from": ["[]", "''"],
     "run.seed": INTEGER,
     "model.name": ["vit_tiny", "timm/", "3", "timm/a b", "timm/../x"],
     "model.image_size": [*INTEGER, "0"],
@@ -149,8 +152,8 @@ WRONG = {
     "train.micro_batch_size": ["0", "ten", "1.5"],
     "train.on_spike": ["stop", "1", "true"],
     "data.source": ["zip", "null"],
-    "data.root": ["3", "null", "''"],
-    "data.val_root": ["3", "''"],
+    "data.root": ["null", "''", "\n"],
+    "data.val_root": ["a\tb", "''"],
     "data.dataset": ["3", "''"],
     "data.dataset_options": ["3", "null", "[1]", "{a: .nan}", "{a: [{b: 1e999}]}", "{a b: 1}"],
     "data.workers": INTEGER,
@@ -285,6 +288,67 @@ def test_paths_are_looked_for_here_and_then_beside_the_recipe(tmp_path, monkeypa
     assert locate(str(tmp_path), beside / "r.yaml") == tmp_path
     (here / "data").mkdir()
     assert locate("data", beside / "r.yaml") == Path("data")
+
+
+TYPED = [
+    "/data/my set #2",
+    "~/runs/a",
+    "3",
+    "true",
+    "a: b",
+    "- x",
+    " a ",
+    "a'b",
+    "#",
+    "&x",
+    "*x",
+    "!x",
+    "{a}",
+    "$A/b",
+    "\u00e9",
+]
+
+
+@pytest.mark.parametrize("key", ["run.dir", "run.continue_from", "data.root", "data.val_root"])
+def test_a_path_on_the_command_line_is_what_was_typed_and_stays_so_in_the_recipe(key):
+    section, name = key.split(".")
+    for text in TYPED:
+        recipe = load(QUICK, [f"{key}={text}"])
+        assert getattr(getattr(recipe, section), name) == text
+        assert loads(dump(recipe), "dumped") == recipe
+    for text, value in {'"a #b"': "a #b", "'3'": "3", "null": None}.items():
+        if value is not None or key in ("run.continue_from", "data.val_root"):
+            assert getattr(getattr(load(QUICK, [f"{key}={text}"]), section), name) == value
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1))
+def test_any_path_is_what_was_typed(text):
+    assume(text != "null" and not (text[0] + text[-1] in ("[]", "''", '""') and len(text) > 1))
+    assert load(QUICK, [f"data.root={text}"]).data.root == text
+
+
+def test_home_and_variables_are_expanded_where_a_path_is_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", f"{tmp_path}/home")
+    monkeypatch.setenv("SCRATCH", f"{tmp_path}/scratch")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    assert expand("~/a") == tmp_path / "home/a"
+    assert expand("$SCRATCH/a") == expand("${SCRATCH}/a") == locate("$SCRATCH/a", "r.yaml") == tmp_path / "scratch/a"
+    assert expand("a~/b") == Path("a~/b")
+    for path, unknown in {
+        "$NOWHERE/a": r"\$NOWHERE",
+        "a/${NOWHERE}": r"\$\{NOWHERE\}",
+        "~nobody-here/a": "~nobody-here",
+    }.items():
+        with pytest.raises(
+            UserError, match=rf"^path \(.*\) must name what exists; set {unknown}, or write the path out"
+        ):
+            expand(path)
+    (tmp_path / "$NOWHERE/a").mkdir(parents=True)
+    (tmp_path / "~/a").mkdir(parents=True)
+    assert (expand("$NOWHERE/a"), expand("~/a")) == (Path("$NOWHERE/a"), Path("~/a")), "a run of a former version"
+    there = located(load(QUICK, ["data.root=$SCRATCH/a", "data.val_root=b"]), QUICK).data
+    assert (there.root, there.val_root) == ("$SCRATCH/a", f"{tmp_path}/b")
 
 
 def test_reading_a_recipe_imports_nothing_slow():

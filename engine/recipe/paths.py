@@ -1,0 +1,54 @@
+"""Paths that a recipe names: on the command line as they are typed, in the recipe as they were written.
+
+`~` and `$VAR` stay in the recipe and are expanded where a path is opened: on another machine a run finds its own.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError, one_line
+from engine.recipe.keys import keys_of
+from engine.recipe.plain import parse
+from engine.recipe.sections import PATH, RECIPES
+
+_PATHS = frozenset(
+    name for kind in RECIPES.values() for name, field in keys_of(kind).items() if field.metadata["key"].rule is PATH
+)
+_AS_YAML = re.compile(r"null||\[.*\]|'.+'|'{2}|\".*\"", re.DOTALL)
+
+
+def is_path(dotted: str) -> bool:
+    """Whether the key names a path."""
+    return dotted in _PATHS
+
+
+def typed(text: str, origin: str) -> Any:
+    """A path from the command line: what stands there, also where YAML would cut it short or take it for a number.
+
+    `null`, nothing, a list in brackets and what is wholly in quotes are read as YAML.
+    """
+    return parse(text, origin) if _AS_YAML.fullmatch(text) else text
+
+
+def expand(path: str) -> Path:
+    """A path with `~` and `$VAR` expanded, unless there is something of the very name.
+
+    Raises:
+        UserError: a user or a variable in it does not exist.
+    """
+    found = os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111 (Path raises where there is no such user)
+    if found == path and not found.startswith("~") and "$" not in found:
+        return Path(path)
+    if os.path.lexists(path):
+        return Path(path)
+    unknown = found.partition("/")[0] if found.startswith("~") else _first_variable(found)
+    if unknown is not None:
+        raise UserError(f"path ({one_line(path)}) must name what exists; set {unknown}, or write the path out")
+    return Path(found)
+
+
+def _first_variable(text: str) -> str | None:
+    found = re.search(r"\$(\w+|\{[^}]*\})", text)
+    return found and found[0]
