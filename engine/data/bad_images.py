@@ -1,6 +1,7 @@
 """Images that could not be read, and how they are reported."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,10 +19,18 @@ class Bad(NamedTuple):
     reason: str
 
 
-def report(bad: Sequence[Bad], consequence: str) -> None:
-    """Each unreadable image, from the rank that met it."""
+def report(bad: Sequence[Bad], consequence: str, of: Hashable) -> None:
+    """Each unreadable image, from the rank that met it; once, though it is met in every epoch and evaluation.
+
+    of: what tells the images' set from others, which may have images of the same names.
+    """
     for image in bad:
-        warn(f"{image.name} could not be read ({image.reason}); {consequence}")
+        _report_once(image, consequence, of)
+
+
+@cache
+def _report_once(image: Bad, consequence: str, of: Hashable) -> None:
+    warn(f"{image.name} could not be read ({image.reason}); {consequence}")
 
 
 class BadImages:
@@ -39,7 +48,7 @@ class BadImages:
 
     def meet(self, bad: Sequence[Bad]) -> None:
         self.met += len(bad)
-        report(bad, "its neighbour took its place")
+        report(bad, "its neighbour took its place", self)
 
     def count(self) -> int:
         """Add what the ranks met since the last time; all ranks call it together. Returns `total`."""

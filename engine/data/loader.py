@@ -8,6 +8,7 @@ Shapes: V views, B samples of one rank's batch, S side of an image in pixels.
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -185,8 +186,17 @@ def _hopeless(source: Source, bad: Bad) -> UserError:
 
 
 def _run(dataset: Dataset, at: Iterable, workers: int, pin_memory: bool, timeout: float) -> Iterator:
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "This DataLoader will create"
+        )  # how many workers there are is the user's word
+        items = iter(_loader(dataset, at, workers, pin_memory, timeout))
+    return delivered(items, timeout) if workers else unwrapped(items)
+
+
+def _loader(dataset: Dataset, at: Iterable, workers: int, pin_memory: bool, timeout: float) -> DataLoader:
     # Fork is fast and shares the source's arrays. Elsewhere than on Linux it is not safe.
-    loader = DataLoader(
+    return DataLoader(
         dataset,
         batch_size=None,
         sampler=at,
@@ -198,7 +208,6 @@ def _run(dataset: Dataset, at: Iterable, workers: int, pin_memory: bool, timeout
         multiprocessing_context=("fork" if sys.platform == "linux" else "spawn") if workers else None,
         generator=torch.Generator(),  # else it would draw from the global one, and so move the training's numbers
     )
-    return delivered(iter(loader), timeout) if workers else unwrapped(iter(loader))
 
 
 def _check_shared_memory(workers: int, batch_bytes: int) -> None:

@@ -106,7 +106,7 @@ def batches_for(
     ends the report. batches: yield exactly this many, the last ones empty."""
     sizes = {"batch_size": BATCH, "batches": batches}
     for batch in eval_batches(source, ids, subject.crop, **sizes, workers=workers, timeout=timeout):
-        bad_images.report(batch.bad, consequence)
+        bad_images.report(batch.bad, consequence, source.fingerprint)
         yield batch
 
 

@@ -55,7 +55,7 @@ def first_samples(recipe: Pretrain, source: Source) -> list[Sample]:
     # An epoch's order does not depend on the batch, so these are the first of the run's first batch.
     order, crops = Order(seed, len(source), min(SHOWN, len(source))), Crops(size, recipe.augment.crop_min)
     batch = next(train_batches(source, order, crops, range(1), rank=0, world_size=1, workers=0))
-    bad_images.report(batch.bad, "it is left out of the picture")
+    bad_images.report(batch.bad, "it is left out of the picture", source.fingerprint)
     unreadable = {bad.name for bad in batch.bad}
     draw_B2D = crops.draw(seed, batch.epoch, batch.sample_B)
     samples = []

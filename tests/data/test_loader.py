@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import time
+import warnings
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from PIL import Image
 
 from engine.data import workers
-from engine.data.bad_images import Bad
+from engine.data.bad_images import Bad, BadImages, report
 from engine.data.decode import CenterCrop, Crops, crop_draws
 from engine.data.loader import eval_batches, train_batches
 from engine.data.opening import open_source
@@ -400,6 +402,22 @@ def test_evaluation_leaves_out_what_it_cannot_read_and_says_so(broken):
     assert batch.valid == 2
     assert batch.ids_B.tolist() == [2, 5, -1, -1]
     assert batch.bad == [Bad("a/03.png", batch.bad[0].reason)]
+
+
+def test_a_bad_image_is_said_once_however_often_it_is_met(broken, capsys):
+    run, other = (BadImages(1.0, None) for _ in range(2))
+    for met in (run.meet, run.meet, other.meet, partial(report, consequence="it is left out", of=broken.fingerprint)):
+        met([bad for batch in batches(broken, last=4) for bad in batch.bad])
+    said = [line for line in capsys.readouterr().err.splitlines() if "a/03.png could not be read" in line]
+    assert [line.rpartition("; ")[2] for line in said] == ["its neighbour took its place"] * 2 + ["it is left out"]
+    assert run.met > 2 * 3
+
+
+def test_torch_has_no_word_about_the_number_of_workers(source):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        assert len(list(batches(source, last=1, workers=len(os.sched_getaffinity(0)) + 1))) == 1
+    assert not [each for each in found if "worker" in str(each.message)]
 
 
 def test_evaluation_of_unlabelled_images_and_of_too_few_batches(tmp_path):
