@@ -6,11 +6,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from engine.distributed.world import ROLL_TIMEOUT, UNHURRIED, World
+from engine.distributed.world import LOST, ROLL_TIMEOUT, UNHURRIED, World
 from engine.errors import one_line
 from engine.torch_internals import all_groups, set_group_timeout
-
-_LOST = re.compile(r"gloo/transport|Connection (closed|reset) by peer|Timed out waiting|NCCL")
 
 
 def wait_at_most(world: World, timeout: timedelta) -> None:
@@ -28,7 +26,7 @@ def lost_ranks(world: World, error: BaseException, timeout: timedelta) -> str | 
     operation of a step waits.
     """
     text = one_line(error)
-    if world.size == 1 or not isinstance(error, RuntimeError) or not _LOST.search(text):
+    if world.size == 1 or not isinstance(error, RuntimeError) or not LOST.search(text):
         return None
     for group in (world.group, world.host_group, world.save_group):  # who waits for this rank is to come here, too
         with suppress(Exception):
@@ -41,7 +39,7 @@ def lost_ranks(world: World, error: BaseException, timeout: timedelta) -> str | 
         dist.monitored_barrier(world.roll_group, ROLL_TIMEOUT / 2, wait_all_ranks=True)
     except RuntimeError as absence:
         return _in_words(one_line(absence), minutes)
-    return f"a rank did not answer for {minutes}, or its node was out of reach; now all of them do"
+    return f"a rank did not answer for {minutes}, or its node was out of reach; now all of them do ({text[:300]})"
 
 
 def _in_words(absence: str, minutes: str) -> str:

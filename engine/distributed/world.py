@@ -1,6 +1,7 @@
 """The processes of a launch, from their start to their end: groups, devices, turns, the mesh."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ import engine
 from engine.distributed.agreement import agreement
 from engine.distributed.launcher import allow_open_files, end_with_launcher, is_launched, local_rank, local_ranks
 from engine.distributed.rendezvous import meet
-from engine.errors import UserError
+from engine.errors import RunFailed, UserError, one_line
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)  # a rank may index millions of images while the others wait
 ROLL_TIMEOUT = timedelta(seconds=40)
+# In an error of torch's: another rank did not answer.
+LOST = re.compile(r"gloo/transport|Connection (closed|reset|was likely closed)|Timed out waiting|NCCL")
 UNHURRIED = "unhurried"  # the description of groups whose time-out never changes
 
 
@@ -63,8 +66,30 @@ def process_group() -> Iterator[World]:
     """Join the other processes of the launch (or be the only one); yields the World.
 
     GPUs are used where there are any. A rank whose launcher died exits within seconds.
+
+    Raises:
+        RunFailed: a rank was lost, and the body had no words for it; of this and of other places, what `meet` raises.
     """
     end_with_launcher(os.getppid())
+    with _lost_ranks_in_words():
+        yield from _joined()
+
+
+@contextmanager
+def _lost_ranks_in_words() -> Iterator[None]:
+    """For a start and an end; a run has better ones (runs/failures.py)."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = one_line(error)
+        if not (is_launched() and LOST.search(text)):
+            raise
+        raise RunFailed(
+            f"another rank has ended, or its node is out of reach; the same command starts again ({text[:300]})"
+        ) from error
+
+
+def _joined() -> Iterator[World]:
     allow_open_files()
     cuda = torch.cuda.is_available()
     device = _own_gpu() if cuda else torch.device("cpu")

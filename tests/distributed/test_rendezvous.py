@@ -4,12 +4,15 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from engine.distributed import rendezvous
 from engine.distributed.rendezvous import of_this_start
+from engine.distributed.roll import lost_ranks
+from engine.distributed.world import process_group
 from engine.errors import RunFailed, UserError
 
 LONG, SHORT = timedelta(seconds=20), timedelta(seconds=0.2)
@@ -76,3 +79,27 @@ def test_a_place_where_nobody_meets_is_said_in_one_line(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(UserError, match=r"^MASTER_ADDR \(missing\) must be set where RANK is; start by torchrun"):
         rendezvous.meet(SHORT)
+
+
+@pytest.mark.parametrize(
+    "words", ["[gloo/transport/tcp/pair.cc:547] closed", "Connection was likely closed.\nFrames: ..."]
+)
+def test_a_rank_that_is_lost_before_or_after_a_run_is_said_in_one_line(monkeypatch, words):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    said = r"^another rank has ended.*; the same command starts again \(.*closed"
+    with pytest.raises(RunFailed, match=said), process_group():
+        raise RuntimeError(words)
+    with pytest.raises(RuntimeError, match=r"^a fault of the program$"), process_group():
+        raise RuntimeError("a fault of the program")
+
+
+def test_where_all_ranks_answer_torchs_own_words_are_kept(monkeypatch):
+    """They are then all that tells why: of NCCL, often a network interface."""
+    monkeypatch.setattr(dist, "monitored_barrier", lambda *_, **__: None)
+    groups = dict.fromkeys(("group", "host_group", "save_group", "roll_group"))
+    error = RuntimeError("NCCL error: unhandled system error (run with NCCL_DEBUG=INFO for details)")
+    assert "run with NCCL_DEBUG=INFO" in lost_ranks(SimpleNamespace(size=2, **groups), error, LONG)
