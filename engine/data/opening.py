@@ -39,13 +39,32 @@ def guess_kind(root: Path) -> str:
     return "shards" if has_tars else "folder"
 
 
+def without_labels(source: Source, *notes: str) -> Source:
+    """The same images, of no class, with further notes."""
+    bare = copy.copy(source)
+    bare.labels, bare.classes, bare.notes = None, None, (*source.notes, *notes)
+    return bare
+
+
+def align_or_drop(train: Source, val: Source) -> Source:
+    """`align_labels`; but where all images of a side lie in one folder that the other side lacks, that is no class, and
+    `val` is left without labels."""
+    if train.classes and val.classes and 1 in (len(train.classes), len(val.classes)):
+        unknown = [name for name in val.classes if name not in train.classes]
+        if unknown:
+            known = listed(train.classes, most=5)
+            return without_labels(
+                val, f"kNN is off: validation classes ({listed(unknown, most=5)}), training's ({known})"
+            )
+    return align_labels(train, val)
+
+
 def align_labels(train: Source, val: Source) -> Source:
     """`val` with its labels in the numbering of `train`'s classes, matched by name; unlabelled where either is.
 
     Raises UserError where val has a class that train does not.
     """
-    aligned = copy.copy(val)
-    aligned.labels, aligned.classes = None, None
+    aligned = without_labels(val)
     if train.labels is None or val.labels is None:
         return aligned
     known = set(train.classes)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.data.opening import align_labels, open_source
+from engine.data.opening import align_labels, align_or_drop, open_source
 from engine.data.source import Root, Source
 from engine.data.subset import take_labels
 from engine.distributed.agreement import all_gather
@@ -41,7 +41,7 @@ def open_splits(data: Data, recipe_file: Path, world: World, *, batch: int, read
         else:
             val = _open_val(_root(data, locate(data.val_root, recipe_file), "data.val_root", read_only))
         _check_batch(batch, train, data.root)
-        return Splits(train, None if val is None else align_labels(train, val))
+        return Splits(train, None if val is None else align_or_drop(train, val))
 
     return _open_together(find, world, f"data.root ({data.root})")
 

@@ -75,6 +75,22 @@ def test_labels_are_needed_on_both_sides_and_of_two_classes(data, world, tmp_pat
     assert shades(open_unlabelled(split, world)) == [1, 2]
 
 
+def test_a_folder_that_is_no_class_leaves_knn_off(data, world, tmp_path, capsys):
+    """Unlabelled images in one folder beside labelled ones: pre-training goes on, and says so in one line."""
+    fill(tmp_path / "dummy", {"images/8.png": 8, "images/9.png": 9})
+    dummy, whole = str(tmp_path / "dummy"), str(tmp_path / "whole")
+    for root, val_root in ((dummy, whole), (whole, dummy)):
+        splits = opened(replace(data, root=root, val_root=val_root), world)
+        assert (splits.val.labels, len(splits.val)) == (None, 2)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "kNN is off: validation classes (" in line
+    other = str(fill(tmp_path / "other", {"c/1.png": 1, "d/2.png": 2}))
+    with pytest.raises(UserError, match="must be among the 2 classes of the training data"):
+        opened(replace(data, root=whole, val_root=other), world)
+    with pytest.raises(UserError, match="must hold two classes or more"):
+        open_labelled_splits(replace(data, root=dummy, val_root=whole), world, seed=0)
+
+
 def test_ranks_that_find_other_images_say_so(data, world, monkeypatch):
     monkeypatch.setattr("engine.data.splits.all_gather", lambda value, group: [value, ("other",)])
     with pytest.raises(UserError, match=r"data.root \(.*split\) must hold the same images on every node; copy them"):
