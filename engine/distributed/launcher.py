@@ -19,6 +19,7 @@ from engine.logger import FIRST_WORD_SECONDS
 
 ORPHAN_CHECK_SECONDS = 1.0
 RESTARTS = "MOCOV3_RESTARTS"  # how often engine.launch has started its ranks again, for them to read
+MOST_PORTS = 65_536  # more than there are ports, or ranks
 MOST_COMPILERS = 32  # of one process; torch's own bound
 
 
@@ -33,8 +34,21 @@ def take_place(arguments: list[str]) -> list[str]:
     if not is_launched():
         _refuse_mpirun()
         return arguments
+    _check_place()
     share_compilers(local_ranks())
     return [a for a in arguments if not re.fullmatch(r"--local[-_]rank=\d+", a)]
+
+
+def _check_place() -> None:
+    """Raises UserError where the launcher's variables name no place."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        value = os.environ.get(name, "1")
+        if not (value.isascii() and value.isdigit() and int(value) < MOST_PORTS):
+            raise UserError(f"{name} ({value}) must be a number of the launcher's; start by torchrun, or unset it")
+    if "WORLD_SIZE" in os.environ and int(os.environ["RANK"]) >= ranks():
+        raise UserError(
+            f"RANK ({os.environ['RANK']}) must be below WORLD_SIZE ({ranks()}); start by torchrun, or unset both"
+        )
 
 
 def _refuse_mpirun() -> None:

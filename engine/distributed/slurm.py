@@ -22,15 +22,23 @@ def place(variables: Mapping[str, str]) -> dict[str, str]:
             )
         return value
 
+    def number(name: str, otherwise: str | None = None) -> int:
+        value = read(name, otherwise)
+        if not (value.isascii() and value.isdigit()):
+            raise UserError(f"{name} ({value}) must be a number, as srun sets it; start by srun, or by torchrun")
+        return int(value)
+
     if read("SLURM_STEP_NUM_TASKS", "1") == "1":
         return {}
-    tasks = tasks_per_node(read("SLURM_STEP_TASKS_PER_NODE"))
-    start = 64 * int(read("SLURM_JOB_ID", "0")) + int(read("SLURM_STEP_ID", "0"))
+    tasks, node = tasks_per_node(read("SLURM_STEP_TASKS_PER_NODE")), number("SLURM_NODEID", "0")
+    if node >= len(tasks):
+        raise UserError(f"SLURM_NODEID ({node}) must be below {len(tasks)}, the nodes of SLURM_STEP_TASKS_PER_NODE")
+    start = 64 * number("SLURM_JOB_ID", "0") + number("SLURM_STEP_ID", "0")
     return {
         "RANK": read("SLURM_PROCID"),
         "LOCAL_RANK": read("SLURM_LOCALID"),
         "WORLD_SIZE": read("SLURM_STEP_NUM_TASKS"),
-        "LOCAL_WORLD_SIZE": str(tasks[int(read("SLURM_NODEID", "0"))]),
+        "LOCAL_WORLD_SIZE": str(tasks[node]),
         "MASTER_ADDR": variables.get("MASTER_ADDR") or first_host(read("SLURM_STEP_NODELIST")),
         "MASTER_PORT": variables.get("MASTER_PORT") or str(FIRST_PORT + start % PORTS),
     }

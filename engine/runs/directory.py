@@ -120,10 +120,11 @@ class RunDirectory:
         """Raises UserError where a start would bury a run: all of it damaged, or of another task."""
         if (self.path / "recipe.yaml").exists():
             check_same_task((self.path / "recipe.yaml").read_text(), recipe)
-        damaged = sorted(path.name for path in self.checkpoints.glob("step_*.damaged-*"))
-        if damaged:
+        kinds = ("damaged", "left")  # by `--from`
+        aside = sorted(path.name for kind in kinds for path in self.checkpoints.glob(f"step_*.{kind}-*"))
+        if aside:
             raise UserError(
-                f"run.dir ({self.path}) must hold a valid checkpoint, and all are damaged ({', '.join(damaged)}): "
+                f"run.dir ({self.path}) must hold a valid checkpoint, and all were set aside ({', '.join(aside)}): "
                 f"move {self.checkpoints} away to start anew, or pass another run.dir"
             )
 

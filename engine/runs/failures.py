@@ -23,7 +23,10 @@ def kept(checkpoints: Path) -> str:
 
 
 def _newest(checkpoints: Path) -> str:
-    newest = read_pointer(checkpoints, "latest")
+    try:
+        newest = read_pointer(checkpoints, "latest")
+    except OSError:  # what is said here is said of another failure
+        return "the newest checkpoint is kept"
     return f"checkpoint {newest} is kept" if newest else "there is no checkpoint yet"
 
 

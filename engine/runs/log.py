@@ -5,7 +5,6 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ class MetricsLog:
     Where the disk does not take a row, this is said and the run goes on: the row waits in memory. `sync` and `close`
     insist, and raise OSError.
 
-    Of a long log a resume reads the end (runs/tail.py), and looks for the monitor's rows when they are asked for.
+    Of a long log a resume reads the end (runs/tail.py), and the monitor's rows. Raises UserError where one is damaged.
 
     monitor: the key by which a row is known as the monitor's; a linear classifier's is not kNN's.
     recent: the newest loss rows, oldest first.
@@ -47,14 +46,17 @@ class MetricsLog:
         self.recent: deque[Row] = deque(maxlen=RECENT)
         self._directory, self._path = Path(run_dir), Path(run_dir) / "metrics.jsonl"
         self._resume_step = resume_step
+        self._former_monitor_rows: list[Row] = []
         self._written: list[Row] = []  # the monitor's, by this process
         self._loss_step, self._monitor_step = -1, -1  # of the newest row of each kind
         self._rows = GrowingFile(self._path)
         self._board = Board(self._directory / "tensorboard", resume_step + 1)
         self._missed = 0
         if enabled:
-            for row in cut(self._path, resume_step) if self._path.exists() else ():
-                self._note(row)
+            if self._path.exists():
+                for row in cut(self._path, resume_step):
+                    self._note(row)
+                self._former_monitor_rows += read_rows(self._path, monitor)
             self._rows.sync()
 
     def loss_row(self, step: int, values: Row) -> None:
@@ -76,12 +78,6 @@ class MetricsLog:
     def monitor_rows(self) -> list[Row]:
         """All of the run, oldest first."""
         return self._former_monitor_rows + self._written
-
-    @cached_property
-    def _former_monitor_rows(self) -> list[Row]:
-        if not self.enabled or not self._path.exists():
-            return []
-        return [row for row in read_rows(self._path, self.monitor) if row["step"] <= self._resume_step]
 
     def best_step(self, counts: Callable[[int], bool]) -> int | None:
         """Of the steps that count, that whose monitor row is highest, the first of equals; None where there is none."""

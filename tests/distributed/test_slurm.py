@@ -55,6 +55,15 @@ def test_what_is_missing_is_named():
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [("SLURM_JOB_ID", "x"), ("SLURM_STEP_ID", "-1"), ("SLURM_NODEID", "3"), ("SLURM_NODEID", "")],
+)
+def test_what_is_no_number_of_srun_s_is_named(name, value):
+    with pytest.raises(UserError, match=rf"^{name} \({value}\) must be"):
+        place(STEP | {name: value})
+
+
+@pytest.mark.parametrize(
     ("nodes", "first"),
     [
         ("gpu[01-04,07]", "gpu01"),
@@ -97,6 +106,17 @@ def variables(monkeypatch) -> pytest.MonkeyPatch:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", *STEP):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "x"), ("RANK", "-1"), ("RANK", "4"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "½"), ("MASTER_PORT", "99999")],
+)
+def test_what_is_no_place_is_named(variables, name, value):
+    for each, number in {"RANK": "0", "WORLD_SIZE": "4", name: value}.items():
+        variables.setenv(each, number)
+    with pytest.raises(UserError, match=rf"({name}|RANK) \({value if name != 'WORLD_SIZE' else 0}\) must be"):
+        launcher.take_place([])
 
 
 def test_torchrun_counts_before_srun(variables):

@@ -48,8 +48,10 @@ def test_damaged_checkpoints_never_bury_a_run(world, tmp_path, capfd):
     damage(tmp_path / "checkpoints/step_0000002")
     damage(tmp_path / "checkpoints/step_0000003")
     log = (tmp_path / "metrics.jsonl").read_bytes()
-    for _ in range(2):
-        with pytest.raises(UserError, match=r"must hold a valid checkpoint, and all are damaged \(step_0000002"):
+    for kind in ("damaged", "damaged", "left"):
+        for folder in (tmp_path / "checkpoints").glob("step_*.damaged-1"):
+            folder.rename(folder.with_name(folder.name.replace("damaged", kind)))
+        with pytest.raises(UserError, match=r"must hold a valid checkpoint, and all were set aside \(step_0000002"):
             train(world, tmp_path, "train.max_steps=3")
     assert (tmp_path / "metrics.jsonl").read_bytes() == log
 
