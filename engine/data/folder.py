@@ -57,7 +57,7 @@ def _parts(root: Root, split: Split) -> _Parts:
     Raises:
         UserError: it may be either.
     """
-    folders = {path.name: path for path in sorted(root.path.iterdir()) if _is_visible_folder(path)}
+    folders = {path.name: path for path in _folders_in(root.path)}
     train, val = (_called(folders, part) for part in ("train", "val"))
     if train is None or val is None:  # other words for a split are classes, unless there are both
         train, val = folders.get("train"), folders.get("val")
@@ -97,12 +97,14 @@ def _as_classes(root: Root, train: Path, others: list[Path]) -> _Parts:
 
 
 def _has_folders_of_images(folder: Path) -> bool:
-    inner = (path for path in folder.iterdir() if _is_visible_folder(path))
-    return any(next(_walk(path, Survey()), None) for path in inner)
+    return any(next(_walk(path, Survey()), None) for path in _folders_in(folder))
 
 
-def _is_visible_folder(path: Path) -> bool:
-    return not path.name.startswith(".") and not is_system_folder(path.name) and path.is_dir()
+def _folders_in(folder: Path) -> list[Path]:
+    """Those that may hold images, links to such too. No file beside them is looked at: there may be millions."""
+    with os.scandir(folder) as entries:
+        visible = [e for e in entries if not e.name.startswith(".") and not is_system_folder(e.name)]
+    return sorted(Path(e.path) for e in visible if (Path(e.path) if e.is_symlink() else e).is_dir())
 
 
 class FolderSource(FileSource):
