@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import multiprocessing.util
 import os
 import secrets
 import shutil
@@ -74,6 +75,11 @@ def remove_drafts(folder: Path, names: Collection[str]) -> None:
         name, found, _ = path.name.rpartition(".tmp-")
         if found and name in names:
             remove(path)
+
+
+def remove_temporary_folder() -> None:
+    """Remove what multiprocessing keeps for this process and its loading processes; os._exit would leave it behind."""
+    shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)
 
 
 def sync(place: Path | IO) -> None:

@@ -5,6 +5,7 @@ What is in a batch depends on (source, seed, step) alone: not on workers, ranks 
 Shapes: V views, B samples of one rank's batch, S side of an image in pixels.
 """
 
+import multiprocessing.util
 import os
 import shutil
 import sys
@@ -195,6 +196,8 @@ def _run(dataset: Dataset, at: Iterable, workers: int, pin_memory: bool, timeout
 
 
 def _loader(dataset: Dataset, at: Iterable, workers: int, pin_memory: bool, timeout: float) -> DataLoader:
+    if workers:
+        multiprocessing.util.get_temp_dir()  # workers share it; one of their own would stay where one is killed
     # Fork is fast and shares the source's arrays. Elsewhere than on Linux it is not safe.
     return DataLoader(
         dataset,

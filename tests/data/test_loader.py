@@ -221,11 +221,12 @@ def gone(pids: list[int]) -> bool:
 
 
 def test_a_worker_that_is_killed_is_an_error_and_not_a_hang():
-    iterator = batches(Slow(lambda: time.sleep(0.05)), workers=1)
-    next(iterator)
-    os.kill(workers_now()[0], signal.SIGKILL)
+    def die() -> None:  # in the worker, when its reader waits: torch raises wherever that is
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     with pytest.raises(RunFailed, match=r"^a loading process died"):
-        list(iterator)
+        list(batches(Slow(die), workers=1))
 
 
 def lower(limit: int, most: int) -> None:

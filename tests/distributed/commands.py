@@ -122,6 +122,12 @@ def ranks_of(command: Command) -> list[int]:
     return sorted({pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()})
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started, in order; of a rank, its loading processes."""
+    found = {int(p) for path in Path(f"/proc/{pid}/task").glob("*/children") for p in path.read_text().split()}
+    return sorted(p for p in found if b"resource_tracker" not in Path(f"/proc/{p}/cmdline").read_bytes())
+
+
 def run(*arguments: object, **options) -> Ended:
     with Command(*arguments, **options) as command:
         return command.end()

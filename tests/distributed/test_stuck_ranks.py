@@ -16,6 +16,7 @@ from tests.distributed.commands import (
     TWO_RANKS,
     Command,
     Ended,
+    children_of,
     overrides,
     ranks_of,
     resumed_at,
@@ -85,11 +86,6 @@ def test_a_rank_whose_loading_fails_says_why(tmp_path):
     assert ended.code == 1
     assert failures(ended)[0].startswith("a loading process died (killed by signal: Killed"), ended.err
     assert "Traceback" not in ended.err
-
-
-def children_of(pid: int) -> list[int]:
-    found = [int(p) for path in Path(f"/proc/{pid}/task").glob("*/children") for p in path.read_text().split()]
-    return [pid for pid in found if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def test_a_rank_that_is_gone_is_one_line_of_the_others(tmp_path):

@@ -143,3 +143,13 @@ def test_the_resnet_under_the_other_shardings_and_on_four_ranks(alone, tmp_path)
     launch(4, tmp_path, ("resnet_four", "resnet"))
     for name in ("resnet_grad_op", "resnet_hybrid", "resnet_replicate", "resnet_four"):
         assert_same_run(tmp_path / name, alone / "resnet")
+
+
+@pytest.mark.faults
+def test_fewer_and_more_ranks_in_a_chain(tmp_path):
+    """1, 2, 3 and 1 ranks, five steps each, against one rank; batches of 12."""
+    values = ["train.global_batch_size=12", "train.epochs=4", "data.workers=0"]
+    launch(1, tmp_path, ("whole", "vit", *values), ("chain", "vit", *values, "train.max_steps=5"))
+    for ranks, last in ((2, 10), (3, 15), (1, 20)):
+        launch(ranks, tmp_path, ("chain", "vit", *values, f"train.max_steps={last}"))
+    assert_same_run(tmp_path / "chain", tmp_path / "whole")
