@@ -221,12 +221,11 @@ def gone(pids: list[int]) -> bool:
 
 
 def test_a_worker_that_is_killed_is_an_error_and_not_a_hang():
-    def die() -> None:  # in the worker, when its reader waits: torch raises wherever that is
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGKILL)
-
+    iterator = batches(Slow(lambda: time.sleep(0.05)), workers=1)
+    next(iterator)
+    os.kill(workers_now()[0], signal.SIGKILL)
     with pytest.raises(RunFailed, match=r"^a loading process died"):
-        list(batches(Slow(die), workers=1))
+        list(iterator)
 
 
 def lower(limit: int, most: int) -> None:
