@@ -22,6 +22,7 @@ class RunState:
         former versions have none.
     image_rules: the number of the rules that said what is an image of the set (engine.data.rules); before they had
         numbers it was 1.
+    order: the law by which the run permutes its images (engine.data.order); before there were two it was "sorted".
     bad_images: unreadable ones that the run met.
     licence: of imported weights, which binds what is made of them.
     continued_from: checksum of the manifest of the checkpoint that the run began with (run.continue_from).
@@ -41,6 +42,7 @@ class RunState:
     about: str | None = None
     made_by: dict[str, str] = field(default_factory=dict)
     image_rules: int = 1
+    order: str = "sorted"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,9 +67,9 @@ class RunState:
         for name in ("step", "bad_images", "image_rules"):
             if type(getattr(self, name)) is not int:
                 return f"{name} is no integer"
-        for name in ("recipe", "licence", "continued_from", "network", "about"):
+        for name in ("recipe", "order", "licence", "continued_from", "network", "about"):
             value = getattr(self, name)
-            if not isinstance(value, str) and (name == "recipe" or value is not None):
+            if not isinstance(value, str) and (name in ("recipe", "order") or value is not None):
                 return f"{name} is no text"
         for name in ("images", "made_by"):
             if not _is_table_of_texts(getattr(self, name)):

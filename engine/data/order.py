@@ -1,15 +1,19 @@
 """Which images make up which step: a pure function of (seed, epoch, step), without state.
 
-Shapes: N images in the source, G samples of a batch of all ranks, B of one rank's share.
+Shapes: N images in the source, G samples of a batch of all ranks, B of one rank's share, P positions in an epoch.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
+from engine.data.permutation import permuted
 from engine.data.philox import ORDER, random_64
 
+# The laws by which the images of an epoch are permuted: of runs that begin now, and of those of former versions.
+LAWS = PERMUTED, SORTED = "permuted", "sorted"
 REPEAT = 2**40  # sample + k * REPEAT is the k-th repetition of an image in its batch
 
 
@@ -23,6 +27,7 @@ class Order:
         batch: G, the samples of a step on all ranks.
         keep_partial: an epoch ends with the batch of what is left, else that is dropped.
         repeats: how often an image comes in a row (repeated augmentation, Hoffer et al. 2020, as DeiT has it).
+        law: PERMUTED computes each position by itself (engine.data.permutation), SORTED the whole of an epoch.
     """
 
     seed: int
@@ -30,22 +35,24 @@ class Order:
     batch: int
     keep_partial: bool = False
     repeats: int = 1
+    law: str = PERMUTED
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.images // self.batch) if self.keep_partial else self.images // self.batch
 
-    def epoch(self, epoch: int) -> np.ndarray:
-        """The samples of an epoch in their order: int64 [N], without repeats a permutation of the images.
+    def samples(self, epoch: int, position_P: np.ndarray) -> np.ndarray:
+        """The samples at positions of an epoch, 0 to N - 1: int64 [P].
 
-        Every image draws a random 64-bit number and the images are sorted by it: no library's shuffle decides.
         With repeats each image comes that many times in a row, each time as a sample of its own; the epoch keeps its
         length, so only the first images of the permutation are visited.
         """
-        order_N = np.argsort(random_64(self.seed, epoch, self.images, ORDER), kind="stable")
-        if self.repeats == 1:
-            return order_N
-        return (order_N[:, None] + REPEAT * np.arange(self.repeats)).flatten()[: self.images]
+        place_P, repetition_P = np.divmod(position_P, self.repeats)
+        if self.law == PERMUTED:
+            image_P = permuted(self.seed, epoch, self.images, place_P)
+        else:
+            image_P = _sorted(self.seed, epoch, self.images)[place_P]
+        return image_P + REPEAT * repetition_P
 
     def share(self, steps: range, rank: int, world_size: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """(step, epoch, one rank's samples [B]) of each step; steps and epochs count from 0.
@@ -53,10 +60,15 @@ class Order:
         Rank r of W takes rows r*G/W to (r+1)*G/W, rounded down. With a partial batch some ranks may have one sample
         more than others, or none.
         """
-        current, order_N = None, np.empty(0, np.int64)
         for step in steps:
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            if epoch != current:
-                current, order_N = epoch, self.epoch(epoch)
-            batch_G = order_N[step_in_epoch * self.batch : (step_in_epoch + 1) * self.batch]
-            yield step, epoch, batch_G[rank * len(batch_G) // world_size : (rank + 1) * len(batch_G) // world_size]
+            first = step_in_epoch * self.batch
+            rows = min(self.batch, self.images - first)
+            mine = np.arange(first + rank * rows // world_size, first + (rank + 1) * rows // world_size)
+            yield step, epoch, self.samples(epoch, mine)
+
+
+@lru_cache(maxsize=1)
+def _sorted(seed: int, epoch: int, images: int) -> np.ndarray:
+    """The whole of an epoch's order: int64 [N]. Every image draws a random 64-bit number, and they are sorted by it."""
+    return np.argsort(random_64(seed, epoch, images, ORDER), kind="stable")

@@ -6,13 +6,18 @@ batch, the rank, the worker or the restart in which it is made.
 Shapes: B samples, N blocks of four 32-bit words each.
 """
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
 
+Numbers = TypeVar("Numbers", Tensor, np.ndarray)
+
 # The streams: who draws.
 ORDER, CROP, AUGMENT, SUBSET = 0, 1, 2, 3
 RANDAUGMENT, ERASE_WHETHER, ERASE_HOW, MIX, DROP_PATH = 4, 5, 6, 7, 8  # of fine-tuning
+PERMUTE = 9
 
 _WORD = 0xFFFFFFFF
 # Philox's multipliers less 2^32: a product with a 32-bit word then always fits a signed 64-bit integer.
@@ -34,9 +39,12 @@ def random_bits(
     """
     if isinstance(block, Tensor):
         sample_B = sample_B.unsqueeze(-1)
-    place = (sample_B >> 32 << 16) + (view + (stream << 8))
-    words = philox4x32((sample_B & _WORD, epoch & _WORD, place, block), (seed & _WORD, seed >> 32 & _WORD))
-    return torch.stack(words, -1)
+    return torch.stack(_words(seed, epoch, sample_B, view, stream, block), -1)
+
+
+def random_word(seed: int, epoch: int, sample_B: np.ndarray, view: int, stream: int) -> np.ndarray:
+    """The first word of each sample's `random_bits`: int64 [B]. By numpy, which is faster than torch on few numbers."""
+    return _words(seed, epoch, sample_B, view, stream, 0)[0]
 
 
 def random_64(seed: int, epoch: int, images: int, stream: int) -> np.ndarray:
@@ -53,9 +61,16 @@ def uniform(seed: int, epoch: int | Tensor, sample_B: Tensor, view: int, stream:
     return bits_BN4.flatten(1)[:, :count].double() * 2.0**-32
 
 
-def philox4x32(counter: tuple, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The bijection itself, ten rounds. Words are int64 tensors (or ints) in [0, 2^32) that broadcast together; the
-    first and the third must be tensors."""
+def _words(
+    seed: int, epoch: int | Tensor, sample_B: Numbers, view: int, stream: int, block: int | Tensor
+) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+    place = (sample_B >> 32 << 16) + (view + (stream << 8))
+    return philox4x32((sample_B & _WORD, epoch & _WORD, place, block), (seed & _WORD, seed >> 32 & _WORD))
+
+
+def philox4x32(counter: tuple, key: tuple[int, int]) -> tuple:
+    """The bijection itself, ten rounds. Words are int64 tensors, int64 arrays or ints in [0, 2^32) that broadcast
+    together; the first and the third must not be ints."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.state import RunState
+from engine.data.order import PERMUTED
 from engine.distributed.agreement import agreement, broadcast
 from engine.distributed.world import World
 from engine.errors import UserError, one_line
@@ -34,10 +35,8 @@ def find_source(recipe: Pretrain, recipe_file: Path, world: World) -> tuple[Path
         _check_fits(named, manifest, state, recipe)
     say(f"continues {folder} of step {state.step:,}, with its optimizer state, at step 0 of this run's schedule")
     if loads(state.recipe, f"recipe of {folder}").run.seed == recipe.run.seed:
-        say(
-            f"seed      {recipe.run.seed}, as in that run: the same order of images and augmentations again; "
-            "run.seed=N draws others"
-        )
+        again = "order of images and augmentations" if state.order == PERMUTED else "augmentations"
+        say(f"seed      {recipe.run.seed}, as in that run: the same {again} again; run.seed=N draws others")
     return folder, manifest, state
 
 

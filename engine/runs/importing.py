@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.checkpoint.layout import checkpoint_folders
 from engine.checkpoint.save import save
 from engine.checkpoint.state import RunState
+from engine.data.order import PERMUTED
 from engine.distributed.world import process_group
 from engine.errors import UserError
 from engine.logger import note
@@ -49,7 +50,7 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
             fresh, copied = [*OF_TRUNK, "optimizer"], "; the momentum trunk is a copy of the base trunk"
         note(f"fresh: {', '.join(fresh)}{copied}")
         licence = original.about and original.about.licence
-        saved = RunState(0, dump(recipe), images={}, licence=licence, made_by=world.made_by())
+        saved = RunState(0, dump(recipe), images={}, licence=licence, made_by=world.made_by(), order=PERMUTED)
         path = save(checkpoints, tensors, saved, recipe_sha256=fingerprint(recipe), group=world.host_group)
     return {"checkpoint": str(path), "fresh": fresh}
 

@@ -10,9 +10,10 @@ from engine.checkpoint.load import newest_valid
 from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.retain import clean
 from engine.checkpoint.state import RunState
+from engine.data.order import LAWS
 from engine.distributed.agreement import agreement, all_gather, broadcast
 from engine.distributed.signals import StopSignal
-from engine.errors import RunFailed, SystemRefused, UserError
+from engine.errors import RunFailed, SystemRefused, UserError, one_line
 from engine.logger import say
 from engine.recipe.identity import resume_differences
 from engine.recipe.load import loads, located
@@ -126,8 +127,13 @@ def _found(directory: RunDirectory, task: Task, earlier: Path | None) -> tuple[P
 
 
 def check_same_recipe(state: RunState, manifest: Manifest, recipe: Recipe) -> None:
-    """Raises UserError where a checkpoint was begun with values that a resume may not change."""
+    """Raises UserError where a checkpoint was begun with values that a resume may not change, or an unknown order."""
     check_same_task(state.recipe, recipe)
+    if state.order not in LAWS:
+        raise UserError(
+            f"run.dir ({recipe.run.dir}) must hold a run of this version or an earlier one: its order of images is "
+            f"{one_line(state.order)}; go on with the version that wrote it, or pass another run.dir"
+        )
     begun = loads(state.recipe, f"recipe of the run in {recipe.run.dir}", kind=type(recipe))
     differences = resume_differences(begun, recipe)
     if differences:

@@ -5,6 +5,7 @@ Shapes: V views, B images of this rank, S side of an image.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -284,6 +285,7 @@ class Task(ABC):
             continued_from=self.continued_from,
             made_by=self.made_by(),
             image_rules=RULES,
+            order=self.order.law,
         )
 
     def check_resume(self, state: RunState) -> None:
@@ -303,7 +305,7 @@ class Task(ABC):
         lacks = tuple(p for p in self.optional if not any(name.startswith(p) for name in manifest.tensors))
         tensors = {name: tensor for name, tensor in self.tensors().items() if not name.startswith(lacks)}
         load(checkpoint, tensors, ignore=self.optional, group=self.world.host_group)
-        self.update.step = state.step
+        self.update.step, self.order = state.step, replace(self.order, law=state.order)
         self.bad_images.total, self.licence = state.bad_images, state.licence
         self.continued_from = state.continued_from
 

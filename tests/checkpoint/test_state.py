@@ -20,6 +20,7 @@ def test_what_is_written_is_read():
     state = RunState(
         *(4, "task: pretrain", {"train": "a", "val": "b"}, {"train": {"3": "d"}}),
         *(1, "CC0-1.0", "e", "c", "{}", {"torch": "2", "ranks": "8"}),
+        order="permuted",
     )
     assert read(json.loads(json.dumps(state.to_json()))) == state
 
@@ -37,6 +38,7 @@ def test_earlier_forms_are_read(former, images):
     assert (state.step, state.recipe, state.bad_images, state.images) == (4, "task: pretrain", 1, images)
     assert (state.licence, state.network) == (former.get("licence"), former.get("network"))
     assert state.image_rules == 1
+    assert state.order == "sorted"
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,7 @@ def test_earlier_forms_are_read(former, images):
         {"step": True},
         {"image_rules": "2"},
         {"recipe": None},
+        {"order": None},
         {"images": ["a"]},
         {"images": {"train": 1}},
         {"network": 7},

@@ -82,7 +82,7 @@ def globally(source, world, **options) -> list[tuple]:
 
 def test_a_batch_is_what_sampler_and_decode_say(source):
     batch = list(batches(source))[3]
-    samples = Order(1, IMAGES, 8).epoch(1)[8:16]
+    samples = Order(1, IMAGES, 8).samples(1, np.arange(8, 16))
     assert (batch.step, batch.epoch) == (3, 1)
     assert batch.sample_B.tolist() == samples.tolist()
     assert batch.crops.shape == (2, 8, 3, SIZE, SIZE)
@@ -138,7 +138,7 @@ def test_a_source_without_readable_images_ends_in_one_line(tmp_path, workers):
         (tmp_path / f"{i:03}.png").write_bytes(b"")
     with pytest.raises(UserError) as error:
         list(batches(open_source(Root("folder", tmp_path), "train"), workers=workers))
-    first = Order(1, 150, 8).epoch(0)[0]
+    first = Order(1, 150, 8).samples(0, np.arange(1))[0]
     assert str(error.value).startswith(f"data.root must hold readable images; {first:03}.png (ValueError: not an image")
     assert str(error.value).endswith("and the 100 after it are not; repair them")
 

@@ -1,11 +1,12 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.philox import AUGMENT, CROP, ORDER, philox4x32, random_bits, uniform
+from engine.data.philox import AUGMENT, CROP, ORDER, PERMUTE, philox4x32, random_bits, random_word, uniform
 
 WORD = st.integers(0, 2**32 - 1)
 
@@ -60,6 +61,13 @@ def test_an_address_becomes_counter_and_key_as_documented(seed, epoch, sample, v
     counter = (sample % 2**32, epoch, view + 2**8 * stream + 2**16 * (sample // 2**32), block)
     expected = philox_in_integers(counter, (seed % 2**32, seed // 2**32))
     assert random_bits(seed, epoch, torch.tensor([sample]), view, stream, block).tolist() == [list(expected)]
+
+
+@given(seed=st.integers(0, 2**64 - 1), epoch=WORD, samples=st.lists(st.integers(0, 2**48 - 1), min_size=1))
+@settings(deadline=None)
+def test_numpy_draws_the_same_words(seed, epoch, samples):
+    bits_B4 = random_bits(seed, epoch, torch.tensor(samples), 3, PERMUTE)
+    assert random_word(seed, epoch, np.array(samples), 3, PERMUTE).tolist() == bits_B4[:, 0].tolist()
 
 
 def test_uniform_scales_the_words_of_blocks_in_order():

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from engine.checkpoint.load import read_tensors
-from engine.checkpoint.manifest import read_manifest
+from engine.checkpoint.manifest import NAME, own_checksum, read_manifest
 from engine.distributed.world import process_group
 from engine.errors import UserError
 from engine.recipe.load import load
@@ -89,6 +89,26 @@ def test_a_resume_does_not_read_the_source(world, source, tmp_path):
     ):
         train(world, tmp_path / "new", *values)
     assert not (tmp_path / "new").exists()
+
+
+def test_an_order_of_images_is_kept_by_its_run_and_not_handed_on(world, source, tmp_path, capfd):
+    former, ours = (shutil.copytree(source, tmp_path / name) for name in ("former", "ours"))
+
+    def rewrite(**order) -> None:
+        content = json.loads((former / CHECKPOINT / NAME).read_text())
+        content["state"].pop("order")
+        content["state"] |= order
+        (former / CHECKPOINT / NAME).write_text(json.dumps(content | {"manifest_sha256": own_checksum(content)}))
+
+    rewrite(order="of_tomorrow")
+    with pytest.raises(UserError, match="its order of images is of_tomorrow; go on with the version that wrote it"):
+        train(world, former, "train.max_steps=6")
+    rewrite()  # as a former version wrote it
+    assert train(world, former, "train.max_steps=6")[-2:] != train(world, ours, "train.max_steps=6")[-2:]
+    train(world, tmp_path / "new", f"run.continue_from={former}")
+    assert "seed      0, as in that run: the same augmentations again" in capfd.readouterr().out
+    found = [former / "checkpoints/step_0000006", ours / "checkpoints/step_0000006", tmp_path / "new" / CHECKPOINT]
+    assert [read_manifest(path).state["order"] for path in found] == ["sorted", "permuted", "permuted"]
 
 
 def test_what_does_not_fit_is_refused_before_there_are_weights(world, source, tmp_path, monkeypatch):

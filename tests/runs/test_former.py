@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine import evaluate
+from engine.checkpoint.manifest import read_manifest
 from engine.run import main as run_main
 from engine.runs.finetune import trunk_values
 from engine.runs.supervised import digest
@@ -54,3 +55,5 @@ def test_a_run_goes_on_where_an_earlier_version_stopped(name, tmp_path):
             # The square roots of eigenvalues near zero magnify rounding.
             tolerance = 1e-6 if key == "rankme" else 1e-9
             assert mine[key] == pytest.approx(former[key], rel=tolerance, abs=1e-9), (former["step"], key)
+    newest = max((tmp_path / "run/checkpoints").glob("step_*"))
+    assert read_manifest(newest).state["order"] == "sorted"
