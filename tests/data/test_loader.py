@@ -407,7 +407,7 @@ def test_evaluation_leaves_out_what_it_cannot_read_and_says_so(broken):
 def test_a_bad_image_is_said_once_however_often_it_is_met(broken, capsys):
     run, other = (BadImages(1.0, None) for _ in range(2))
     for met in (run.meet, run.meet, other.meet, partial(report, consequence="it is left out", of=broken.fingerprint)):
-        met([bad for batch in batches(broken, last=4) for bad in batch.bad])
+        met([bad for batch in batches(broken, last=8) for bad in batch.bad])
     said = [line for line in capsys.readouterr().err.splitlines() if "a/03.png could not be read" in line]
     assert [line.rpartition("; ")[2] for line in said] == ["its neighbour took its place"] * 2 + ["it is left out"]
     assert run.met > 2 * 3
