@@ -2,4 +2,15 @@
 
 import os
 
+import pytest
+
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch
+
+
+@pytest.fixture(scope="module")
+def world():
+    """This process as the only rank."""
+    from engine.distributed.world import process_group
+
+    with process_group() as world:
+        yield world

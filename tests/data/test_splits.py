@@ -4,16 +4,9 @@ import pytest
 
 from engine.data.source import Root
 from engine.data.splits import open_labelled, open_labelled_splits, open_splits, open_unlabelled
-from engine.distributed.world import process_group
 from engine.errors import UserError
 from engine.recipe.sections import LabelledData
 from tests.data.images import fill, pack, png, shades
-
-
-@pytest.fixture(scope="module")
-def world():
-    with process_group() as world:
-        yield world
 
 
 @pytest.fixture

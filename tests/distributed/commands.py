@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 from tests.distributed.launch import ROOT, TIMEOUT, environment
 
 LEAD = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d r\d+  ", re.MULTILINE)
@@ -23,6 +25,7 @@ ONE_PROCESS = (sys.executable, "-m", "engine.run")
 OWN_RANKS = (*ONE_PROCESS, "--ranks", "2")
 TWO_RANKS = (*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "engine.run")
 
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 QUICKSTART = ROOT / "recipes/quickstart.yaml"
 SMALL = {
     "model.dim": 32,

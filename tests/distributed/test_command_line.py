@@ -4,7 +4,6 @@ import fcntl
 import json
 import signal
 import socket
-import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import yaml
 from PIL import Image
 
 from tests.distributed.commands import (
+    ON_LINUX,
     ONE_PROCESS,
     QUICKSTART,
     SMALL,
@@ -33,7 +33,7 @@ from tests.distributed.commands import (
 )
 from tests.distributed.launch import environment
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+pytestmark = ON_LINUX
 
 IMAGES, BROKEN = 40, ("image_05.png", "image_23.jpg")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.commands import (
+    ON_LINUX,
     ONE_PROCESS,
     OWN_RANKS,
     QUICKSTART,
@@ -23,7 +24,7 @@ from tests.distributed.launch import ROOT, environment, results
 
 pytestmark = [
     pytest.mark.faults,
-    pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc"),
+    ON_LINUX,
 ]
 CYCLES = 20
 

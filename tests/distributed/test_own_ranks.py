@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from engine.errors import UserError
 from engine.launch import read_ranks, read_restarts
 from engine.run import main
 from tests.distributed.commands import (
+    ON_LINUX,
     OWN_RANKS,
     QUICKSTART,
     TWO_RANKS,
@@ -26,7 +26,7 @@ from tests.distributed.commands import (
     timeless,
 )
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+pytestmark = ON_LINUX
 
 
 def test_ctrl_c_while_the_ranks_load_is_no_traceback(tmp_path):

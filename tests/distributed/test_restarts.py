@@ -5,7 +5,6 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.commands import (
+    ON_LINUX,
     QUICKSTART,
     TORCHRUN,
     TWO_RANKS,
@@ -26,7 +26,7 @@ from tests.distributed.commands import (
 )
 from tests.distributed.launch import TIMEOUT, environment
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+pytestmark = ON_LINUX
 
 LAST = 16
 STARTED = "ranks     2 on CPU"  # what a start says first

@@ -1,7 +1,6 @@
 """What srun says of a process, in torchrun's words."""
 
 import os
-import sys
 from contextlib import ExitStack
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from engine.distributed import launcher
 from engine.distributed.slurm import first_host, place, tasks_per_node
 from engine.errors import UserError
-from tests.distributed.commands import ONE_PROCESS, QUICKSTART, TWO_RANKS, Command, overrides, run, timeless
+from tests.distributed.commands import ON_LINUX, ONE_PROCESS, QUICKSTART, TWO_RANKS, Command, overrides, run, timeless
 from tests.distributed.launch import environment
 
 STEP = {
@@ -83,7 +82,7 @@ def test_tasks_of_each_node():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@ON_LINUX
 def test_srun_makes_the_run_that_torchrun_makes(tmp_path):
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost"}
     step["SLURM_JOB_ID"] = str(os.getpid())

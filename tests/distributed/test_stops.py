@@ -2,12 +2,12 @@
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.commands import (
+    ON_LINUX,
     ONE_PROCESS,
     OWN_RANKS,
     QUICKSTART,
@@ -24,7 +24,7 @@ from tests.distributed.commands import (
 
 pytestmark = [
     pytest.mark.faults,
-    pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc"),
+    ON_LINUX,
 ]
 
 

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.commands import (
+    ON_LINUX,
     OWN_RANKS,
     QUICKSTART,
     TWO_RANKS,
@@ -26,7 +26,7 @@ from tests.distributed.commands import (
 
 pytestmark = [
     pytest.mark.faults,
-    pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc"),
+    ON_LINUX,
 ]
 THREE_RANKS = (*OWN_RANKS[:-1], "3")
 LAST = 8

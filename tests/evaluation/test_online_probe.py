@@ -7,19 +7,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.distributed.world import process_group
 from engine.evaluation.online_probe import PEAK_LR, OnlineProbe
 from engine.training.schedule import Schedule
 
 CLASSES, IMAGES, BATCH, STEPS = 6, 240, 40, 30
 SCHEDULE = Schedule(peak_lr=BATCH / 256, epochs=5, warmup_epochs=1, steps_per_epoch=IMAGES // BATCH)
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal"}  # what asks the device for an answer
-
-
-@pytest.fixture(scope="module")
-def world():
-    with process_group() as world:
-        yield world
 
 
 def labels() -> np.ndarray:

@@ -5,17 +5,10 @@ import shutil
 
 import pytest
 
-from engine.distributed.world import process_group
 from engine.errors import UserError
 from engine.recipe.load import load
 from engine.runs.pretrain import pretrain
 from tests.distributed.trajectories import RECIPE, SMALL
-
-
-@pytest.fixture(scope="module")
-def world():
-    with process_group() as world:
-        yield world
 
 
 def train(world, run, *overrides, earlier=None):

@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor
 
 from engine.checkpoint.load import read_tensors
 from engine.checkpoint.manifest import NAME, own_checksum, read_manifest
-from engine.distributed.world import process_group
 from engine.errors import UserError
 from engine.recipe.load import load
 from engine.runs.linear import linear
@@ -19,12 +18,6 @@ from tests.runs.small import CHECKPOINT as PUBLISHED
 from tests.runs.small import linear_recipe
 
 CHECKPOINT = "checkpoints/step_0000004"
-
-
-@pytest.fixture(scope="module")
-def world():
-    with process_group() as world:
-        yield world
 
 
 def train(world, run, *overrides) -> list[dict]:

@@ -7,17 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.distributed.world import World, process_group
+from engine.distributed.world import World
 from engine.errors import RunFailed, UserError
 from engine.files import lock
 from engine.runs import claim, directory
 from engine.runs.directory import RunDirectory
-
-
-@pytest.fixture(scope="module")
-def world():
-    with process_group() as world:
-        yield world
 
 
 def test_it_is_held_until_the_end(tmp_path, world, monkeypatch, capsys):

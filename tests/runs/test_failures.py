@@ -9,7 +9,6 @@ import time
 import pytest
 
 from engine.data.torchvision import TorchvisionSource
-from engine.distributed.world import process_group
 from engine.errors import RunFailed
 from engine.recipe.load import load
 from engine.runs.pretrain import Pretraining, pretrain
@@ -17,12 +16,6 @@ from tests.distributed.trajectories import RECIPE, SMALL
 from tests.runs.small import rows
 
 FEW = [*SMALL, "model.dim=16", "model.heads=2", "data.workers=1", "checkpoint.every_steps=2", "train.max_steps=6"]
-
-
-@pytest.fixture(scope="module")
-def world():
-    with process_group() as world:
-        yield world
 
 
 def train(world, directory, *overrides):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.distributed.world import process_group
 from engine.errors import RunFailed, UserError
 from engine.recipe.load import load
 from engine.runs.pretrain import Pretraining, pretrain
@@ -15,12 +14,6 @@ from tests.distributed.trajectories import KINDS, RECIPE, SMALL
 from tests.training.trunks import Unpooled
 
 SIZE = "train.micro_batch_size"
-
-
-@pytest.fixture(scope="module")
-def world():
-    with process_group() as world:
-        yield world
 
 
 def train(world, directory, *overrides):

@@ -7,7 +7,6 @@ import pytest
 
 from engine.checkpoint.layout import read_pointer
 from engine.checkpoint.save import SaveFailed
-from engine.distributed.world import process_group
 from engine.errors import RunFailed
 from engine.recipe.load import load
 from engine.runs.directory import RunDirectory
@@ -41,12 +40,6 @@ class Story:
         for thread in threading.enumerate():
             if thread.name == "save":
                 thread.join()
-
-
-@pytest.fixture(scope="module")
-def world():
-    with process_group() as world:
-        yield world
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from engine.distributed import signals
 from engine.distributed.signals import SIGNALS, StopSignal
-from engine.distributed.world import process_group
 from engine.errors import Interrupted, RunFailed, UserError
 from engine.evaluation import features
 from engine.recipe.load import load
@@ -23,12 +22,6 @@ from tests.distributed.trajectories import RECIPE, SMALL
 from tests.runs.small import CHECKPOINT, linear_recipe, rows
 
 FEW = [*SMALL, "model.dim=16", "model.heads=2", "data.workers=0", "log.every_steps=100", "checkpoint.every_steps=100"]
-
-
-@pytest.fixture(scope="module")
-def world():
-    with process_group() as world:
-        yield world
 
 
 def train(world, directory, *overrides):
