@@ -37,7 +37,7 @@ SOURCES = get_args(Source)
 OVERRIDES = "dotted.key=value"
 WORDS = {"import_weights": "import"}  # of doors whose word for `mocov3` is a keyword, which can name no module
 RECIPE = "a YAML file, a run directory, or one of `mocov3 recipes`"
-IMAGES = "a folder of images, tars or one tar"
+IMAGES = "a folder of images, tars or one tar, or a text file of paths"
 ROOTS = {"data.root": "--train", "data.val_root": "--val"}  # of a recipe with labels
 
 
@@ -235,7 +235,9 @@ def add_images(parser: ArgumentParser, *roots: str, required: bool = True) -> No
     """An option for each of `roots`, and what says how to read them: `image_roots` and `decoding_workers`."""
     for root in roots:
         parser.add_argument(root, required=required, metavar="ROOT", help=IMAGES)
-    parser.add_argument("--source", choices=SOURCES, help="guessed from ROOT when absent: tars are shards")
+    parser.add_argument(
+        "--source", choices=SOURCES, help="guessed from ROOT when absent: tars are shards, a .txt is a list"
+    )
     parser.add_argument("--dataset", metavar="CLASS", help="of torchvision.datasets; implies --source torchvision")
     workers = at_least(0, "--workers", "leave it out for as many as there are cores")
     parser.add_argument("--workers", type=workers, help="processes per rank that decode (default: as many as cores)")

@@ -29,6 +29,8 @@ def open_folder(root: Root, split: Split) -> Source | None:
     """The folder `train` or `val` in the root; without `train` all of it is training data."""
     if root.path.is_file() and is_tar_name(root.path.name):
         raise UserError(f"{root} must be a folder of images, and is a tar; pass {root.of_source('shards')}")
+    if root.path.is_file():
+        raise UserError(f"{root} must be a folder of images; for a text file of paths pass {root.of_source('list')}")
     parts = _parts(root, split)
     folder = part_of(root, split, parts.train, parts.val, root.path)
     if folder is None:

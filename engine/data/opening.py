@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.data.folder import open_folder
+from engine.data.lists import LIST_SUFFIXES, open_list
 from engine.data.naming import is_tar_name
 from engine.data.shards import open_shards
 from engine.data.source import Root, Source, Split
@@ -16,6 +17,7 @@ OPENERS: dict[str, Callable[[Root, Split], Source | None]] = {
     "folder": open_folder,
     "shards": open_shards,
     "torchvision": open_torchvision,
+    "list": open_list,
 }
 
 
@@ -34,7 +36,9 @@ def open_source(root: Root, split: Split) -> Source | None:
 
 
 def guess_kind(root: Path) -> str:
-    """`shards` for a tar or a folder with tars in it, else `folder`."""
+    """`shards` for a tar or a folder with tars in it, `list` for a file that is named as a text, else `folder`."""
+    if root.is_file() and root.suffix.lower() in LIST_SUFFIXES:
+        return "list"
     has_tars = root.is_file() or (root.is_dir() and any(is_tar_name(path.name) for path in root.iterdir()))
     return "shards" if has_tars else "folder"
 

@@ -15,6 +15,8 @@ from engine.recipe.load import locate
 from engine.recipe.paths import expand
 from engine.recipe.sections import Data, LabelledData
 
+_LABELLED = {"list": "on each line a label after a tab"}  # how else than by folders
+
 
 class Splits(NamedTuple):
     """`train` and, where there is one, `val` with labels in train's numbering."""
@@ -69,7 +71,7 @@ def open_labelled(train: Root, val: Root, world: World, *, share: float = 1.0, s
         for source, root in zip(found, (train, val), strict=True):
             if source.labels is None:
                 raise UserError(
-                    f"{root} must hold labelled images, a folder for each class; "
+                    f"{root} must hold labelled images, {_LABELLED.get(root.kind, 'a folder for each class')}; "
                     "for images without labels there is `engine.evaluate rankme`"
                 )
         if len(found.train.classes) < 2:

@@ -107,12 +107,12 @@ class Train:
     on_spike: str | None = key(ON_SPIKE, WARN, since=2, before=None, default="warn")
 
 
-Source = Literal["folder", "shards", "torchvision"]
+Source = Literal["folder", "shards", "torchvision", "list"]
 
 
 @section
 class Data:
-    source: Source = key("image files, tar files or a dataset of torchvision")
+    source: Source = key("image files, tar files, a dataset of torchvision, or a text file of paths")
     root: str = key("where the images are; may hold `train` and `val`", PATH)
     val_root: str | None = key("where the validation images are; null: `val` inside root", PATH, default=None)
     dataset: str | None = key("class in torchvision.datasets, under source torchvision", TEXT, default=None)

@@ -184,7 +184,7 @@ def test_missing_data_is_named_with_the_remedy(tmp_path, kind, split):
     [
         ("folder", lambda root: None, "must hold images .*has none"),
         ("folder", lambda root: fill(root, {".hidden/1.png": 1}), "must hold images .*has none"),
-        ("folder", lambda root: (root.rmdir(), root.write_bytes(b"")), "must be readable; Not a directory"),
+        ("folder", lambda root: (root.rmdir(), root.write_bytes(b"")), "must be a folder .* pass data.source=list"),
         ("shards", lambda root: None, r"must hold tars of images .*it has no \*\.tar"),
         ("shards", lambda root: (root / "x.tar").write_bytes(pack({"a.txt": b""})), "its tars have none"),
         ("shards", lambda root: (root / "x.tar").mkdir(), "must be readable; Is a directory"),

@@ -1,0 +1,156 @@
+"""Images that a text file names: a path a line, relative to the file; after a tab a label, if there is one."""
+
+import codecs
+import os
+import stat
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from engine.data.decode import IMAGE_SUFFIXES, is_image_name
+from engine.data.labels import read_label
+from engine.data.paths import FileSource, Names
+from engine.data.source import Root, Source, Split
+from engine.data.survey import Survey, printable
+from engine.errors import UserError
+
+LIST_SUFFIXES = (".txt", ".tsv", ".lst", ".list")  # by which a list is known; it may have others
+_LONGEST = 1 << 16  # bytes of a line: more is no path
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def open_list(root: Root, split: Split) -> Source | None:
+    """All that the file names: it has no splits, and validation images have a list of their own."""
+    if split == "val":
+        return None
+    if root.path.exists() and not root.path.is_file():
+        raise UserError(
+            f"{root} must be a text file of paths; for the images in a folder pass {root.of_source('folder')}"
+        )
+    found = _Found(root)
+    for line, path, label in _lines(root):
+        found.take(line, path, label)
+    return found.source()
+
+
+def _lines(root: Root) -> Iterator[tuple[int, bytes, bytes]]:
+    """Number, path and label of each line that is not blank; a label is empty where there is none.
+
+    Raises:
+        UserError: a line is none of a list.
+    """
+    with root.path.open("rb") as file:
+        for number, line in enumerate(iter(partial(file.readline, _LONGEST), b""), 1):
+            text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rstrip()
+            path, *labels = (part.strip(b" ") for part in text.split(b"\t"))
+            if b"\0" in text or len(line) == _LONGEST or (number == 1 and text.startswith(_UTF16)):
+                raise UserError(f"{root} must be text in UTF-8, a path on each line; line {number} is something else")
+            if text and (not path or len(labels) > 1):
+                raise UserError(
+                    f"{root} must have a path on each line and at most a tab and a label after it; line {number} is "
+                    f"{printable(text)[:80]!r}"
+                )
+            if text:
+                yield number, path, _label(labels[0] if labels else b"")
+
+
+def _label(text: bytes) -> bytes:
+    try:
+        text.decode()
+    except UnicodeDecodeError:  # a name as good as any: that of a folder may have such letters too
+        return text
+    return read_label(b"cls", text)
+
+
+class _Found:
+    """The images of a list so far, in its order, and what else it names."""
+
+    def __init__(self, root: Root):
+        self.root, self.folder = root, root.path.parent
+        self.paths: list[bytes] = []
+        self.sizes: list[int] = []
+        self.labels: list[bytes] = []
+        self.survey = Survey()
+        self.first_lost = ""
+
+    def take(self, line: int, path: bytes, label: bytes) -> None:
+        """A line's. A file that is not there counts as an image of size -1, so that it is reported when it is read."""
+        try:
+            status = (self.folder / os.fsdecode(path)).stat()
+        except OSError:
+            status = None
+        if status and stat.S_ISDIR(status.st_mode):
+            self.survey.leave_out("folders")
+        elif not is_image_name(path) or (status and not stat.S_ISREG(status.st_mode)):
+            self.survey.leave_out_file(path)
+        else:
+            self.paths.append(path)
+            self.labels.append(label)
+            self.sizes.append(status.st_size if status else -1)
+            if status is None and not self.first_lost:
+                self.first_lost = f"line {line}: {printable(path)}"
+
+    def source(self) -> "ListSource":
+        """Raises UserError where there is no image, or one under two labels."""
+        left_out = self.survey.words()
+        if not self.paths:
+            raise UserError(
+                f"{self.root} must name images ({' '.join(IMAGE_SUFFIXES)}), a path on each line, a label after a tab; "
+                f"there are none{f', but {left_out}' if left_out else ''}"
+            )
+        lost = self.sizes.count(-1)
+        if lost == len(self.paths):
+            raise UserError(
+                f"{self.root} must name images that are there, by paths relative to its folder; none of {lost} is, "
+                f"such as {self.first_lost}"
+            )
+        lacking = self.labels.count(b"")
+        labels = None if lacking else Names.of(self.labels)
+        source = ListSource(self.folder, self.paths, np.array(self.sizes, np.int64), labels)
+        again = self._named_again()
+        notes = {
+            f"left out: {left_out}": left_out,
+            f"{lost} of {len(self.paths)} files are not there ({self.first_lost})": lost,
+            f"{again} lines name an image again, and it counts again": again,
+            f"{lacking} of {len(self.paths)} images have no label, so none of them is read": any(self.labels)
+            and lacking,
+        }
+        source.notes = tuple(f"{self.root}: {line}" for line, holds in notes.items() if holds)
+        return source
+
+    def _named_again(self) -> int:
+        label_of: dict[bytes, bytes] = {}
+        for path, label in zip(self.paths, self.labels, strict=True):
+            if label_of.setdefault(path, label) != label:
+                both = " and ".join(printable(name) or "none" for name in (label_of[path], label))
+                raise UserError(f"{self.root} must give each image one label; {printable(path)} has {both}")
+        return len(self.paths) - len(label_of)
+
+
+class ListSource(FileSource):
+    """Image files by their paths, in the order of the list; no folder is a class.
+
+    The folder that all paths have in common is left out of the fingerprint: a list of absolute paths may be written
+    anew where the images have moved.
+    """
+
+    def __init__(self, folder: Path, paths: list[bytes], sizes_N: np.ndarray, labels: Names | None):
+        self._folder, self._shared = folder, _shared_folder(paths)
+        super().__init__(Names.of(path[len(self._shared) :] for path in paths), sizes_N, labels)
+        if labels is None:
+            self.labels, self.classes = None, None
+
+    def content(self, i: int) -> bytes:
+        return (self._folder / os.fsdecode(self._shared + self._names[i])).read_bytes()
+
+    def name(self, i: int) -> str:
+        return printable(self._shared + self._names[i])
+
+
+def _shared_folder(paths: list[bytes]) -> bytes:
+    """How all of them begin, up to a slash."""
+    first, last = min(paths), max(paths)  # what these two share, all do
+    alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[: first.rfind(b"/", 0, alike) + 1]
