@@ -7,9 +7,12 @@ images' headers, of which some are compared.
 Shapes: N images in the tar.
 """
 
+import errno
 import hashlib
 import json
 import os
+import resource
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +30,7 @@ _FORMAT = 3
 _HEADERS = 16  # that a saved index is compared with, spread over the tar: another one may have its size and time
 _BLOCK = 512
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_MAX_OPEN = 64  # file descriptors that one process holds open
+_MOST_OPEN = 1 << 16  # descriptors of a reader, however many the process may have
 
 
 class TarIndex(NamedTuple):
@@ -42,31 +45,53 @@ class TarIndex(NamedTuple):
 
 
 class TarReader:
-    """Reads by position from a tar, on a descriptor opened at first use.
+    """Reads by position from tars, on descriptors that are opened at first use; those least recently used are closed.
 
-    `os.pread` moves no file position, so forked workers that inherit a descriptor do not disturb each other.
+    `os.pread` moves no file position, so threads, and forked workers that inherit a descriptor, do not disturb each
+    other; one that is closed for another tar stays open until who reads from it is done.
     """
 
     def __init__(self):
-        self._open: dict[str, int] = {}
+        self._opened = lru_cache(_most_open())(_Descriptor)
 
     def read(self, tar: str, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`. Raises OSError where they are not there."""
-        if tar not in self._open:
-            if len(self._open) >= _MAX_OPEN:
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[tar] = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
-        data = os.pread(self._open[tar], size, offset)
+        descriptor = self._descriptor(tar)
+        data = os.pread(descriptor.number, size, offset)
         if len(data) < size:
             raise OSError(f"{size} bytes expected at byte {offset}, found {len(data)}: the tar was changed")
         return data
 
-    def __getstate__(self) -> dict:
-        return {"_open": {}}  # a descriptor means nothing in another process
+    def _descriptor(self, tar: str) -> "_Descriptor":
+        try:
+            return self._opened(tar)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self._opened.cache_clear()  # others have opened what this one counted on
+            return self._opened(tar)
+
+    def __reduce__(self) -> tuple:
+        return TarReader, ()  # a descriptor means nothing in another process
+
+
+class _Descriptor:
+    """An open file, as long as somebody holds this."""
+
+    number = -1
+
+    def __init__(self, path: str):
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self):
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        if self.number >= 0:
+            os.close(self.number)
+
+
+def _most_open() -> int:
+    """A quarter of the descriptors that this process may have: other sources, sockets and logs need theirs."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_OPEN if limit == resource.RLIM_INFINITY else max(1, min(_MOST_OPEN, limit // 4))
 
 
 def open_index(tar: Path, *, read_only: bool = False) -> TarIndex:

@@ -1,7 +1,11 @@
 import os
 import pickle
+import resource
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from engine.data.index import TarReader, open_index
 from engine.data.paths import Names
 from engine.errors import UserError
 from tests.data.images import pack
+from tests.distributed.commands import ON_LINUX
 
 MEMBERS = {"a/1.png": b"one", "b/2.jpg": b"", "3.webp": bytes(range(256)) * 5}
 
@@ -226,12 +231,62 @@ def test_any_bytes_end_in_an_error_of_one_line(tmp_path_factory, noise):
     assert "\n" not in str(error.value)
 
 
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.fixture
+def few_descriptors():
+    """This process may open 40 more files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 40, hard))
+    yield descriptors()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@ON_LINUX
+def test_threads_read_more_tars_than_may_be_open(tmp_path, few_descriptors):
+    """Each finds its own tar's bytes, though descriptors are closed and numbers given again under its hands."""
+    tars = [write(tmp_path / f"{k}.tar", bytes([k]) * 9) for k in range(120)]
+    readers = [TarReader(), TarReader()]
+    at = [(reader, k) for reader in readers for _ in range(3) for k in range(120)]
+    Random(0).shuffle(at)
+    with ThreadPoolExecutor(6) as threads:
+        found = threads.map(lambda each: (each[0].read(str(tars[each[1]]), 4, 5), each[1]), at)
+        assert all(data == bytes([k]) * 5 for data, k in found)
+    assert few_descriptors + 20 < descriptors() <= few_descriptors + 40
+    del readers, at, found
+    assert descriptors() <= few_descriptors
+
+
+@ON_LINUX
+def test_where_others_have_opened_all_the_rest_a_reader_gives_its_own_back(tmp_path, few_descriptors):
+    tars = [write(tmp_path / f"{k}.tar", bytes([k])) for k in range(30)]
+    reader = TarReader()
+    assert reader.read(str(tars[0]), 0, 1) == b"\0"
+    others = []
+    with suppress(OSError):
+        while True:
+            others.append(tars[0].open("rb"))
+    assert [reader.read(str(tar), 0, 1) for tar in tars] == [bytes([k]) for k in range(30)]
+    for file in others:
+        file.close()
+
+
+@ON_LINUX
+def test_the_tar_that_is_least_recently_used_is_closed(tmp_path, few_descriptors):
+    tars = [str(write(tmp_path / f"{k}.tar", bytes([k]))) for k in range(200)]
+    reader = TarReader()
+    for k in range(200):
+        assert reader.read(tars[k], 0, 1) + reader.read(tars[0], 0, 1) == bytes([k, 0])
+    opened = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    assert [k for k in (0, 1, 199) if tars[k] in opened] == [0, 199]
+
+
 def test_a_reader_can_be_sent_to_another_process(tmp_path):
     path = write(tmp_path / "x.tar", b"0123456789")
     reader = TarReader()
     assert reader.read(str(path), 2, 3) == b"234"
-    copy = pickle.loads(pickle.dumps(reader))
-    assert copy._open == {}
-    assert copy.read(str(path), 0, 1) == b"0"
+    assert pickle.loads(pickle.dumps(reader)).read(str(path), 0, 1) == b"0"
     with pytest.raises(OSError, match="5 bytes expected at byte 8, found 2"):
         reader.read(str(path), 8, 5)

@@ -1,5 +1,4 @@
 import os
-from pathlib import Path
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -114,21 +113,6 @@ def test_one_tar_as_the_root(tmp_path):
     assert open_source(Root("shards", tmp_path / "x.tar"), "val") is None
     assert shades(open_source(Root("shards", tmp_path / "x.tar"), "all")) == [1, 2]
     assert shades(open_source(Root("shards", tmp_path), "train")) == [1, 2]
-
-
-def descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def test_more_tars_than_a_process_may_hold_open(tmp_path):
-    for k in range(100):
-        (tmp_path / f"{k:03}.tar").write_bytes(pack({f"a/{k}.png": png(k)}))
-    source = open_source(Root("shards", tmp_path), "train")
-    before = descriptors()
-    assert shades(source) == list(range(100)) == shades(source)
-    assert descriptors() <= before + 64
-    del source
-    assert descriptors() <= before
 
 
 def test_a_tar_that_shrank_under_way_is_an_unreadable_image(tmp_path):
