@@ -1,4 +1,4 @@
-"""The images of a run or an evaluation, opened on every rank, found fit and found to be the same there."""
+"""The images of a run or an evaluation, opened once for each node, found fit and the same on all of them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ from engine.data.opening import align_labels, align_or_drop, open_source
 from engine.data.source import Root, Source
 from engine.data.subset import take_labels
 from engine.distributed.agreement import all_gather
-from engine.distributed.world import World, in_turn
+from engine.distributed.world import World, once_per_node
 from engine.errors import UserError
 from engine.logger import note, warn
 from engine.recipe.load import locate
@@ -28,8 +28,8 @@ class Splits(NamedTuple):
 def open_splits(data: Data, recipe_file: Path, world: World, *, batch: int, read_only: bool = False) -> Splits:
     """The images of pre-training, labelled or not.
 
-    batch: train.global_batch_size, which they must fill. Rank 0 opens first: it alone builds a missing index, which is
-    saved unless `read_only`.
+    batch: train.global_batch_size, which they must fill. One rank of each node looks at the files, rank 0 first: it
+    alone builds a missing index, which is saved unless `read_only`.
 
     Raises:
         UserError: on every rank, where data is missing, differs between ranks, or is less than a batch.
@@ -109,8 +109,8 @@ def _check_batch(batch: int, train: Source, root: str | Path) -> None:
 
 
 def _open_together(find: Callable[[], Splits], world: World, name: str) -> Splits:
-    """What `find` opens, on rank 0 first; `name` begins the error's line where ranks found different images."""
-    splits = in_turn(world, find)
+    """What `find` opens, once for each node; `name` begins the error's line where ranks found different images."""
+    splits = once_per_node(world, find)
     fingerprints = all_gather(tuple(s.fingerprint for s in splits if s is not None), world.host_group)
     if len(set(fingerprints)) > 1:
         raise UserError(f"{name} must hold the same images on every node; copy them again")

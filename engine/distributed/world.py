@@ -1,19 +1,21 @@
 """The processes of a launch, from their start to their end: groups, devices, turns, the mesh."""
 
 import os
+import pickle
 import re
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import engine
-from engine.distributed.agreement import agreement
+from engine.distributed.agreement import agreement, all_gather
 from engine.distributed.launcher import allow_open_files, end_with_launcher, is_launched, local_rank, local_ranks
 from engine.distributed.rendezvous import meet
 from engine.errors import RunFailed, UserError, one_line
@@ -24,6 +26,7 @@ TIMEOUT = timedelta(minutes=30)  # a rank may index millions of images while the
 ROLL_TIMEOUT = timedelta(seconds=40)
 # In an error of torch's: another rank did not answer.
 LOST = re.compile(r"gloo/transport|Connection (closed|reset|was likely closed)|Timed out waiting|NCCL")
+_SMALL = 4 << 20  # bytes that every node's first rank may send to all
 UNHURRIED = "unhurried"  # the description of groups whose time-out never changes
 
 
@@ -139,6 +142,43 @@ def in_turn(world: World, make: Callable[[], T]) -> T:
             if turn:
                 made.append(make())
     return made[0]
+
+
+def once_per_node(world: World, make: Callable[[], T]) -> T:
+    """What `make` returns, by rank 0 and then by the first rank of each other node: it finds what was saved where
+    nodes share it. The others of a node are given a copy where that is small (`_SMALL`), else they call `make` too.
+
+    Raises:
+        UserError: on every rank, where it was raised on any.
+    """
+    nodes = all_gather(socket.gethostname(), world.host_group)
+    first = nodes.index(nodes[world.rank])
+    made, alone = [], len(set(nodes)) == world.size
+    for turn in (world.is_first, world.rank == first and not world.is_first):
+        with agreement(world.host_group):
+            if turn:
+                made.append(make())
+    if alone:
+        return made[0]
+    copies = all_gather(_packed(made[0]) if made else None, world.host_group)
+    with agreement(world.host_group):
+        copy = made[0] if made else _unpacked(copies[first])
+        return make() if copy is None else copy
+
+
+def _packed(made: object) -> bytes | None:
+    """A copy for the ranks beside this one; None where there is none, or a large one."""
+    with suppress(Exception):  # nobody says of a data set of torchvision's what copies it
+        packed = pickle.dumps(made)
+        return packed if len(packed) <= _SMALL else None
+    return None
+
+
+def _unpacked(packed: bytes | None) -> Any:
+    """The copy; None where there is none, or what it is of is not to be found from here."""
+    with suppress(Exception):
+        return packed and pickle.loads(packed)
+    return None
 
 
 def make_mesh(world: World, shard: str, replicate: int) -> DeviceMesh:
