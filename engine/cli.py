@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from engine.distributed.launcher import end_with_launcher, own_cores, ranks, take_place
-from engine.errors import Interrupted, RunFailed, UserError
+from engine.errors import Interrupted, RunFailed, UserError, one_line
 from engine.files import remove_temporary_folder
 from engine.logger import complain, complain_once, note, rank, say
 from engine.own_models import exit_if_hidden
@@ -24,8 +24,8 @@ exit_if_hidden()
 
 from engine.recipe.keys import wrong  # noqa: E402
 from engine.recipe.load import AnyRecipe, check_world, load, place  # noqa: E402
-from engine.recipe.paths import expand  # noqa: E402
-from engine.recipe.sections import Source  # noqa: E402
+from engine.recipe.paths import each, expand, typed  # noqa: E402
+from engine.recipe.sections import Paths, Source  # noqa: E402
 from engine.recipe.shipped import find  # noqa: E402
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def refuse(options: Namespace, names: Iterable[str], where: str) -> None:
     """Raises UserError for the first of the options of these names that was given; `where` ends the line."""
     for name in names:
         if value := _value(options, name):
-            shown = " ".join(value) if isinstance(value, list) else value
+            shown = " ".join(value) if isinstance(value, list | tuple) else value
             raise UserError(f"{name} ({shown}) must be left out {where}")
 
 
@@ -234,13 +234,23 @@ def check_baseline(options: Namespace) -> None:
 def add_images(parser: ArgumentParser, *roots: str, required: bool = True) -> None:
     """An option for each of `roots`, and what says how to read them: `image_roots` and `decoding_workers`."""
     for root in roots:
-        parser.add_argument(root, required=required, metavar="ROOT", help=IMAGES)
+        parser.add_argument(root, required=required, metavar="ROOT", type=read_roots, help=IMAGES)
     parser.add_argument(
         "--source", choices=SOURCES, help="guessed from ROOT when absent: tars are shards, a .txt is a list"
     )
     parser.add_argument("--dataset", metavar="CLASS", help="of torchvision.datasets; implies --source torchvision")
     workers = at_least(0, "--workers", "leave it out for as many as there are cores")
     parser.add_argument("--workers", type=workers, help="processes per rank that decode (default: as many as cores)")
+
+
+def read_roots(text: str) -> Paths:
+    """The type of an option that names images: a path as it is typed, or a list of them in brackets."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return text
+    found = typed(text, f"ROOT ({one_line(text)})")
+    if not (found and isinstance(found, list) and all(isinstance(path, str) and path for path in found)):
+        raise UserError(f"ROOT ({one_line(text)}) must be a path, or a list of paths such as [a, b]")
+    return tuple(found)
 
 
 def image_roots(options: Namespace, *names: str) -> "list[Root]":
@@ -252,9 +262,12 @@ def image_roots(options: Namespace, *names: str) -> "list[Root]":
     from engine.data.opening import guess_kind  # loads PyTorch
     from engine.data.source import Root
 
-    paths = [Path(_value(options, name)) for name in names]
-    kind = kind or guess_kind(paths[0])
-    return [Root(kind, path, name, options.dataset) for name, path in zip(names, paths, strict=True)]
+    paths = [[Path(path) for path in each(_value(options, name))] for name in names]
+    kind = kind or guess_kind(paths[0][0])
+    return [
+        Root(kind, first, name, options.dataset, more=tuple(more))
+        for name, (first, *more) in zip(names, paths, strict=True)
+    ]
 
 
 def given_source(options: Namespace) -> str | None:
@@ -323,7 +336,7 @@ def request(kind: type[AnyRecipe], file: Path, said: Mapping[str, Any], override
     elif "data.source" not in said and recipe.data.source != "torchvision":
         from engine.data.opening import guess_kind  # loads PyTorch, and a mistake in the recipe should show before
 
-        said["data.source"] = guess_kind(expand(said["data.root"]))
+        said["data.source"] = guess_kind(expand(each(said["data.root"])[0]))
     recipe = load(file, _overrides(said, overrides), kind)
     check_world(recipe, ranks())
     return recipe

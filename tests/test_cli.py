@@ -42,6 +42,17 @@ def test_a_source_is_given_or_implied_or_guessed(tmp_path):
     assert given_source(parsed("--source", "torchvision")) == "torchvision"
 
 
+def test_several_roots_are_a_list_in_brackets(tmp_path):
+    (tmp_path / "a.tar").touch()
+    (root,) = image_roots(parsed("--data", f"[{tmp_path}/a.tar, b]"), "--data")
+    assert (root.kind, root.path, root.more) == ("shards", tmp_path / "a.tar", (Path("b"),))
+    for text in ("[]", "[1]", "[a, '']"):
+        with pytest.raises(UserError, match="must be a path, or a list of paths such as"):
+            parsed("--data", text)
+    with pytest.raises(UserError, match="must be plain YAML"):
+        parsed("--data", "[a, [b]")
+
+
 def test_a_dataset_goes_with_torchvision_alone(tmp_path):
     with pytest.raises(UserError, match=r"^--dataset \(CIFAR10\) must be left out for --source folder$"):
         given_source(parsed("--dataset", "CIFAR10", "--source", "folder"))

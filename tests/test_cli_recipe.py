@@ -33,6 +33,11 @@ def test_the_recipes_own_roots_are_found_beside_it(tmp_path, monkeypatch):
     assert (data.root, data.val_root) == (str(tmp_path / "recipes/images"), None)
 
 
+def test_several_roots_stand_for_the_recipes(tmp_path):
+    said = {"data.root": (f"{tmp_path}/a, b", "c"), "data.val_root": "v"}
+    assert request(Linear, VIT, said, []).data.root == (f"{tmp_path}/a, b", "c")
+
+
 def test_a_torchvision_recipe_keeps_its_source_and_other_roots_are_looked_at(tmp_path):
     said = {"data.root": str(tmp_path), "data.val_root": str(tmp_path)}
     of_torchvision = ["data.source=torchvision", "data.dataset=CIFAR10"]

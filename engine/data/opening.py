@@ -1,10 +1,11 @@
 """The kinds of sources, and how one is opened. One more is a file with its opener, and a row here."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.data.folder import open_folder
+from engine.data.joined import JoinedSource
 from engine.data.lists import LIST_SUFFIXES, open_list
 from engine.data.naming import is_tar_name
 from engine.data.shards import open_shards
@@ -25,8 +26,38 @@ def open_source(root: Root, split: Split) -> Source | None:
     """The images of a split; None for a val split that does not exist.
 
     A root may hold `train` and `val`; else all of it is training data. Split "all" is everything in the root, but for
-    one that holds `train` alone. Raises UserError where the data is missing or unfit.
+    one that holds `train` alone. Of several roots each gives its own. Raises UserError where the data is missing or
+    unfit.
     """
+    return _joined(root, [_open(each, split) for each in root.each()])
+
+
+def open_validation(root: Root) -> Source:
+    """The images of a root that is named for validation: its val split where it has one, else all of it.
+
+    Raises UserError as `open_source` does.
+    """
+    found = _joined(root, [_open(each, "val") or _open(each, "all") for each in root.each()])
+    assert found is not None  # of val alone there may be none
+    return found
+
+
+def _joined(root: Root, found: Sequence[Source | None]) -> Source | None:
+    """What several roots hold as one source; those that hold nothing of a split are left out."""
+    paths = [path.resolve() for path in (root.path, *root.more)]
+    if len(set(paths)) < len(paths):
+        raise UserError(f"{root} must name each root once; leave out what comes again")
+    parts = [(str(path), part) for path, part in zip((root.path, *root.more), found, strict=True) if part is not None]
+    if len(found) == 1 or not parts:
+        return found[0]
+    source = JoinedSource([part for _, part in parts], [title for title, _ in parts])
+    bare = [title for title, part in parts if part.labels is None]
+    if 0 < len(bare) < len(parts):
+        source.notes += (f"{root}: the images of {listed(bare, most=5)} have no labels, so none of them is read",)
+    return source
+
+
+def _open(root: Root, split: Split) -> Source | None:
     try:
         return OPENERS[root.kind](root, split)
     except OSError as error:

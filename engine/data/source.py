@@ -5,14 +5,14 @@ Shapes: N images.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from engine.errors import UserError
+from engine.errors import UserError, listed
 
 T = TypeVar("T")
 
@@ -28,6 +28,7 @@ class Root:
         key: what messages call the path.
         dataset: the class of torchvision.datasets, for that source alone; dataset_options: its arguments.
         read_only: nothing is saved beside the images, and nothing fetched.
+        more: further paths, whose images follow.
     """
 
     kind: str
@@ -36,9 +37,14 @@ class Root:
     dataset: str | None = None
     dataset_options: Mapping[str, Any] = field(default_factory=dict)
     read_only: bool = False
+    more: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.key} ({self.path})"
+        return f"{self.key} ({listed([str(path) for path in (self.path, *self.more)], most=5)})"
+
+    def each(self) -> "list[Root]":
+        """A root for each path."""
+        return [replace(self, path=path, more=()) for path in (self.path, *self.more)]
 
     def of_source(self, kind: str) -> str:
         """What to pass where the images are of another kind."""

@@ -1,10 +1,10 @@
 """The images of a run or an evaluation, opened once for each node, found fit and the same on all of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.data.opening import align_labels, align_or_drop, open_source
+from engine.data.opening import align_labels, align_or_drop, open_source, open_validation
 from engine.data.source import Root, Source
 from engine.data.subset import take_labels
 from engine.distributed.agreement import all_gather
@@ -12,8 +12,8 @@ from engine.distributed.world import World, once_per_node
 from engine.errors import UserError
 from engine.logger import note, warn
 from engine.recipe.load import locate
-from engine.recipe.paths import expand
-from engine.recipe.sections import Data, LabelledData
+from engine.recipe.paths import each, expand, named
+from engine.recipe.sections import Data, LabelledData, Paths
 
 _LABELLED = {"list": "on each line a label after a tab"}  # how else than by folders
 
@@ -36,22 +36,22 @@ def open_splits(data: Data, recipe_file: Path, world: World, *, batch: int, read
     """
 
     def find() -> Splits:
-        root = _root(data, locate(data.root, recipe_file), "data.root", read_only)
+        root = _root(data, _located(data.root, recipe_file), "data.root", read_only)
         train = open_source(root, "train")
         if data.val_root is None:
             val = open_source(root, "val")
         else:
-            val = _open_val(_root(data, locate(data.val_root, recipe_file), "data.val_root", read_only))
-        _check_batch(batch, train, data.root)
+            val = open_validation(_root(data, _located(data.val_root, recipe_file), "data.val_root", read_only))
+        _check_batch(batch, train, named(data.root))
         return Splits(train, None if val is None else align_or_drop(train, val))
 
-    return _open_together(find, world, f"data.root ({data.root})")
+    return _open_together(find, world, f"data.root ({named(data.root)})")
 
 
 def open_labelled_splits(data: LabelledData, world: World, *, seed: int, batch: int = 1) -> Splits:
     """The labelled images that a recipe names: `open_labelled` of its roots, of which train must fill a batch."""
-    train = _root(data, expand(data.root), "data.root")
-    val = train if data.val_root is None else _root(data, expand(data.val_root), "data.val_root")
+    train = _root(data, list(map(expand, each(data.root))), "data.root")
+    val = train if data.val_root is None else _root(data, list(map(expand, each(data.val_root))), "data.val_root")
     return open_labelled(train, val, world, share=data.labels, seed=seed, batch=batch)
 
 
@@ -67,7 +67,7 @@ def open_labelled(train: Root, val: Root, world: World, *, share: float = 1.0, s
     """
 
     def find() -> Splits:
-        found = Splits(open_source(train, "train"), _open_val(val))
+        found = Splits(open_source(train, "train"), open_validation(val))
         for source, root in zip(found, (train, val), strict=True):
             if source.labels is None:
                 raise UserError(
@@ -79,7 +79,7 @@ def open_labelled(train: Root, val: Root, world: World, *, share: float = 1.0, s
         if world.is_first and found.train.fingerprint == found.val.fingerprint:
             warn("the images of training and validation are the same: the result says nothing of new ones")
         splits = Splits(take_labels(found.train, share, seed), align_labels(*found))
-        _check_batch(batch, splits.train, train.path)
+        _check_batch(batch, splits.train, ", ".join(str(part.path) for part in train.each()))
         return splits
 
     return _open_together(find, world, " and ".join(dict.fromkeys((str(train), str(val)))))
@@ -90,17 +90,16 @@ def open_unlabelled(root: Root, world: World) -> Source:
     return _open_together(lambda: Splits(open_source(root, "train"), None), world, str(root)).train
 
 
-def _open_val(root: Root) -> Source:
-    """A validation root's val images where it has any, else all of its images."""
-    val = open_source(root, "val")
-    return open_source(root, "all") if val is None else val
+def _located(paths: Paths, recipe_file: Path) -> list[Path]:
+    return [locate(path, recipe_file) for path in each(paths)]
 
 
-def _root(data: Data, path: Path, key: str, read_only: bool = False) -> Root:
-    return Root(data.source, path, key, data.dataset, data.dataset_options, read_only)
+def _root(data: Data, paths: Sequence[Path], key: str, read_only: bool = False) -> Root:
+    first, *more = paths
+    return Root(data.source, first, key, data.dataset, data.dataset_options, read_only, tuple(more))
 
 
-def _check_batch(batch: int, train: Source, root: str | Path) -> None:
+def _check_batch(batch: int, train: Source, root: str) -> None:
     if len(train) < batch:
         raise UserError(
             f"train.global_batch_size ({batch}) must be at most the number of images ({len(train)} in {root}); "

@@ -6,13 +6,13 @@ Shapes: N images.
 import difflib
 import hashlib
 import inspect
-from collections.abc import Sequence
 
 import numpy as np
 import torchvision.datasets
 from PIL import Image
 
 from engine.data.decode import to_rgb
+from engine.data.joined import JoinedSource
 from engine.data.source import Root, Source, Split
 from engine.errors import UserError, one_line
 
@@ -72,42 +72,6 @@ class TorchvisionSource(Source):
 
     def name(self, i: int) -> str:
         return f"{self._title} {i}"
-
-
-class JoinedSource(Source):
-    """Some sources one after the other, with labels where all have them. Classes are the same where names are."""
-
-    def __init__(self, parts: Sequence[Source]):
-        self._parts, self._ends = parts, np.cumsum([len(part) for part in parts])
-        self.labels, self.classes = _joined_labels(parts)
-        self.fingerprint = hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def read(self, i: int) -> Image.Image:
-        part, inner = self._find(i)
-        return part.read(inner)
-
-    def content(self, i: int) -> bytes:
-        part, inner = self._find(i)
-        return part.content(inner)
-
-    def name(self, i: int) -> str:
-        part, inner = self._find(i)
-        return part.name(inner)
-
-    def _find(self, i: int) -> tuple[Source, int]:
-        k = int(np.searchsorted(self._ends, i, side="right"))
-        return self._parts[k], int(i - self._ends[k]) + len(self._parts[k])
-
-
-def _joined_labels(parts: Sequence[Source]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    if any(part.labels is None for part in parts):
-        return None, None
-    same = all(part.classes == parts[0].classes for part in parts)
-    classes = parts[0].classes if same else tuple(dict.fromkeys(name for part in parts for name in part.classes))
-    return np.concatenate([part.labels_among(classes) for part in parts]), classes
 
 
 # ---- which splits ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ It knows no key of any recipe. Every complaint is a `UserError`: one line that s
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -96,9 +97,11 @@ def _read_value(name: str, field: dataclasses.Field, raw: Any) -> Any:
 def _convert(kind: Any, raw: Any) -> Any:
     """`raw` as a field of type `kind` holds it; TypeError if it is something else. No text is taken for a number."""
     if isinstance(kind, UnionType):
-        return None if raw is None else _convert(_without_null(kind), raw)
-    if get_origin(kind) is tuple and isinstance(raw, list) and len(raw) == len(get_args(kind)):
-        return tuple(_convert(inner, entry) for inner, entry in zip(get_args(kind), raw, strict=True))
+        return _convert_to_one(get_args(kind), raw)
+    if get_origin(kind) is tuple and isinstance(raw, list) and raw:
+        inner = _entries(kind, len(raw))
+        if len(raw) == len(inner):
+            return tuple(_convert(each, entry) for each, entry in zip(inner, raw, strict=True))
     if get_origin(kind) is Literal and isinstance(raw, str) and raw in get_args(kind):
         return raw
     if kind is float and type(raw) in (int, float) and math.isfinite(float(raw)):
@@ -110,15 +113,27 @@ def _convert(kind: Any, raw: Any) -> Any:
     raise TypeError
 
 
+def _convert_to_one(kinds: Sequence[Any], raw: Any) -> Any:
+    """`raw` as the first of some types that can hold it."""
+    for kind in kinds:
+        if raw is None and kind is NoneType:
+            return None
+        with suppress(TypeError):
+            return _convert(kind, raw)
+    raise TypeError
+
+
+def _entries(kind: Any, count: int) -> Sequence[Any]:
+    """The types of a tuple's entries; of one of any length, `count` of them."""
+    inner = get_args(kind)
+    return inner[:1] * count if inner[-1] is ... else inner
+
+
 def _is_finite(raw: Any) -> bool:
     """Nothing in it is nan or infinite: nan equals nothing, not even itself in the recipe of a resumed run."""
     if isinstance(raw, dict | list):
         return all(_is_finite(inner) for inner in (raw.values() if isinstance(raw, dict) else raw))
     return not isinstance(raw, float) or math.isfinite(raw)
-
-
-def _without_null(kind: UnionType) -> type:
-    return next(inner for inner in get_args(kind) if inner is not NoneType)
 
 
 _WORDS = {
@@ -134,7 +149,9 @@ def describe(field: dataclasses.Field) -> str:
     """What a field must be, in words: `an integer >= 1 or null`."""
     kind, rule = field.type, field.metadata["key"].rule.text
     if isinstance(kind, UnionType):
-        return f"{_WORDS[_without_null(kind)]}{rule} or null"
+        first, *others = get_args(kind)
+        several = ", or a list of such" if any(get_origin(other) is tuple for other in others) else ""
+        return f"{_WORDS[first]}{rule}{several}{' or null' if NoneType in others else ''}"
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:

@@ -16,7 +16,7 @@ from engine.errors import UserError, one_line, reason
 from engine.recipe.keys import keys_of, read, show, wrong
 from engine.recipe.paths import expand, is_path, typed
 from engine.recipe.plain import parse, unparse
-from engine.recipe.sections import RECIPES, SCHEMA, Data, Finetune, Model, Pretrain, Recipe
+from engine.recipe.sections import RECIPES, SCHEMA, Data, Finetune, Model, Paths, Pretrain, Recipe
 from engine.recipe.shipped import OF_A_RUN, is_run
 from models.shapes import VIT_KEYS, may_freeze_patches, vit_shape
 
@@ -73,7 +73,7 @@ def dump(recipe: Recipe) -> str:
 def located(recipe: AnyRecipe, recipe_file: str | Path) -> AnyRecipe:
     """The recipe with the paths of its data as `place` has them, for a copy of it that lies elsewhere."""
     written = {key: getattr(recipe.data, key) for key in ("root", "val_root")}
-    found = {key: place(path, recipe_file) for key, path in written.items() if path is not None}
+    found = {key: place(paths, recipe_file) for key, paths in written.items() if paths is not None}
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **found))
 
 
@@ -243,6 +243,12 @@ def locate(path: str, recipe_file: str | Path) -> Path:
     return beside if os.access(beside, os.F_OK) and not os.access(here, os.F_OK) else here
 
 
-def place(path: str, recipe_file: str | Path) -> str:
-    """A path for a copy of the recipe that lies elsewhere: absolute, or as it was written if `~` or `$VAR` is in it."""
+def place(paths: Paths, recipe_file: str | Path) -> Paths:
+    """Paths for a copy of the recipe that lies elsewhere: absolute, or as written where `~` or `$VAR` is in one."""
+    if not isinstance(paths, str):
+        return tuple(_place(path, recipe_file) for path in paths)
+    return _place(paths, recipe_file)
+
+
+def _place(path: str, recipe_file: str | Path) -> str:
     return path if expand(path) != Path(path) else str(locate(path, recipe_file).absolute())

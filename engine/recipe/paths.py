@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError, one_line
+from engine.errors import UserError, listed, one_line
 from engine.recipe.keys import keys_of
 from engine.recipe.plain import parse
-from engine.recipe.sections import PATH, RECIPES
+from engine.recipe.sections import PATH, RECIPES, Paths
 
 _PATHS = frozenset(
     name for kind in RECIPES.values() for name, field in keys_of(kind).items() if field.metadata["key"].rule is PATH
@@ -30,6 +30,18 @@ def typed(text: str, origin: str) -> Any:
     `null`, nothing, a list in brackets and what is wholly in quotes are read as YAML.
     """
     return parse(text, origin) if _AS_YAML.fullmatch(text) else text
+
+
+def each(paths: Paths | None) -> tuple[str, ...]:
+    """The paths of a key that takes one or several."""
+    if paths is None:
+        return ()
+    return (paths,) if isinstance(paths, str) else paths
+
+
+def named(paths: Paths) -> str:
+    """One path or several, in words."""
+    return listed(each(paths), most=5)
 
 
 def expand(path: str) -> Path:

@@ -107,14 +107,15 @@ class Train:
     on_spike: str | None = key(ON_SPIKE, WARN, since=2, before=None, default="warn")
 
 
+Paths = str | tuple[str, ...]
 Source = Literal["folder", "shards", "torchvision", "list"]
 
 
 @section
 class Data:
     source: Source = key("image files, tar files, a dataset of torchvision, or a text file of paths")
-    root: str = key("where the images are; may hold `train` and `val`", PATH)
-    val_root: str | None = key("where the validation images are; null: `val` inside root", PATH, default=None)
+    root: Paths = key("where the images are; may hold `train` and `val`; several roots are one set", PATH)
+    val_root: Paths | None = key("where the validation images are; null: `val` inside root", PATH, default=None)
     dataset: str | None = key("class in torchvision.datasets, under source torchvision", TEXT, default=None)
     dataset_options: dict = key("what that class is called with", ARGUMENTS, default_factory=dict)
     workers: int = key("loading processes beside each training process; 0: none", NOT_NEGATIVE)

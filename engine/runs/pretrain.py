@@ -23,6 +23,7 @@ from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.logger import say, warn
 from engine.recipe.keys import wrong
 from engine.recipe.load import dump, locate, located
+from engine.recipe.paths import each
 from engine.recipe.sections import Pretrain
 from engine.runs.continuing import find_source
 from engine.runs.log import Row
@@ -71,7 +72,7 @@ def preview(recipe: Pretrain, recipe_file: Path, world: World) -> str:
         splits = open_splits(recipe.data, recipe_file, world, batch=batch, read_only=True)
         lines += Pretraining(recipe, recipe_file, world, splits, moco).opening()
     except UserError as error:
-        if locate(recipe.data.root, recipe_file).exists():
+        if all(locate(root, recipe_file).exists() for root in each(recipe.data.root)):
             raise
         lines.append(f"data      {error}")
         lines.append(f"schedule  {recipe.train.epochs} epochs, whose steps follow from the images")

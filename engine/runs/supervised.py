@@ -26,6 +26,7 @@ from engine.evaluation.knn import accuracy
 from engine.evaluation.subject import Subject
 from engine.logger import say
 from engine.pictures.confusion import by_class, confusion_picture
+from engine.recipe.paths import named
 from engine.recipe.sections import Finetune, Linear
 from engine.runs.log import Row
 from engine.runs.task import Task
@@ -118,7 +119,7 @@ class Supervised(Task):
     def images_bound(self) -> dict[str, tuple[Source, str]]:
         data = self.recipe.data
         key, root = ("data.root", data.root) if data.val_root is None else ("data.val_root", data.val_root)
-        return super().images_bound() | {"val": (self.splits.val, f"{key} ({root})")}
+        return super().images_bound() | {"val": (self.splits.val, f"{key} ({named(root)})")}
 
     def state(self) -> RunState:
         return replace(super().state(), network=self.weights_digest)

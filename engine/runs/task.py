@@ -29,6 +29,7 @@ from engine.distributed.world import World
 from engine.errors import RunFailed, UserError
 from engine.evaluation.features import AtBatch
 from engine.recipe.load import dump
+from engine.recipe.paths import named
 from engine.recipe.sections import Parallel, Recipe
 from engine.runs.log import Row
 from engine.runs.plan import Plan
@@ -150,7 +151,7 @@ class Task(ABC):
 
     def images_bound(self) -> dict[str, tuple[Source, str]]:
         """The images that a resume must find as they were: {split: (source, what the user calls them)}."""
-        return {"train": (self.splits.train, f"data.root ({self.recipe.data.root})")}
+        return {"train": (self.splits.train, f"data.root ({named(self.recipe.data.root)})")}
 
     def reported(self, monitor_rows: list[Row]) -> Row:
         """The monitor's row that counts. Called on rank 0."""

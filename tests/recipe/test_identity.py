@@ -30,6 +30,9 @@ plain = st.recursive(
 )
 
 
+paths = texts | st.lists(texts, min_size=1, max_size=3).map(tuple)
+
+
 @st.composite
 def any_recipe(draw):
     """A right recipe of open values: every section but the shapes is drawn."""
@@ -59,8 +62,8 @@ def any_recipe(draw):
         ),
         data=sections.Data(
             source="torchvision" if torchvision else draw(st.sampled_from(["folder", "shards"])),
-            root=draw(texts),
-            val_root=draw(st.none() | texts),
+            root=draw(paths),
+            val_root=draw(st.none() | paths),
             dataset=draw(texts) if torchvision else None,
             dataset_options=draw(options) if torchvision else {},
             workers=draw(st.integers(0, 99)),

@@ -152,8 +152,8 @@ WRONG = {
     "train.micro_batch_size": ["0", "ten", "1.5"],
     "train.on_spike": ["stop", "1", "true"],
     "data.source": ["zip", "null"],
-    "data.root": ["null", "''", "\n"],
-    "data.val_root": ["a\tb", "''"],
+    "data.root": ["null", "''", "\n", "[]", "[a, 3]", "[[a]]", "[a, '']"],
+    "data.val_root": ["a\tb", "''", "[null]"],
     "data.dataset": ["3", "''"],
     "data.dataset_options": ["3", "null", "[1]", "{a: .nan}", "{a: [{b: 1e999}]}", "{a b: 1}"],
     "data.workers": INTEGER,
@@ -319,6 +319,15 @@ def test_a_path_on_the_command_line_is_what_was_typed_and_stays_so_in_the_recipe
     for text, value in {'"a #b"': "a #b", "'3'": "3", "null": None}.items():
         if value is not None or key in ("run.continue_from", "data.val_root"):
             assert getattr(getattr(load(QUICK, [f"{key}={text}"]), section), name) == value
+
+
+def test_several_roots_are_a_list(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load(QUICK, ["data.root=[$DATA/a, 'b #2', '3']", "data.val_root=[v]"])
+    assert (recipe.data.root, recipe.data.val_root) == (("$DATA/a", "b #2", "3"), ("v",))
+    assert loads(dump(recipe), "dumped") == recipe
+    monkeypatch.setenv("DATA", "/data")
+    assert located(recipe, QUICK).data.root == ("$DATA/a", f"{tmp_path}/b #2", f"{tmp_path}/3")
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1))

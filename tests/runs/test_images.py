@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,15 +28,16 @@ def fill(images, seed: int) -> None:
         Image.fromarray(draw.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(images / f"{number:02}.bmp")
 
 
+def small_run(run, root, steps: int) -> None:
+    values = [*SMALL, *FOLDER, "model.dim=16", "model.heads=2", f"run.dir={run}", f"data.root={root}"]
+    with process_group() as world:
+        pretrain(load(RECIPE, [*values, f"train.max_steps={steps}"]), RECIPE, world)
+
+
 def test_others_under_the_same_names_and_sizes_are_refused(tmp_path):
     """By all but a checkpoint of a former version, which does not know what they held; its successor does."""
     images, run = tmp_path / "images", tmp_path / "run"
-
-    def train(steps: int) -> None:
-        values = [*SMALL, *FOLDER, "model.dim=16", "model.heads=2", f"run.dir={run}", f"data.root={images}"]
-        with process_group() as world:
-            pretrain(load(RECIPE, [*values, f"train.max_steps={steps}"]), RECIPE, world)
-
+    train = partial(small_run, run, images)
     fill(images, 0)
     train(1)
     fill(images, 1)
@@ -62,6 +64,20 @@ def test_others_under_the_same_names_and_sizes_are_refused(tmp_path):
     (images / "15.bmp").unlink()  # not the same names either: that says enough
     with pytest.raises(UserError, match="began with; give it those"):
         train(3)
+
+
+def test_several_roots_may_move(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate("ab"):
+        fill(tmp_path / name, number)
+    small_run("run", "[a, b]", 1)
+    assert load("run").data.root == (f"{tmp_path}/a", f"{tmp_path}/b")
+    (tmp_path / "a").rename("other")
+    small_run("run", "[other, b]", 2)
+    with pytest.raises(
+        UserError, match=r"data.root \(b, other\) must hold the images .*, and b:00.bmp holds something"
+    ):
+        small_run("run", "[b, other]", 3)
 
 
 def test_validation_images_are_bound_where_the_result_depends_on_them(tmp_path):

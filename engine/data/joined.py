@@ -1,0 +1,52 @@
+"""Several sources as one."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from engine.data.source import Source
+
+
+class JoinedSource(Source):
+    """Some sources one after the other, with labels where all have them. Classes are the same where names are.
+
+    titles: what tells the images of one from those of another, in names and lines; empty where their names do.
+    """
+
+    def __init__(self, parts: Sequence[Source], titles: Sequence[str] = ()):
+        self._parts, self._ends = parts, np.cumsum([len(part) for part in parts])
+        self._leads = [f"{title}:" for title in titles] or [""] * len(parts)
+        self.labels, self.classes = _joined_labels(parts)
+        self.fingerprint = hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest()
+        self.notes = tuple(line for part in parts for line in part.notes)
+        unlike = ((lead, part.otherwise) for lead, part in zip(self._leads, parts, strict=True))
+        self.otherwise = next((f"{lead}{otherwise}" for lead, otherwise in unlike if otherwise), None)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, i: int) -> Image.Image:
+        k, inner = self._find(i)
+        return self._parts[k].read(inner)
+
+    def content(self, i: int) -> bytes:
+        k, inner = self._find(i)
+        return self._parts[k].content(inner)
+
+    def name(self, i: int) -> str:
+        k, inner = self._find(i)
+        return f"{self._leads[k]}{self._parts[k].name(inner)}"
+
+    def _find(self, i: int) -> tuple[int, int]:
+        k = int(np.searchsorted(self._ends, i, side="right"))
+        return k, int(i - self._ends[k]) + len(self._parts[k])
+
+
+def _joined_labels(parts: Sequence[Source]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    if any(part.labels is None for part in parts):
+        return None, None
+    same = all(part.classes == parts[0].classes for part in parts)
+    classes = parts[0].classes if same else tuple(dict.fromkeys(name for part in parts for name in part.classes))
+    return np.concatenate([part.labels_among(classes) for part in parts]), classes
