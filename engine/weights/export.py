@@ -52,10 +52,12 @@ def export(
     with _folder_beside(out) as folder:
         target = folder / out.name
         _write(weights, target, name, card)
-        difference = _in_own_process(prove, open_original, trunk, name, target, architecture)
-        note(f"proof: the largest difference of features is {difference:.1e} of the largest feature")
+        proof = _in_own_process(prove, open_original, trunk, name, target, architecture)
+        note(f"proof: the largest difference of features is {proof.difference:.1e} of the largest feature")
+        if proof.cosine is not None:
+            note(f"proof: an image file by {name}'s own transform has these features, cosine {proof.cosine:.6f}")
         files = _publish(folder, out, force)
-    return {"files": files, "max_feature_difference": difference}
+    return {"files": files, "max_feature_difference": proof.difference}
 
 
 def export_classifier(weights: Weights, head: Head, out: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.data.decode import CenterCrop
 from engine.weights.names import Naming
 from engine.weights.weights import MARK, Weights
 from models.architecture import Architecture
@@ -17,6 +18,10 @@ SAFETENSORS = (".safetensors",)
 
 def read_by_us(path: Path, architecture: Architecture, images: Tensor) -> None:
     """`Format.features` of a format that no other library loads."""
+
+
+def no_transform(path: Path, photo: Path) -> None:
+    """`Format.images` of a format whose library is not told how images are made ready."""
 
 
 def nothing(weights: Weights, folder: Path) -> None:
@@ -32,6 +37,8 @@ class Format:
         PATH and ARCH stand for the folder and the network's name.
     features: [B, D] (logits where the weights have a head) of images [B, 3, S, S], by the library that the format is
         for, from the file or folder; None where this project's own reader is the one that loads it.
+    images: [1, 3, S, S] of an image file, by that library's own transform and what the export says of it; None where it
+        says nothing.
     namings: in which tensors are written; () where no tensors can be read back.
     libraries: which write it and load it. whole: both encoders and the heads, not one trunk.
     kinds: of trunks that fit; by_shape: a timm model counts as the ViT or ResNet that it is by names and shapes.
@@ -44,6 +51,7 @@ class Format:
     use: str
     config: Callable[[Weights, Path], None] = nothing
     features: Callable[[Path, Architecture, Tensor], Tensor | None] = read_by_us
+    images: Callable[[Path, Path], Tensor | None] = no_transform
     namings: tuple[Naming, ...] = ()
     libraries: tuple[str, ...] = ()
     whole: bool = False
@@ -76,6 +84,11 @@ def _own_memory(tensor: Tensor, taken: set[int]) -> Tensor:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     taken.add(tensor.untyped_storage().data_ptr())
     return tensor
+
+
+def resized_side(crop: CenterCrop) -> int:
+    """Of the shorter side of an image before its centre is cut out, in pixels."""
+    return round(crop.size / crop.fraction)
 
 
 def metadata(weights: Weights) -> dict[str, str]:

@@ -10,9 +10,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.data.decode import CenterCrop
 from engine.errors import UserError, listed
 from engine.recipe.load import loads, shape
-from engine.recipe.sections import Model
+from engine.recipe.sections import Interpolation, Model
 from models.architecture import Architecture, of_name, trunk_shapes
 
 MARK = "moco_v3_engine"  # metadata of every safetensors file that is written here
@@ -80,7 +81,7 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor
     classes: tuple[str, ...]
-    interpolation: str
+    interpolation: Interpolation
     crop_fraction: float
 
 
@@ -115,6 +116,14 @@ class Weights:
                 "import them with engine.import_weights and a recipe that does"
             )
         return self.about
+
+    @property
+    def crop(self) -> CenterCrop:
+        """How evaluation cuts the images of this network out of photographs."""
+        about, head = self.known(), self.head
+        if head is not None:
+            return CenterCrop(about.image_size, head.crop_fraction, head.interpolation)
+        return CenterCrop(about.image_size, about.crop_fraction)
 
     @property
     def head_dims(self) -> tuple[int, int]:

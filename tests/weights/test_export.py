@@ -1,5 +1,6 @@
 """A trained run, exported to every format that fits, each loaded by its own library; OUT is whole or not there."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import engine
 from engine.checkpoint.save import save
 from engine.checkpoint.state import RunState
 from engine.errors import RunFailed, UserError
@@ -132,7 +135,7 @@ def test_a_run_exports_to_every_format_that_fits(name, out, trained, features, t
 
 
 def test_transformers_reads_its_folder_without_our_help(trained, features, tmp_path, here):
-    from transformers import ViTImageProcessor, ViTModel
+    from transformers import AutoImageProcessor, ViTModel
 
     export_here(trained, tmp_path / "hf", "transformers")
     images, ours = features
@@ -141,7 +144,114 @@ def test_transformers_reads_its_folder_without_our_help(trained, features, tmp_p
         assert close(model(pixel_values=images).last_hidden_state[:, 0], ours["base"])
     assert model.config.layer_norm_eps == 1e-6
     assert model.config.num_attention_heads == 4
-    assert tuple(ViTImageProcessor.from_pretrained(tmp_path / "hf").image_std) == (0.5, 0.5, 0.5)
+    assert tuple(AutoImageProcessor.from_pretrained(tmp_path / "hf").image_std) == (0.5, 0.5, 0.5)
+
+
+FRACTIONS = (1.0, 0.875, 0.92, 0.7)  # 0.92 of 243 pixels are 224, beside which no whole ones lie on both sides
+
+
+@pytest.fixture
+def photograph(tmp_path) -> Path:
+    """Three times as wide as high."""
+    coarse = torch.randint(0, 256, (9, 5, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    Image.fromarray(coarse.numpy()).resize((1002, 334), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.mark.parametrize("fraction", FRACTIONS)
+def test_an_image_file_has_the_evaluation_s_features_by_the_other_library_s_own_transform(
+    fraction, photograph, tmp_path, here
+):
+    """From files alone, as their users have them: neither transform is told anything of ours."""
+    import timm
+    from transformers import AutoImageProcessor, ViTModel
+
+    large = ["model.image_size=224", "model.patch_size=28"]
+    source = fresh_checkpoint(tmp_path / "run", f"evaluate.crop_fraction={fraction}", *large)
+    encoder = engine.load(source)
+    ours = encoder(encoder.transform(Image.open(photograph))[None])
+    export_here(source, tmp_path / "timm", "timm")
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    export_here(source, tmp_path / "hf", "transformers")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    theirs = ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
+    with torch.no_grad():
+        by_timm = model(transform(Image.open(photograph))[None])
+        by_transformers = theirs(**processor(Image.open(photograph), return_tensors="pt")).last_hidden_state[:, 0]
+    assert torch.equal(transform(Image.open(photograph)), encoder.transform(Image.open(photograph)))
+    assert torch.cosine_similarity(by_timm, ours).item() >= 0.99999
+    assert torch.cosine_similarity(by_transformers, ours).item() >= 0.9999
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "wrong"),
+    [
+        ("timm", "config.json", {"crop_pct": 0.8}),
+        ("timm", "config.json", {"crop_mode": "squash"}),
+        ("transformers", "preprocessor_config.json", {"size": {"height": 28, "width": 28}}),
+        ("transformers", "preprocessor_config.json", {"image_mean": [0.4, 0.5, 0.5]}),
+    ],
+)
+def test_another_transform_is_refused_by_the_proof(name, file, wrong, trained, tmp_path, monkeypatch, here):
+    page = format_page(name)
+
+    def write_config(weights, folder):
+        page.config(weights, folder)
+        content = json.loads((folder / file).read_text())
+        content.get("pretrained_cfg", content).update(wrong)
+        (folder / file).write_text(json.dumps(content))
+
+    changed = dataclasses.replace(page, config=write_config)
+    monkeypatch.setattr("engine.weights.export.format_page", lambda _: changed)
+    with pytest.raises(RunFailed, match="own transform"):
+        export_here(trained, tmp_path / "out", name)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- timm adapts what it loads ---------------------------------------------------------------------------------------
+
+
+def adapted(folder: Path, **wanted) -> torch.nn.Module:
+    import timm
+
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **wanted).eval()
+
+
+@torch.no_grad()
+def check_adaptations(folder: Path, trunk: torch.nn.Module, size: int) -> None:
+    """Of an export without or with a classifier: other heads, other channels, other sizes, on the same trunk."""
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    features = trunk(images)
+    for classes in (0, 10):
+        model = adapted(folder, num_classes=classes)
+        pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+        assert close(pooled, features)
+        assert model(images).shape == (2, classes or features.shape[1])
+    grey = adapted(folder, in_chans=1, num_classes=0)
+    one_channel = images[:, :1]
+    assert close(grey(one_channel), trunk(one_channel.expand(-1, 3, -1, -1)))
+
+
+def test_a_timm_export_takes_a_new_head(trained, other_runs, tmp_path, here):
+    import timm
+
+    for source, size in ((trained, 28), (other_runs("resnet50", 64), 64), (other_runs("timm/test_convnext", 64), 64)):
+        out = tmp_path / f"out{size}-{Path(source).name}"
+        export_here(source, out, "timm")
+        check_adaptations(out, trunk_of(source), size)
+        if source == trained:  # a plain ViT has no stages
+            assert adapted(out, img_size=2 * size).pos_embed.shape[1] == 1 + 64
+            continue
+        model, whole, images = adapted(out, features_only=True), adapted(out), torch.randn(1, 3, size, size)
+        with torch.no_grad():
+            last = whole.forward_intermediates(images, indices=1, intermediates_only=True)
+            assert close(model(images)[-1], last[-1])
+    config = json.loads((out / "config.json").read_text())["pretrained_cfg"]
+    theirs = timm.create_model("test_convnext").pretrained_cfg
+    assert [config[key] for key in ("classifier", "first_conv")] == [
+        theirs[key] for key in ("classifier", "first_conv")
+    ]
 
 
 def test_ours_to_safetensors_holds_every_weight_bit_for_bit(trained, tmp_path, here):
@@ -265,6 +375,8 @@ def test_a_trunk_with_its_classifier_goes_to_timm_as_a_whole(tmp_path):
     with torch.no_grad():
         assert close(model(images), torch.nn.functional.linear(trunk_of(source)(images), head.weight, head.bias))
     config = json.loads((out / "config.json").read_text())
+    check_adaptations(out, trunk_of(source), 64)
+    assert adapted(out, num_classes=3)(images).shape == (2, 3)
     assert (config["label_names"], config["license"]) == (["a", "b", "c"], "CC-BY-NC-4.0")
 
     with pytest.raises(UserError, match="timm has no ViT with a conv stem"):

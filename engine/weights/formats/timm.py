@@ -4,17 +4,21 @@ One trunk, with its linear classifier where it has one.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import timm
+import timm.data
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine.data.decode import CenterCrop
 from engine.errors import UserError
-from engine.weights.format import PICKLES, SAFETENSORS, Format, collect, metadata
+from engine.weights.format import PICKLES, SAFETENSORS, Format, collect, metadata, resized_side
 from engine.weights.names import TRUNK
 from engine.weights.weights import Weights
 from models.architecture import Architecture
@@ -59,32 +63,73 @@ def write(weights: Weights, file: Path) -> None:
 
 def _place_of_classifier(name: str, arguments: dict[str, Any]) -> str:
     """What timm calls the network's last layer."""
-    with torch.device("meta"):
-        model = timm.create_model(name, **arguments)
+    model = _network(name, arguments)
     last = model.get_classifier()
     if not isinstance(last, nn.Linear):
         raise UserError(f"timm's {name} does not end in one linear layer")
     return next(path for path, module in model.named_modules() if module is last)
 
 
+def _network(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """timm's, without values."""
+    with torch.device("meta"):
+        return timm.create_model(name, **arguments)
+
+
 def write_config(weights: Weights, folder: Path) -> None:
+    """What timm writes beside weights of its own: how to build the network, to adapt it and to prepare images."""
     about, head = weights.known(), weights.head
     classes = len(head.classes) if head else 0
     name, arguments = create_arguments(about.architecture, classes)
-    config: dict[str, Any] = {"architecture": name, "num_classes": classes, "model_args": arguments}
-    config["pretrained_cfg"] = {
-        "input_size": [3, about.image_size, about.image_size],
-        "mean": about.mean,
-        "std": about.std,
+    config: dict[str, Any] = {
+        "architecture": name,
         "num_classes": classes,
-        "interpolation": head.interpolation if head else "bilinear",
-        "crop_pct": head.crop_fraction if head else 0.875,
+        "num_features": _network(name, arguments).num_features,
+        "model_args": arguments,
+        "pretrained_cfg": _adaptation(name, arguments, about.image_size) | _preparation(weights),
     }
     if head is not None:
         config["label_names"] = list(head.classes)
         if about.licence is not None:
             config["license"] = about.licence
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _adaptation(name: str, arguments: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """By what timm fits weights to another head, number of channels or image size: its own words for this network."""
+    own = _network(name, arguments).pretrained_cfg
+    kept = {key: own.get(key) for key in ("first_conv", "classifier", "fixed_input_size")}
+    same_size = own["input_size"][-1] == image_size
+    return kept | {"num_classes": arguments["num_classes"], "pool_size": own.get("pool_size") if same_size else None}
+
+
+def _preparation(weights: Weights) -> dict[str, Any]:
+    """How images are made ready, as evaluation does it."""
+    about, crop = weights.known(), weights.crop
+    return {
+        "input_size": [3, about.image_size, about.image_size],
+        "mean": about.mean,
+        "std": about.std,
+        "interpolation": crop.interpolation,
+        "crop_pct": _crop_pct(crop),
+        "crop_mode": "center",
+    }
+
+
+def _crop_pct(crop: CenterCrop) -> float:
+    """The fraction by which timm, which rounds sides down, resizes as evaluation does."""
+    side = resized_side(crop)
+    near = (crop.fraction, crop.size / side, math.nextafter(crop.size / side, 0))
+    return next(fraction for fraction in near if math.floor(crop.size / fraction) == side)
+
+
+def images(path: Path, photo: Path) -> Tensor | None:
+    if not path.is_dir():
+        return None
+    model = timm.create_model(f"local-dir:{path}")
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with Image.open(photo) as image:
+        return transform(image)[None]
 
 
 def features(path: Path, architecture: Architecture, images: Tensor) -> Tensor:
@@ -110,9 +155,17 @@ FORMAT = Format(
     write=write,
     config=write_config,
     features=features,
+    images=images,
     namings=(TRUNK,),
     libraries=("timm",),
     by_shape=False,
     conv_stem=False,
-    use="import timm\n\nmodel = timm.create_model('local-dir:PATH', pretrained=True)",
+    use=(
+        "import timm, torch\nfrom PIL import Image\n\n"
+        "model = timm.create_model('local-dir:PATH', pretrained=True).eval()\n"
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
+        "with torch.no_grad():\n"
+        "    features = model(transform(Image.open('photo.jpg').convert('RGB'))[None])\n\n"
+        "# with a new head\nmodel = timm.create_model('local-dir:PATH', pretrained=True, num_classes=10)"
+    ),
 )

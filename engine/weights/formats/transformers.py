@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.weights.format import Format, collect, metadata
+from engine.data.decode import RESAMPLING, CenterCrop
+from engine.weights.format import Format, collect, metadata, resized_side
 from engine.weights.names import Naming
 from engine.weights.weights import Weights
 from models.architecture import Architecture
@@ -36,7 +38,7 @@ def write(weights: Weights, file: Path) -> None:
 
 
 def write_config(weights: Weights, folder: Path) -> None:
-    from transformers import ViTConfig, ViTImageProcessor  # an extra, and seconds to import
+    from transformers import BitImageProcessor, ViTConfig  # an extra, and seconds to import
 
     about = weights.known()
     shape = about.architecture.arguments
@@ -51,8 +53,29 @@ def write_config(weights: Weights, folder: Path) -> None:
         architectures=["ViTModel"],
     )
     config.save_pretrained(folder)
-    size = {"height": about.image_size, "width": about.image_size}
-    ViTImageProcessor(size=size, image_mean=list(about.mean), image_std=list(about.std)).save_pretrained(folder)
+    crop = weights.crop
+    # ViT's own processor squashes photographs to a square; this one, DINOv2's too, keeps their shape.
+    processor = BitImageProcessor(
+        size={"shortest_edge": _shortest_edge(crop)},
+        crop_size={"height": crop.size, "width": crop.size},
+        resample=RESAMPLING[crop.interpolation],
+        image_mean=list(about.mean),
+        image_std=list(about.std),
+    )
+    processor.save_pretrained(folder)
+
+
+def _shortest_edge(crop: CenterCrop) -> int:
+    """Of a resized image, one pixel more where transformers would cut the centre out half a pixel elsewhere."""
+    side = resized_side(crop)
+    return side + (side % 2 and round((side - crop.size) / 2) != (side - crop.size) // 2)
+
+
+def images(path: Path, photo: Path) -> Tensor:
+    from transformers import AutoImageProcessor
+
+    with Image.open(photo) as image:
+        return AutoImageProcessor.from_pretrained(path)(image, return_tensors="pt")["pixel_values"]
 
 
 def features(path: Path, architecture: Architecture, images: Tensor) -> Tensor:
@@ -73,12 +96,17 @@ FORMAT = Format(
     write=write,
     config=write_config,
     features=features,
+    images=images,
     namings=(VIT,),
     libraries=("transformers",),
     kinds=("vit",),
     conv_stem=False,
     use=(
-        "from transformers import ViTModel\n\nmodel = ViTModel.from_pretrained('PATH', add_pooling_layer=False)\n"
-        "features = model(pixel_values=images).last_hidden_state[:, 0]"
+        "import torch\nfrom PIL import Image\nfrom transformers import AutoImageProcessor, ViTModel\n\n"
+        "processor = AutoImageProcessor.from_pretrained('PATH')\n"
+        "model = ViTModel.from_pretrained('PATH', add_pooling_layer=False)\n"
+        "with torch.no_grad():\n"
+        "    images = processor(Image.open('photo.jpg').convert('RGB'), return_tensors='pt')\n"
+        "    features = model(**images).last_hidden_state[:, 0]"
     ),
 )
