@@ -112,7 +112,8 @@ def _featured(options: Namespace) -> "Featured":
 
     (root,) = image_roots(options, "--data")
     workers = decoding_workers(options)
-    return open_featured(options.checkpoint, options.encoder, root, at_most=options.images, workers=workers)
+    network = options.checkpoint, options.encoder
+    return open_featured(*network, root, options.out, at_most=options.images, workers=workers)
 
 
 if __name__ == "__main__":

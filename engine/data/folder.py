@@ -10,6 +10,7 @@ import numpy as np
 
 from engine.data.decode import IMAGE_SUFFIXES, is_image_name, is_new_suffix
 from engine.data.naming import called, is_system_folder, is_tar_name
+from engine.data.outputs import holds_run
 from engine.data.paths import FileSource, Names
 from engine.data.source import Root, Source, Split, part_of
 from engine.data.survey import Survey
@@ -63,12 +64,13 @@ def _parts(root: Root, split: Split) -> _Parts:
     train, val = (_called(folders, part) for part in ("train", "val"))
     if train is None or val is None:  # other words for a split are classes, unless there are both
         train, val = folders.get("train"), folders.get("val")
+    train, val = (None if path is None or holds_run(path) else path for path in (train, val))
     if train is None:
         return _Parts(None, val)
     tests = {path.name for path in folders.values() if path.name.lower() in called("test")}
     others = [path for path in folders.values() if path not in (train, val)]
     if val is None and not tests:
-        others = [path for path in others if next(_walk(path, Survey()), None)]
+        others = [path for path in others if not holds_run(path) and next(_walk(path, Survey()), None)]
         if others:
             return _as_classes(root, train, others)
     names = [path.name for path in others]
@@ -116,7 +118,7 @@ class FolderSource(FileSource):
         self.survey = Survey()
         files = sorted(_walk(root, self.survey))
         super().__init__(Names.of(name for name, _ in files), np.array([size for _, size in files], np.int64))
-        self._root = root
+        self._root, self.folders = root, (root,)
         self.otherwise = self.survey.rule_in_words()
 
     def content(self, i: int) -> bytes:
@@ -148,7 +150,12 @@ def _walk(root: Path, survey: Survey) -> Iterator[tuple[bytes, int]]:
                     status = None
                 if status and stat.S_ISDIR(status.st_mode):
                     identity = (status.st_dev, status.st_ino)
-                    if identity not in above:  # a link to a folder that it lies in would never end
+                    if holds_run(entry.path):
+                        survey.leave_out("folders that hold a run")
+                        survey.takes_otherwise(
+                            prefix + entry.name, "a folder that holds a run holds no images of the set"
+                        )
+                    elif identity not in above:  # a link to a folder that it lies in would never end
                         todo.append((entry.path, prefix + entry.name + b"/", above | {identity}))
                 elif is_image_name(entry.name) and (status is None or stat.S_ISREG(status.st_mode)):
                     if is_new_suffix(entry.name):

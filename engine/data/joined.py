@@ -21,6 +21,7 @@ class JoinedSource(Source):
         self.labels, self.classes = _joined_labels(parts)
         self.fingerprint = hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest()
         self.notes = tuple(line for part in parts for line in part.notes)
+        self.folders = tuple(folder for part in parts for folder in part.folders)
         unlike = ((lead, part.otherwise) for lead, part in zip(self._leads, parts, strict=True))
         self.otherwise = next((f"{lead}{otherwise}" for lead, otherwise in unlike if otherwise), None)
 

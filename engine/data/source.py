@@ -70,11 +70,13 @@ class Source(ABC):
 
     labels: int64 [N], or None where images have no class; classes: their names. fingerprint: a sha256, equal where
     the data is. notes: what is to be said of it, a line each. otherwise: the first file that former rules took for
-    something else, and the rule that does (engine.data.rules); None where there is none.
+    something else, and the rule that does (engine.data.rules); None where there is none. folders: those of which every
+    image file is one of the set, also one that is written later.
     """
 
     notes: tuple[str, ...] = ()
     otherwise: str | None = None
+    folders: tuple[Path, ...] = ()
     labels: np.ndarray | None
     classes: tuple[str, ...] | None
     fingerprint: str

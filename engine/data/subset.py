@@ -19,7 +19,7 @@ class Subset(Source):
         self._source, self._chosen_M = source, chosen_M
         self.labels = source.labels[chosen_M]
         self.classes = source.classes
-        self.notes, self.otherwise = source.notes, source.otherwise
+        self.notes, self.otherwise, self.folders = source.notes, source.otherwise, source.folders
         chosen = chosen_M.astype("<i8").tobytes()
         self.fingerprint = hashlib.sha256(f"subset of {source.fingerprint} ".encode() + chosen).hexdigest()
 

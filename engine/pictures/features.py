@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.data.opening import open_source
+from engine.data.outputs import check_picture
 from engine.data.source import Root, Source
 from engine.errors import UserError
 from engine.evaluation.features import batches_for, extract
@@ -52,13 +53,17 @@ class Featured:
         return torch.cat([batch.images[: batch.valid] for batch in found]).permute(0, 2, 3, 1)
 
 
-def open_featured(checkpoint: str, encoder: EncoderName, root: Root, *, at_most: int, workers: int) -> Featured:
+def open_featured(
+    checkpoint: str, encoder: EncoderName, root: Root, out: Path, *, at_most: int, workers: int
+) -> Featured:
     """Validation images of `root`, or all where it tells none apart, as an encoder of a CHECKPOINT sees them.
 
-    at_most: how many images at most, evenly spread. workers: processes that read. Raises UserError.
+    out: where a picture of them will be. at_most: how many images at most, evenly spread. workers: processes that read.
+    Raises UserError.
     """
     source = open_source(root, "val") or open_source(root, "train")
     assert source is not None  # of val alone there may be none
+    check_picture(out, source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = open_subject(checkpoint, device, encoder=encoder)
     ids = np.linspace(0, len(source) - 1, min(at_most, len(source))).round().astype(np.int64)

@@ -14,6 +14,7 @@ from engine.data.augment import Augment, denormalise
 from engine.data.decode import Crops, crop_box
 from engine.data.loader import Batch, train_batches
 from engine.data.order import Order
+from engine.data.outputs import check_picture
 from engine.data.source import Source
 from engine.data.splits import open_splits
 from engine.distributed.world import process_group
@@ -41,6 +42,7 @@ def show_views(recipe: Pretrain, recipe_file: Path, out: Path) -> None:
     """Draws the first images of the run's first batch. Raises UserError where its images are missing."""
     with process_group() as world:
         source = open_splits(recipe.data, recipe_file, world, batch=recipe.train.global_batch_size).train
+    check_picture(out, source)
     title = f"What the model sees: {recipe_file.stem}"
     subtitle = (
         f"The first images of epoch 0, seed {recipe.run.seed}: "

@@ -11,6 +11,7 @@ from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.retain import clean
 from engine.checkpoint.state import RunState
 from engine.data.order import LAWS
+from engine.data.outputs import check_run_directory
 from engine.distributed.agreement import agreement, all_gather, broadcast
 from engine.distributed.signals import StopSignal
 from engine.errors import RunFailed, SystemRefused, UserError, one_line
@@ -115,6 +116,7 @@ def _found(directory: RunDirectory, task: Task, earlier: Path | None) -> tuple[P
     with agreement(group):
         if checkpoint is None:
             directory.check_fresh(task.recipe)
+            check_run_directory(directory.path, task.splits)
             return None
         manifest = read_manifest(checkpoint)
         state = RunState.read(checkpoint, manifest)

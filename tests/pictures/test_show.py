@@ -13,6 +13,7 @@ def test_refusals(images, tmp_path):
     broken, out = tmp_path / "broken.jpg", tmp_path / "out.png"
     broken.write_bytes(b"\xff\xd8\xff no image")
     (tmp_path / "folder.png").mkdir()
+    own = ("data.source=folder", f"data.root={images}", "data.val_root=null", "train.global_batch_size=4")
     few = ("--data", images, out, "--workers", 0)
     cases = {
         r"OUT \(.*out.gif\) must end in .png": ("attention", VIT, broken, tmp_path / "out.gif"),
@@ -28,6 +29,8 @@ def test_refusals(images, tmp_path):
         r"--dataset \(missing\) must be a class": ("embedding", VIT, *few, "--source", "torchvision"),
         r"data.root \(.*none\) must exist": ("views", QUICKSTART, out, f"data.root={tmp_path}/none"),
         r"recipe \(.*none.yaml\) must be a readable file": ("views", tmp_path / "none.yaml", out),
+        r"OUT \(.*new.png\) must not become an image": ("embedding", VIT, "--data", images, images / "new.png"),
+        r"OUT \(.*view.png\) must not become an image": ("views", QUICKSTART, images / "odd ones/view.png", *own),
         r"did you mean augment.crop_min": ("views", QUICKSTART, out, "augment.crop_minn=1"),
     }
     for message, arguments in cases.items():

@@ -80,6 +80,20 @@ def test_several_roots_may_move(tmp_path, monkeypatch):
         small_run("run", "[b, other]", 3)
 
 
+def test_a_run_may_lie_among_its_images_in_a_folder_of_its_own(tmp_path):
+    images, run = tmp_path / "images", tmp_path / "images/run"
+    fill(images, 0)
+    fill(images / "more", 1)
+    for wrong in (images, images / "more"):
+        with pytest.raises(UserError, match=r"run.dir \(.*\) must be a folder of its own"):
+            small_run(wrong, images, 1)
+    assert not list(images.rglob("recipe.yaml"))
+    small_run(run, images, 1)
+    fill(run / "pictures", 2)
+    small_run(run, images, 2)
+    assert (run / "checkpoints/step_0000002").is_dir()
+
+
 def test_validation_images_are_bound_where_the_result_depends_on_them(tmp_path):
     val, recipe = tmp_path / "val.tar", linear_recipe(tmp_path / "run", "train.max_steps=1")
     shutil.copy(VAL, val)
