@@ -1,5 +1,6 @@
 """Images that could not be read, and how they are reported."""
 
+import math
 from collections.abc import Hashable, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -8,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from engine.distributed.world import World
-from engine.errors import RunFailed
 from engine.logger import warn
 
 
@@ -57,14 +57,14 @@ class BadImages:
         self.total, self.met = self.total + int(met), 0
         return self.total
 
-    def check(self, images: int) -> int:
-        """`count`; raises RunFailed where that is more than the run bears.
+    def excess(self, total: int, images: int) -> str | None:
+        """Why a run cannot go on that has met so many, in words; None where it bears them.
 
         images: those of all epochs begun so far. Against those seen, one bad image of the first batch is a large share.
         """
-        if self.count() > self.bearable * images:
-            raise RunFailed(
-                f"data.max_bad_fraction ({self.bearable}) was exceeded: {self.total} of {images} images could not "
-                "be read (named above); give the run the images that it began with, or raise it in another run"
-            )
-        return self.total
+        if total <= self.bearable * images:
+            return None
+        return (
+            f"data.max_bad_fraction ({self.bearable}) was exceeded: {total} of {images} images could not be read; "
+            f"repair them, and pass data.max_bad_fraction={math.ceil(1000 * total / images) / 1000:g} or more to go on"
+        )

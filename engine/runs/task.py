@@ -233,9 +233,12 @@ class Task(ABC):
         counts = {"skipped": self.update.skipped, "in a row": self.update.skipped_in_a_row}
         row = on_host(self.metrics(output) | counts)
         self.check_skips(row.pop("skipped"), row.pop("in a row"), self.step)
-        begun = -(-self.step // self.order.steps_per_epoch)  # epochs
-        bad_images = self.bad_images.check(begun * len(self.splits.train))
-        return {"epoch": self.epoch} | row | {"bad_images": bad_images}
+        return {"epoch": self.epoch} | row | {"bad_images": self.bad_images.count()}
+
+    def too_many_bad(self, total: int, step: int) -> str | None:
+        """Why the run cannot go on with `total` unreadable images up to a step, in words; None where it can."""
+        begun = -(-step // self.order.steps_per_epoch)  # epochs
+        return self.bad_images.excess(total, begun * len(self.splits.train))
 
     def check_skips(self, skipped: int, in_a_row: int, step: int) -> None:
         """Raises RunFailed where more steps up to `step` had bad gradients than the task bears: in all, or in a row."""
@@ -290,7 +293,8 @@ class Task(ABC):
         )
 
     def check_resume(self, state: RunState) -> None:
-        """Raises UserError where the run was begun with other images; on this rank alone."""
+        """Raises UserError where the run was begun with other images, or met more unreadable ones than it bears; on
+        this rank alone."""
         for split, (source, name) in self.images_bound().items():
             differs = state.images.get(split, source.fingerprint) != source.fingerprint  # imported ones have seen none
             found = difference(source, state.contents.get(split, {}), self.contents[split])
@@ -300,6 +304,8 @@ class Task(ABC):
                     f"{name} must hold the images that the run in {self.recipe.run.dir} began with{why}; "
                     "give it those, or pass another run.dir"
                 )
+        if (excess := self.too_many_bad(state.bad_images, state.step)) is not None:
+            raise UserError(excess)
 
     def resume(self, checkpoint: Path, manifest: Manifest, state: RunState) -> None:
         """Go on from a checkpoint that suits; what it may lack, and does, stays fresh."""

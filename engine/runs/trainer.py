@@ -63,6 +63,7 @@ class Trainer:
                     self.stop.at_once = False
                     self._wait_at_most(timedelta(seconds=self.task.timeout))
                     self._log_if_due(output, batch)
+                self._check_bad_images()
                 what, word, step = "training", news.after_step(), self.task.step
                 # An evaluation takes minutes on large data, and a scheduler's grace is short: save before it.
                 if word is not None or self.plan.saves_after(step) or self.plan.evaluates_after(step):
@@ -112,6 +113,15 @@ class Trainer:
         self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}")
         if self.bar.disable:
             say(f"step {step}/{self.plan.last_step}  loss {row['loss']:.4f}  {speed}")
+
+    def _check_bad_images(self) -> None:
+        """Where they are counted, which all ranks do together. Raises RunFailed; the state is saved."""
+        step = self.task.step
+        if self.plan.logs_after(step):
+            excess = self.task.too_many_bad(self.task.bad_images.total, step)
+            if excess is not None:
+                self._save(must=True)
+                raise RunFailed(f"{excess}; the run is saved after step {step:,}")
 
     def _evaluate_if_due(self) -> None:
         step = self.task.step

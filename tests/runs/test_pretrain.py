@@ -22,6 +22,10 @@ def train(world, directory, *overrides):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+def losses(rows) -> list[tuple]:
+    return [(row["step"], row["loss"], row["bad_images"]) for row in rows if "loss" in row]
+
+
 def damage(checkpoint):
     file = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
@@ -111,8 +115,12 @@ def test_unreadable_images_are_borne_up_to_their_share(world, tmp_path):
     rows = train(world, tmp_path / "borne", *few, "data.max_bad_fraction=0.03")
     assert rows[-1]["step"] == 10
     assert rows[-1]["bad_images"] == 2
-    with pytest.raises(RunFailed, match=r"data.max_bad_fraction \(0.02\) was exceeded: 1 of 40"):
+    exceeded = r"data.max_bad_fraction \(0.02\) was exceeded: 1 of 40 .*, and pass data.max_bad_fraction=0.025 or more"
+    with pytest.raises(RunFailed, match=f"{exceeded} to go on; the run is saved after step [1-5]$"):
         train(world, tmp_path / "not_borne", *few, "data.max_bad_fraction=0.02")
+    with pytest.raises(UserError, match=f"^{exceeded} to go on$"):
+        train(world, tmp_path / "not_borne", *few, "data.max_bad_fraction=0.02")
+    assert losses(train(world, tmp_path / "not_borne", *few, "data.max_bad_fraction=0.03")) == losses(rows)
 
 
 def test_best_names_the_checkpoint_with_the_highest_knn_and_is_spared(world, tmp_path):
