@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from engine.distributed.launcher import end_with_launcher, own_cores, ranks, take_place
 from engine.errors import Interrupted, RunFailed, UserError, one_line
-from engine.files import remove_temporary_folder
 from engine.logger import complain, complain_once, note, rank, say
 from engine.own_models import exit_if_hidden
 
@@ -57,7 +56,6 @@ def carry_out(main: Callable[[list[str]], None], arguments: list[str]) -> None:
         with suppress(BrokenPipeError):
             sys.stdout.flush()
         sys.stderr.flush()
-        remove_temporary_folder()
         # At once: Python's own way out would wait for loader workers, which heed no signal but die with this process.
         os._exit(status)
 

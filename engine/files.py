@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import json
-import multiprocessing.util
 import os
 import secrets
 import shutil
@@ -75,11 +74,6 @@ def remove_drafts(folder: Path, names: Collection[str]) -> None:
         name, found, _ = path.name.rpartition(".tmp-")
         if found and name in names:
             remove(path)
-
-
-def remove_temporary_folder() -> None:
-    """Remove what multiprocessing keeps for this process and its loading processes; os._exit would leave it behind."""
-    shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)
 
 
 def sync(place: Path | IO) -> None:

@@ -21,7 +21,6 @@ from typing import NamedTuple
 from engine.cli import carry_out
 from engine.distributed.launcher import RESTARTS, cores, end_with_launcher, is_launched, share_compilers
 from engine.errors import RunFailed, UserError
-from engine.files import remove_temporary_folder
 from engine.logger import warn
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -145,7 +144,6 @@ def _rank(launcher: int, door: str, arguments: list[str]) -> None:
         carry_out(main, arguments)
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # nothing is left to stop
     except KeyboardInterrupt:
-        remove_temporary_folder()
         os._exit(128 + signal.SIGINT)
 
 

@@ -5,8 +5,7 @@ means something else. `models`, which knows nothing of engine, keeps its own in 
 same test lists them.
 """
 
-import multiprocessing.queues
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import cache
@@ -187,32 +186,7 @@ def watching(see: Callable[[Any, Any], None]) -> AbstractContextManager:
     return Watch()
 
 
-# ---- loader and checkpoints
-
-
-def end_workers(batches: Iterator) -> None:
-    """End the worker processes of a DataLoader's iterator now, whoever still refers to it. It must have workers."""
-    try:
-        batches._shutdown_workers()  # even where it raises it ends them
-    except RuntimeError as error:  # torch's word for one that died before, which may come at any moment until then
-        if not str(error).startswith("DataLoader worker (pid"):
-            raise
-
-
-def send_instead(make: Callable[[Exception], Any]) -> None:
-    """In a DataLoader's worker: where a batch cannot be handed over, hand over make(error). Left to itself the queue
-    prints a traceback and forgets the batch, for which its reader then waits for ever."""
-
-    def send(queue: multiprocessing.queues.Queue, error: Exception, numbered: tuple[int, Any]) -> None:
-        queue.put((numbered[0], make(error)))
-
-    multiprocessing.queues.Queue._on_queue_feeder_error = send
-
-
-def has_lost_its_thread(batches: Iterator) -> bool:
-    """Whether the thread is gone that pins the batches of a DataLoader's iterator, where it has one."""
-    thread = getattr(batches, "_pin_memory_thread", None)
-    return thread is not None and not thread.is_alive()
+# ---- checkpoints
 
 
 def stored_chunk(file: str, offset: int, length: int) -> Any:

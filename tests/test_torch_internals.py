@@ -1,9 +1,6 @@
 """torch's private names do what engine.torch_internals says of them, and nothing else in engine touches one."""
 
 import ast
-import inspect
-import multiprocessing
-import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,7 +10,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.utils.data import DataLoader, Dataset
 
 from engine.distributed.world import make_mesh, process_group
 from engine.torch_internals import (
@@ -22,17 +18,14 @@ from engine.torch_internals import (
     allow_variants,
     copy_each_,
     descend_each_,
-    end_workers,
     forget_forwards,
     graph_breaks,
     graphs_compiled,
     has_cpp_compiler,
-    has_lost_its_thread,
     keeping,
     lerp_each_,
     norm_each,
     scale_each,
-    send_instead,
     set_group_timeout,
     stored_chunk,
     subtract_each,
@@ -205,59 +198,6 @@ def test_a_groups_timeout_can_be_changed():
     with process_group() as world:
         assert {world.group, world.host_group, world.save_group, world.roll_group} == set(all_groups())
         set_group_timeout(world.host_group, timedelta(seconds=7))
-
-
-def test_workers_end_while_their_iterator_lives():
-    batches = iter(DataLoader(range(100), num_workers=2, multiprocessing_context="fork"))
-    next(batches)
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    end_workers(batches)
-    assert not any(worker.is_alive() for worker in workers)
-
-
-def test_workers_end_though_one_is_killed_meanwhile():
-    """torch says so wherever the main thread then is, and here that is of no use to anybody."""
-    batches = iter(DataLoader(range(100), num_workers=2, multiprocessing_context="fork"))
-    next(batches)
-    workers = multiprocessing.active_children()
-
-    def join(timeout: float) -> None:
-        del batches._workers[0].join
-        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
-
-    batches._workers[0].join = join
-    end_workers(batches)
-    assert not any(worker.is_alive() for worker in workers)
-
-
-class Unfit:
-    """What a DataLoader's worker cannot hand over."""
-
-    def __reduce__(self):
-        raise OSError("no room")
-
-
-class OneOfTwo(Dataset):
-    def __getitem__(self, number: int) -> object:
-        return Unfit() if number else number
-
-
-def test_what_a_worker_cannot_hand_over_has_a_substitute():
-    options = {"num_workers": 1, "multiprocessing_context": "fork", "batch_size": None, "sampler": [0, 1, 0]}
-    loader = DataLoader(OneOfTwo(), **options, worker_init_fn=lambda _: send_instead(lambda error: f"instead: {error}"))
-    assert list(loader) == [0, "instead: no room", 0]
-
-
-def test_the_thread_that_pins_batches_is_known():
-    """Without a GPU there is none."""
-    batches = iter(DataLoader(range(2), num_workers=1, multiprocessing_context="fork"))
-    assert not has_lost_its_thread(batches)
-    batches._pin_memory_thread = threading.Thread()
-    assert has_lost_its_thread(batches)
-    assert "_pin_memory_thread" in inspect.getsource(type(batches))
-    del batches._pin_memory_thread
-    end_workers(batches)
 
 
 def test_a_stored_chunk_is_what_torch_writes(tmp_path):

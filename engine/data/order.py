@@ -3,7 +3,6 @@
 Shapes: N images in the source, G samples of a batch of all ranks, B of one rank's share, P positions in an epoch.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -54,18 +53,17 @@ class Order:
             image_P = _sorted(self.seed, epoch, self.images)[place_P]
         return image_P + REPEAT * repetition_P
 
-    def share(self, steps: range, rank: int, world_size: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(step, epoch, one rank's samples [B]) of each step; steps and epochs count from 0.
+    def share(self, step: int, rank: int, world_size: int) -> tuple[int, np.ndarray]:
+        """(epoch, one rank's samples [B]) of a step; steps and epochs count from 0.
 
         Rank r of W takes rows r*G/W to (r+1)*G/W, rounded down. With a partial batch some ranks may have one sample
         more than others, or none.
         """
-        for step in steps:
-            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            first = step_in_epoch * self.batch
-            rows = min(self.batch, self.images - first)
-            mine = np.arange(first + rank * rows // world_size, first + (rank + 1) * rows // world_size)
-            yield step, epoch, self.samples(epoch, mine)
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        first = step_in_epoch * self.batch
+        rows = min(self.batch, self.images - first)
+        mine = np.arange(first + rank * rows // world_size, first + (rank + 1) * rows // world_size)
+        return epoch, self.samples(epoch, mine)
 
 
 @lru_cache(maxsize=1)

@@ -1,119 +1,221 @@
-"""Loading processes: their start and their end, and batches that do not come."""
+"""Loading processes: made once, before a run has threads of its own, and asked for a part of a batch at a time."""
 
 import ctypes
 import gc
+import mmap
+import multiprocessing
 import os
-import re
+import queue
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from pathlib import Path
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
 
+import numpy as np
 import torch
 
-from engine.errors import RunFailed, UserError, one_line
+from engine.data.source import Source
+from engine.errors import RunFailed, UserError, one_line, reason
 from engine.logger import warn
-from engine.torch_internals import end_workers, has_lost_its_thread, send_instead
 
-SHARED_MEMORY = Path("/dev/shm")  # where workers hand batches over
-SAY_SECONDS = 60.0  # between two lines about a batch that does not come
+ROOM = 2**26  # bytes of address space for the pixels of one part; only what is written to takes memory
+SAY_SECONDS = 60.0  # between two lines about images that do not come
 TIMEOUT = 300.0  # seconds
+_TICK = 0.5
 _PR_SET_PDEATHSIG = 1
-_END = object()
+_ON_LINUX = sys.platform == "linux"
+
+# Reads images of a source, which ones the argument says, writes their pixels, and returns what else there is to say.
+Work = Callable[[Source, Any, np.ndarray], Any]
+
+
+class LoadingFailed(RunFailed):
+    """Images do not come any more, and no other rank knows."""
+
+    def __init__(self, text: str):
+        super().__init__(text, alone=True)
 
 
 # ---- in the process that reads ---------------------------------------------------------------------------------------
 
 
-def unwrapped(items: Iterator) -> Iterator:
-    """The same items; an error among them is raised: in a worker, it would arrive wrapped in a traceback."""
-    for item in items:
-        if isinstance(item, UserError | RunFailed):
-            raise item
-        yield item
+class Workers:
+    """Processes that read images of `sources`, for any number of threads; with none of them, each thread reads itself.
 
+    They are forked here and then kept: a lock that some thread of this process held at a later fork would stay locked
+    in the new process for ever. Pixels come back through memory that both share, so none of /dev/shm is needed. They
+    die with the thread that called this. A context manager, which ends them.
 
-def delivered(items: Iterator, timeout: float) -> Iterator:
-    """What comes from a DataLoader's iterator with workers, whose own time-out must be `say_seconds(timeout)`.
-
-    Each minute in which nothing comes is said. Raises RunFailed after `timeout` seconds of that, and where a worker
-    dies or cannot hand over a batch; UserError where an item is one.
+    Args:
+        timeout: seconds of silence, of which each minute is said, after which a read fails.
+        pin_memory: batches are assembled in memory from which a GPU can copy by itself.
     """
-    try:
-        yield from unwrapped(iter(lambda: _awaited(items, timeout), _END))
-    except RuntimeError as error:
-        if (death := death_in_words(error)) is None:
-            raise
-        raise RunFailed(death) from error
-    except (EOFError, ConnectionError, FileNotFoundError) as error:  # what torch makes of a death in mid-delivery
-        raise RunFailed(f"a loading process died while it handed over a batch ({one_line(error)})") from error
-    finally:
-        # Else a traceback that still refers to `items` keeps the workers, and torch's handler of dead children goes on
-        # raising wherever the process then is.
-        end_workers(items)
 
-
-def say_seconds(timeout: float) -> float:
-    """Between two lines about silence, which lasts `timeout` seconds at most."""
-    return min(SAY_SECONDS, timeout)
-
-
-def _awaited(items: Iterator, timeout: float) -> object:
-    waited = 0.0
-    while True:
+    def __init__(
+        self, sources: Sequence[Source], count: int = 0, *, timeout: float = TIMEOUT, pin_memory: bool = False
+    ):
+        self.sources, self.count, self.timeout, self.pin_memory = tuple(sources), count, timeout, pin_memory
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._silence = _Silence(timeout)
+        self._failed: LoadingFailed | None = None  # what ended one read ends all: another worker would wait for it
+        self._all: list[_Worker] = []
         try:
-            return next(items, _END)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader timed out"):
-                raise
-        if has_lost_its_thread(items):
-            raise RunFailed("the thread that hands batches to the GPU died, after the error above")
-        waited += say_seconds(timeout)
-        silence = f"no batch came from the loading processes for {waited / 60:.2g} minutes"
-        if waited >= timeout:
-            raise RunFailed(f"{silence}: the disk that holds the images may not answer")
-        warn(f"{silence}; after {timeout / 60:g} that ends the run")
+            for _ in range(count):
+                self._all.append(_Worker(self.sources))
+                self._idle.put(self._all[-1])
+        except OSError as error:
+            self.close()
+            raise UserError(
+                f"data.workers or --workers ({count}) must be as many as the system allows, which refused number "
+                f"{len(self._all) + 1} ({reason(error)}); lower it, or raise the limit (ulimit -n, ulimit -u)"
+            ) from error
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing."""
+        for worker in self._all:
+            worker.process.kill()
+        for worker in self._all:
+            worker.process.join()
+
+    def read(self, source: Source, work: Work, argument: Any, out: np.ndarray) -> Any:
+        """work(source, argument, out), by the first process that is free.
+
+        Raises UserError and RunFailed as `work` does, and LoadingFailed where the process dies or is silent for too
+        long.
+        """
+        if not self._all:
+            return work(source, argument, out)
+        worker = self._idle.get()
+        try:
+            if self._failed is not None:
+                raise self._failed
+            worker.ask(self.sources.index(source), work, argument, out.shape)
+            self._silence.wait_for(worker.connection)
+            reply = worker.answer(out)
+        except LoadingFailed as failure:
+            self._failed = failure
+            raise
+        finally:
+            self._idle.put(worker)
+        if isinstance(reply, UserError | RunFailed):
+            raise reply
+        return reply
 
 
-def death_in_words(error: RuntimeError) -> str | None:
-    """Of a worker, which torch raises wherever the main thread then is; None for another error."""
-    text = one_line(error)
-    if text.startswith(("DataLoader worker (pid", "Pin memory thread")):
-        how = re.search(r"killed by signal: [^.]+|exit code \d+", text)
-        return f"a loading process died ({how[0] if how else text}): memory may be short, or {SHARED_MEMORY} full"
-    if text.startswith(("Too many open files", "received 0 items of ancdata")):
-        return (
-            "a batch could not be taken over from a loading process: too many open files; raise the limit (ulimit -n)"
-        )
-    return None
+class _Worker:
+    """One process, as the others see it."""
+
+    def __init__(self, sources: Sequence[Source]):
+        # Fork is fast and shares the sources' arrays. Elsewhere than on Linux it is not safe.
+        context = multiprocessing.get_context("fork" if _ON_LINUX else "spawn")
+        memory = mmap.mmap(-1, ROOM) if _ON_LINUX else context.RawArray("B", ROOM)
+        self.pixels = np.frombuffer(memory, np.uint8)
+        self.connection, theirs = context.Pipe()
+        arguments = theirs, memory, sources, os.getpid()
+        self.process = context.Process(target=_serve, args=arguments, name="worker", daemon=True)
+        try:
+            self.process.start()
+        finally:
+            theirs.close()  # where this process holds it too, the other's death goes unnoticed
+
+    def ask(self, source: int, work: Work, argument: Any, shape: tuple[int, ...]) -> None:
+        try:
+            self.connection.send((source, work, argument, shape))
+        except OSError as error:
+            raise self._death() from error
+
+    def answer(self, out: np.ndarray) -> Any:
+        try:
+            reply = self.connection.recv()
+        except (OSError, EOFError) as error:
+            raise self._death() from error
+        np.copyto(out, self.pixels[: out.size].reshape(out.shape))
+        return reply
+
+    def _death(self) -> LoadingFailed:
+        self.process.join(10)
+        code = self.process.exitcode
+        how = f"exit code {code}" if code is None or code >= 0 else f"killed by {signal.Signals(-code).name}"
+        return LoadingFailed(f"a loading process died ({how}): memory may be short")
+
+
+class _Silence:
+    """Time in which nothing comes from any process that is waited for: said each minute, ended by `timeout` seconds.
+
+    It is counted in ticks, not by a clock: a machine that was suspended is not silent.
+    """
+
+    def __init__(self, timeout: float):
+        self.timeout = timeout
+        self._lock = threading.Lock()
+        self._arrivals, self._said = 0, 0
+
+    def wait_for(self, connection: Connection) -> None:
+        ticks, arrivals = 0, self._arrivals
+        while not connection.poll(_TICK):
+            ticks, arrivals = (ticks + 1 if arrivals == self._arrivals else 0), self._arrivals
+            self._heed(ticks * _TICK)
+        with self._lock:
+            self._arrivals, self._said = self._arrivals + 1, 0
+
+    def _heed(self, seconds: float) -> None:
+        with self._lock:
+            silence = f"no image came from the loading processes for {min(seconds, self.timeout) / 60:.2g} minutes"
+            if seconds >= self.timeout:
+                raise LoadingFailed(f"{silence}: the disk that holds the images may not answer")
+            if seconds >= (self._said + 1) * SAY_SECONDS:  # of all threads that wait one says it
+                self._said += 1
+                warn(f"{silence}; after {self.timeout / 60:g} that ends the run")
 
 
 # ---- in a worker -----------------------------------------------------------------------------------------------------
 
 
-def start_worker(parent: int, _worker: int) -> None:
-    """What a DataLoader's worker does first. parent: the process id of the one that reads."""
-    # Garbage of the training process is not this process's to collect: the finalizer of another loader's iterator would
-    # take locks that both share, and die with them. Not touching inherited objects also leaves their pages shared.
+def _serve(connection: Connection, memory: Any, sources: Sequence[Source], parent: int) -> None:
+    _start(parent)
+    pixels = np.frombuffer(memory, np.uint8)
+    while True:
+        try:
+            source, work, argument, shape = connection.recv()
+        except EOFError:
+            return
+        connection.send(_reply(work, sources[source], argument, pixels[: int(np.prod(shape))].reshape(shape)))
+
+
+def _reply(work: Work, source: Source, argument: Any, out: np.ndarray) -> Any:
+    try:
+        return work(source, argument, out)
+    except (UserError, RunFailed) as error:
+        return error
+    except MemoryError as error:
+        return RunFailed(f"a loading process had no memory left ({one_line(error)}); lower data.workers", alone=True)
+    except Exception:  # a bug, to be reported with all that is known of it
+        return RunFailed(f"a loading process failed:\n{traceback.format_exc()}", alone=True)
+
+
+def _start(parent: int) -> None:
+    """parent: the process id of the one that reads."""
+    # Garbage of the training process is not this process's to collect. Not touching inherited objects also leaves their
+    # pages shared.
     gc.freeze()
     torch.set_num_threads(1)
-    send_instead(_undelivered)
     for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
-    if sys.platform == "linux":
+    if _ON_LINUX:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey, args=(parent,), daemon=True).start()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above took hold
-        os._exit(1)
-
-
-def _undelivered(error: Exception) -> RunFailed:
-    limits = "a limit on file sizes or open files too low (ulimit -f, ulimit -n)"
-    return RunFailed(
-        f"a loading process could not hand over a batch ({one_line(error)}): {SHARED_MEMORY} may be full, or {limits}"
-    )
+        if os.getppid() != parent:  # it died before the line above took hold
+            os._exit(1)
 
 
 def _obey(parent: int) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from engine.distributed import slurm
 from engine.errors import UserError
-from engine.files import remove_temporary_folder
 from engine.logger import FIRST_WORD_SECONDS
 
 ORPHAN_CHECK_SECONDS = 1.0
@@ -152,5 +151,4 @@ def _exit_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(ORPHAN_CHECK_SECONDS)
     os.write(2, b"the launcher is gone: this rank exits; the newest checkpoint is kept\n")
-    remove_temporary_folder()
     os._exit(1)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from engine.data import bad_images
 from engine.data.loader import EvalBatch, eval_batches
 from engine.data.source import Source
-from engine.data.workers import TIMEOUT
+from engine.data.workers import Workers
 from engine.distributed.agreement import all_gather
 from engine.distributed.world import World
 from engine.errors import RunFailed
@@ -48,7 +48,7 @@ def features(
     source: Source,
     what: str | None,
     world: World,
-    workers: int,
+    workers: Workers,
     remedy: str = "evaluate an earlier checkpoint",
     **more: Any,
 ) -> Features:
@@ -74,18 +74,16 @@ def unchecked_features(
     source: Source,
     what: str | None,
     world: World,
-    workers: int,
+    workers: Workers,
     consequence: str = "it is left out",
     at_batch: AtBatch | None = None,
-    timeout: float = TIMEOUT,
 ) -> Features:
     """`features` that may be none or not finite. consequence: ends the report of an unreadable image.
 
-    at_batch: called before each batch, on all ranks; what it raises on all ends the work. timeout: in seconds, of the
-    loading processes (engine.data.workers).
+    at_batch: called before each batch, on all ranks; what it raises on all ends the work.
     """
     ids, batches = rank_slice(len(source), world.rank, world.size, BATCH)
-    found = batches_for(subject, source, ids.numpy(), workers, consequence, batches, timeout)
+    found = batches_for(subject, source, ids.numpy(), workers, consequence, batches)
     if at_batch is not None:
         found = announced(found, at_batch)
     if what is not None:
@@ -97,15 +95,14 @@ def batches_for(
     subject: Subject,
     source: Source,
     ids: np.ndarray,
-    workers: int,
+    workers: Workers,
     consequence: str,
     batches: int | None = None,
-    timeout: float = TIMEOUT,
 ) -> Generator[EvalBatch, None, None]:
     """The images `ids` in the form that the subject takes. Unreadable images are left out and reported; `consequence`
     ends the report. batches: yield exactly this many, the last ones empty."""
     sizes = {"batch_size": BATCH, "batches": batches}
-    for batch in eval_batches(source, ids, subject.crop, **sizes, workers=workers, timeout=timeout):
+    for batch in eval_batches(source, ids, subject.crop, **sizes, workers=workers):
         bad_images.report(batch.bad, consequence, source.fingerprint)
         yield batch
 

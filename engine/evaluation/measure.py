@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.data.source import Root
 from engine.data.splits import open_labelled, open_unlabelled
+from engine.data.workers import Workers
 from engine.distributed.agreement import all_gather
 from engine.distributed.world import World
 from engine.evaluation import fast_linear
@@ -28,11 +29,12 @@ def measure_knn(
     The bank stays spread over the ranks. Raises UserError for a k larger than the bank, before any computing.
     """
     splits = open_labelled(train, val, world)
-    subject = open_subject_together(checkpoint, world, **choice)
-    for k in ks:
-        check_k(k, len(splits.train), "--k")
-    bank = features(subject, splits.train, "train", world, workers)
-    query = gather_rows(features(subject, splits.val, "val", world, workers).to(world.device), world.group)
+    with Workers(splits, workers, pin_memory=world.on_gpu) as readers:
+        subject = open_subject_together(checkpoint, world, **choice)
+        for k in ks:
+            check_k(k, len(splits.train), "--k")
+        bank = features(subject, splits.train, "train", world, readers)
+        query = gather_rows(features(subject, splits.val, "val", world, readers).to(world.device), world.group)
     classes = len(splits.train.classes)
     predictions = classify(bank, query.feature_ND, classes=classes, ks=ks, group=world.group)
     return [{**accuracy(predictions[k], query.label_N), "k": k} for k in ks]
@@ -47,8 +49,9 @@ def knn_table(results: Sequence[dict[str, float | int]]) -> str:
 def measure_rankme(checkpoint: str, data: Root, world: World, workers: int, **choice: Any) -> float:
     """The effective rank of the features, to three decimals: more would depend on the number of ranks."""
     source = open_unlabelled(data, world)
-    subject = open_subject_together(checkpoint, world, **choice)
-    found = features(subject, source, "data", world, workers).to(world.device)
+    with Workers([source], workers, pin_memory=world.on_gpu) as readers:
+        subject = open_subject_together(checkpoint, world, **choice)
+        found = features(subject, source, "data", world, readers).to(world.device)
     return round(rankme_from_gram(feature_gram(found.feature_ND, world.group)).item(), 3)
 
 
@@ -57,11 +60,12 @@ def measure_fast_linear(
 ) -> list[Score]:
     """Every candidate's score, in the order of `fast_linear.candidates`, equal on all ranks."""
     splits = open_labelled(train, val, world)
-    subject = open_subject_together(checkpoint, world, **choice)
-    sides = [
-        gather_rows(features(subject, source, name, world, workers), world.group)
-        for name, source in splits._asdict().items()
-    ]
+    with Workers(splits, workers, pin_memory=world.on_gpu) as readers:
+        subject = open_subject_together(checkpoint, world, **choice)
+        sides = [
+            gather_rows(features(subject, source, name, world, readers), world.group)
+            for name, source in splits._asdict().items()
+        ]
     standard = fast_linear.standardise(*(rows.feature_ND for rows in sides))
     sides = [rows._replace(feature_ND=x).to(world.device) for rows, x in zip(sides, standard, strict=True)]
     mine = []

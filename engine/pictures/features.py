@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from engine.data.opening import open_source
 from engine.data.outputs import check_picture
 from engine.data.source import Root, Source
+from engine.data.workers import Workers
 from engine.errors import UserError
 from engine.evaluation.features import batches_for, extract
 from engine.evaluation.subject import Subject, open_subject
@@ -49,7 +50,7 @@ class Featured:
 
     def pixels(self, row_N: Tensor) -> Tensor:
         """uint8 [N, S, S, 3]: what the network sees of the images in these rows."""
-        found = batches_for(self.subject, self.source, self.id_N[row_N].numpy(), 0, CONSEQUENCE)
+        found = batches_for(self.subject, self.source, self.id_N[row_N].numpy(), Workers(()), CONSEQUENCE)
         return torch.cat([batch.images[: batch.valid] for batch in found]).permute(0, 2, 3, 1)
 
 
@@ -65,9 +66,10 @@ def open_featured(
     assert source is not None  # of val alone there may be none
     check_picture(out, source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subject = open_subject(checkpoint, device, encoder=encoder)
     ids = np.linspace(0, len(source) - 1, min(at_most, len(source))).round().astype(np.int64)
-    rows = extract(subject, batches_for(subject, source, ids, workers, CONSEQUENCE), device)
+    with Workers([source], workers) as readers:
+        subject = open_subject(checkpoint, device, encoder=encoder)
+        rows = extract(subject, batches_for(subject, source, ids, readers, CONSEQUENCE), device)
     name = checkpoint if checkpoint.startswith("timm/") else Path(checkpoint).resolve().name
     return Featured(name, source, subject, *rows)
 

@@ -17,6 +17,7 @@ from engine.data.order import Order
 from engine.data.outputs import check_picture
 from engine.data.source import Source
 from engine.data.splits import open_splits
+from engine.data.workers import Workers
 from engine.distributed.world import process_group
 from engine.pictures.canvas import COLOURS, HEADER, INK, MARGIN, WIDTH, Sheet, style
 from engine.recipe.sections import Pretrain
@@ -56,7 +57,7 @@ def first_samples(recipe: Pretrain, source: Source) -> list[Sample]:
     size, seed = recipe.model.image_size, recipe.run.seed
     # An epoch's order does not depend on the batch, so these are the first of the run's first batch.
     order, crops = Order(seed, len(source), min(SHOWN, len(source))), Crops(size, recipe.augment.crop_min)
-    batch = next(train_batches(source, order, crops, range(1), rank=0, world_size=1, workers=0))
+    batch = next(train_batches(source, order, crops, range(1), rank=0, world_size=1, workers=Workers(())))
     bad_images.report(batch.bad, "it is left out of the picture", source.fingerprint)
     unreadable = {bad.name for bad in batch.bad}
     draw_B2D = crops.draw(seed, batch.epoch, batch.sample_B)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint.layout import read_pointer
-from engine.data.workers import death_in_words
+from engine.data.workers import LoadingFailed
 from engine.distributed.roll import lost_ranks
 from engine.errors import RunFailed, one_line
 from engine.runs.task import Task
@@ -36,10 +36,8 @@ def failures_in_words(task: Task, checkpoints: Path) -> Iterator[None]:
     with _memory_in_words(task, checkpoints), torn_code_in_words(), lost_ranks_in_words(task, checkpoints):
         try:
             yield
-        except RuntimeError as error:  # of a dead loading process, wherever the run then is
-            if (death := death_in_words(error)) is None:
-                raise
-            raise RunFailed(f"{death}; {kept(checkpoints)}", alone=True) from error
+        except LoadingFailed as failure:  # of an evaluation
+            raise RunFailed(f"{failure}; {kept(checkpoints)}", alone=True) from failure
 
 
 @contextmanager

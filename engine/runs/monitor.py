@@ -6,6 +6,7 @@ from torch import nn
 from engine.data.source import Source
 from engine.data.splits import Splits
 from engine.data.subset import take_per_class
+from engine.data.workers import Workers
 from engine.distributed.world import World
 from engine.evaluation.features import AtBatch, unchecked_features
 from engine.evaluation.knn import accuracy, classify, gather_rows
@@ -60,6 +61,7 @@ def make_probe(
 def monitor_row(
     recipe: Pretrain,
     world: World,
+    workers: Workers,
     bank: Source,
     val: Source,
     trunk: nn.Module,
@@ -75,12 +77,8 @@ def monitor_row(
     """
     augment, evaluate = recipe.augment, recipe.evaluate
     subject = Subject(trunk, recipe.model.image_size, augment.mean, augment.std, evaluate.crop_fraction, dtype=dtype)
-    consequence, timeout = "it is left out of the monitor", 60 * recipe.run.timeout_minutes
-    more = {"at_batch": at_batch, "timeout": timeout}
-    neighbours, queries = (
-        unchecked_features(subject, source, None, world, recipe.data.workers, consequence, **more)
-        for source in (bank, val)
-    )
+    more = {"consequence": "it is left out of the monitor", "at_batch": at_batch}
+    neighbours, queries = (unchecked_features(subject, source, None, world, workers, **more) for source in (bank, val))
     query = gather_rows(queries.to(world.device), world.group)
     found = classify(neighbours, query.feature_ND, classes=len(bank.classes), ks=(K,), group=world.group)
     row = {f"knn_{top}": share for top, share in accuracy(found[K], query.label_N).items()}

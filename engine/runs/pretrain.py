@@ -14,6 +14,7 @@ from engine.checkpoint.state import RunState
 from engine.data.augment import Augment
 from engine.data.decode import Crops
 from engine.data.loader import Batch
+from engine.data.source import Source
 from engine.data.splits import Splits, open_splits
 from engine.distributed.agreement import agreement
 from engine.distributed.world import World, make_mesh
@@ -162,6 +163,9 @@ class Pretraining(Task):
         model = self.recipe.model
         return declared(model).build(freeze_patch_projection=model.freeze_patch_projection).module
 
+    def sources(self) -> list[Source]:
+        return super().sources() + ([] if self.bank is None else [self.bank])
+
     def start(self, *, resumes: bool) -> None:
         self.trained = build_state(self.recipe, self.moco, self.world, self.schedule, resumes=resumes)
         self.probe = make_probe(self.recipe, self.world, self.splits, self.trained, self.dtype)
@@ -238,7 +242,7 @@ class Pretraining(Task):
         if bank is None or val is None:
             return None
         try:
-            measured = self.recipe, self.world, bank, val, trunk, self.dtype, self.probe
+            measured = self.recipe, self.world, self.workers, bank, val, trunk, self.dtype, self.probe
             return monitor_row(*measured, at_batch=self.at_batch)
         except (UserError, ValueError, FloatingPointError) as error:  # raised on all ranks alike
             if self.world.is_first:

@@ -83,8 +83,8 @@ class Supervised(Task):
 
     def val_outputs(self, subject: Subject, remedy: str) -> tuple[Tensor, Tensor]:
         """This rank's outputs of the subject's network, and labels, of the validation images."""
-        workers, more = self.recipe.data.workers, {"at_batch": self.at_batch, "timeout": self.timeout}
-        output_ND, _, label_N = features(subject, self.splits.val, None, self.world, workers, remedy, **more)
+        more = {"at_batch": self.at_batch}
+        output_ND, _, label_N = features(subject, self.splits.val, None, self.world, self.workers, remedy, **more)
         return output_ND, label_N
 
     def gathered(self, predictions: dict[str, Tensor], label_N: Tensor) -> tuple[dict[str, Tensor], Tensor]:

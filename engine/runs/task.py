@@ -24,6 +24,7 @@ from engine.data.order import Order
 from engine.data.rules import RULES, by_rules
 from engine.data.source import Source
 from engine.data.splits import Splits
+from engine.data.workers import Workers
 from engine.distributed.agreement import agreement, broadcast
 from engine.distributed.world import World
 from engine.errors import RunFailed, UserError
@@ -85,6 +86,7 @@ class Task(ABC):
         self.mean, self.std = mean, std
         batch = recipe.train.global_batch_size
         self.order = Order(recipe.run.seed, len(splits.train), batch, keep_partial, repeats)
+        self.workers = Workers(())  # until `reading`
         self.bad_images = BadImages(recipe.data.max_bad_fraction, world)
         self.at_batch: AtBatch | None = None  # of an evaluation; it may raise on all ranks together
         self.licence: str | None = None  # of imported weights, which binds what is made of them
@@ -169,6 +171,10 @@ class Task(ABC):
         """After the last step: what is still to be checked and left behind, and lines about it."""
         return []
 
+    def sources(self) -> list[Source]:
+        """All that the run reads images of."""
+        return [source for source in self.splits if source is not None]
+
     # ---- what they share
 
     @property
@@ -201,18 +207,17 @@ class Task(ABC):
             archive_every=(recipe.checkpoint.keep_every_epochs or 0) * self.order.steps_per_epoch,
         )
 
+    def reading(self) -> Workers:
+        """Start the loading processes; a context manager, which ends them."""
+        count = self.recipe.data.workers
+        self.workers = Workers(self.sources(), count, timeout=self.timeout, pin_memory=self.world.on_gpu)
+        return self.workers
+
     def batches(self, last_step: int) -> Iterator[Batch]:
         """This rank's batches from the present step up to, not including, `last_step`."""
+        steps, rank, ranks = range(self.step, last_step), self.world.rank, self.world.size
         return train_batches(
-            self.splits.train,
-            self.order,
-            self.crops,
-            range(self.step, last_step),
-            rank=self.world.rank,
-            world_size=self.world.size,
-            workers=self.recipe.data.workers,
-            pin_memory=self.world.device.type == "cuda",
-            timeout=self.timeout,
+            self.splits.train, self.order, self.crops, steps, rank=rank, world_size=ranks, workers=self.workers
         )
 
     def images(self, batch: Batch) -> Tensor:

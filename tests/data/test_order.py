@@ -59,7 +59,7 @@ def test_the_last_partial_batch_is_dropped():
 def test_ranks_divide_the_global_batch_in_order(law, world, share, extra):
     batch = world * share
     order = Order(0, 2 * batch + extra, batch, law=law)
-    parts = [samples for rank in range(world) for _, _, samples in order.share(range(1, 2), rank, world)]
+    parts = [order.share(1, rank, world)[1] for rank in range(world)]
     assert len(parts) == world
     assert all(len(part) == share for part in parts)
     assert np.array_equal(np.concatenate(parts), whole(order, 0)[batch : 2 * batch])
@@ -70,17 +70,18 @@ def test_ranks_divide_the_global_batch_in_order(law, world, share, extra):
 @settings(deadline=None)
 def test_starting_at_a_step_is_going_on(law, first):
     def rows(start):
-        share = Order(7, 11, 4, law=law).share(range(start, 13), 1, 2)
-        return [(step, epoch, samples.tolist()) for step, epoch, samples in share]
+        order = Order(7, 11, 4, law=law)
+        shares = [order.share(step, 1, 2) for step in range(start, 13)]
+        return [(epoch, samples.tolist()) for epoch, samples in shares]
 
     assert rows(first) == rows(0)[first:]
 
 
 def test_steps_run_through_the_epochs():
     order = Order(7, 11, 4)
-    rows = list(order.share(range(5), 0, 1))
-    assert [(step, epoch) for step, epoch, _ in rows] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2)]
-    assert np.array_equal(np.concatenate([samples for _, epoch, samples in rows if epoch == 1]), whole(order, 1)[:8])
+    rows = [order.share(step, 0, 1) for step in range(5)]
+    assert [epoch for epoch, _ in rows] == [0, 0, 1, 1, 2]
+    assert np.array_equal(np.concatenate([samples for epoch, samples in rows if epoch == 1]), whole(order, 1)[:8])
 
 
 @either
@@ -88,13 +89,13 @@ def test_steps_run_through_the_epochs():
 @settings(deadline=None)
 def test_with_the_partial_batch_an_epoch_is_every_image_dealt_out_evenly(law, images, batch, world):
     order = Order(7, images, batch, keep_partial=True, law=law)
-    ranks = [order.share(range(order.steps_per_epoch), rank, world) for rank in range(world)]
     seen = []
-    for parts in zip(*ranks, strict=True):
-        sizes = [len(samples) for _, _, samples in parts]
+    for step in range(order.steps_per_epoch):
+        parts = [order.share(step, rank, world) for rank in range(world)]
+        sizes = [len(samples) for _, samples in parts]
         assert max(sizes) - min(sizes) <= 1
-        assert {epoch for _, epoch, _ in parts} == {0}
-        seen += [sample for _, _, samples in parts for sample in samples.tolist()]
+        assert {epoch for epoch, _ in parts} == {0}
+        seen += [sample for _, samples in parts for sample in samples.tolist()]
     assert seen == whole(order, 0).tolist()
 
 

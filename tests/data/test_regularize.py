@@ -18,6 +18,7 @@ from engine.data.order import Order
 from engine.data.philox import MIX
 from engine.data.regularize import Mix, RandAugment, erase, generators_at
 from engine.data.source import Root
+from engine.data.workers import Workers
 
 VAL = Path(__file__).parents[2] / "recipes/data/fashion_mnist/val.tar"
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
@@ -69,7 +70,7 @@ def test_the_loader_changes_each_repetition_in_its_own_way_on_any_ranks():
     def batches(rank: int, ranks: int) -> list:
         source, crops = open_source(Root("shards", VAL), "all"), Crops(32, 1.0, views=1, after_crop=randaugment())
         order = Order(0, len(source), 12, repeats=3)
-        return list(train_batches(source, order, crops, range(2), rank=rank, world_size=ranks, workers=0))
+        return list(train_batches(source, order, crops, range(2), rank=rank, world_size=ranks, workers=Workers(())))
 
     whole, halves = batches(0, 1), [batches(0, 2), batches(1, 2)]
     for step, batch in enumerate(whole):

@@ -53,7 +53,6 @@ class Command:
 
     def __init__(self, *arguments: object, cwd: Path = ROOT, env: dict[str, str] | None = None, **more: bool):
         self.mark = secrets.token_hex(8)
-        self.seen: set[int] = set()
         self.files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
         # Without devices: what is promised here holds anywhere, and two ranks need no two of them.
         marked = {"COMMAND_MARK": self.mark, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
@@ -87,9 +86,7 @@ class Command:
     def processes(self) -> set[int]:
         """Those of the command that are alive now."""
         self.process.poll()
-        alive = {int(entry.name) for entry in Path("/proc").glob("[0-9]*") if self._is_mine(entry)}
-        self.seen |= alive
-        return alive
+        return {int(entry.name) for entry in Path("/proc").glob("[0-9]*") if self._is_mine(entry)}
 
     def _is_mine(self, entry: Path) -> bool:
         try:
@@ -107,8 +104,6 @@ class Command:
         """Wait for the end, and see that nothing is left of it."""
         self._wait(lambda: self.process.poll() is not None, TIMEOUT, "its end")
         self._wait(lambda: not self.processes(), GONE, "the end of all its processes")
-        shared = [path for pid in self.seen for path in Path("/dev/shm").glob(f"torch_{pid}_*")]
-        assert not shared, f"shared memory is left: {shared}"
         return Ended(self.process.returncode, *self.said())
 
     def _wait(self, holds: Callable[[], bool], seconds: float, what: str) -> None:

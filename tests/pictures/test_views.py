@@ -11,6 +11,7 @@ from engine.data.loader import train_batches
 from engine.data.opening import open_source
 from engine.data.order import Order
 from engine.data.source import Root
+from engine.data.workers import Workers
 from engine.pictures.canvas import DOTS, HEADER, MARGIN
 from engine.pictures.views import VIEW_COLOURS
 from engine.recipe.load import load
@@ -26,7 +27,7 @@ def test_views_picture_holds_the_first_batch_of_a_run(tmp_path):
     recipe = load(QUICKSTART, overrides)
     source = open_source(Root("shards", FASHION), "train")
     order, crops = Order(3, len(source), 128), Crops(28, recipe.augment.crop_min)
-    batch = next(train_batches(source, order, crops, range(1), rank=0, world_size=1, workers=0))
+    batch = next(train_batches(source, order, crops, range(1), rank=0, world_size=1, workers=Workers(())))
     view_2B3SS = (
         Augment(recipe.augment, 3)(batch.crops, batch.sample_B, 0).unflatten(0, (2, -1)) * 0.5
     )  # the recipe's std; its mean is 0

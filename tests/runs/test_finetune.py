@@ -26,6 +26,7 @@ from engine.data.loader import train_batches
 from engine.data.opening import open_source
 from engine.data.order import Order
 from engine.data.source import Root
+from engine.data.workers import Workers
 from engine.distributed.world import process_group
 from engine.errors import RunFailed, UserError
 from engine.recipe.load import load
@@ -63,7 +64,7 @@ def test_the_run_against_plain_torch(tmp_path):
     augment = Flip(0.5, about.mean, about.std, seed=0, dtype=torch.float64)
     losses, rates = [], []
     order, crops = Order(0, len(source), 100), Crops(64, 0.5, views=1)
-    batches = train_batches(source, order, crops, range(4), rank=0, world_size=1, workers=0)
+    batches = train_batches(source, order, crops, range(4), rank=0, world_size=1, workers=Workers(()))
     for step, batch in enumerate(batches):
         images = augment(batch.crops, batch.sample_B, batch.epoch)
         label_B = torch.from_numpy(source.labels)[batch.shown_B]

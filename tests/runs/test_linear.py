@@ -13,6 +13,7 @@ from engine.data.opening import open_source
 from engine.data.order import Order
 from engine.data.philox import AUGMENT, uniform
 from engine.data.source import Root
+from engine.data.workers import Workers
 from engine.distributed.world import process_group
 from engine.errors import RunFailed, UserError
 from engine.evaluation.linear import LinearClassifier
@@ -58,7 +59,7 @@ def test_protocol_against_plain_torch(finished):
     order = Order(0, len(source), 300, keep_partial=True)
     crops = Crops(subject.image_size, recipe.augment.crop_min, views=1)
     losses, sizes = [], []
-    for batch in train_batches(source, order, crops, range(8), rank=0, world_size=1, workers=0):
+    for batch in train_batches(source, order, crops, range(8), rank=0, world_size=1, workers=Workers(())):
         flip_B = uniform(0, batch.epoch, batch.sample_B, 0, AUGMENT, 14)[:, 13] < 0.5
         images = torch.where(flip_B[:, None, None, None], batch.crops[0].flip(-1), batch.crops[0])
         with torch.no_grad():
@@ -107,7 +108,7 @@ def test_an_unreadable_image_is_shown_with_the_label_of_the_one_in_its_place(tmp
         Image.new("RGB", (8, 8)).save(tmp_path / name) if i else (tmp_path / name).write_bytes(b"")
     source = open_source(Root("folder", tmp_path), "train")
     order, crops = Order(0, 2, 2), Crops(8, 1, views=1)
-    (batch,) = train_batches(source, order, crops, range(1), rank=0, world_size=1, workers=0)
+    (batch,) = train_batches(source, order, crops, range(1), rank=0, world_size=1, workers=Workers(()))
     assert sorted(batch.sample_B.tolist()) == [0, 1]
     assert batch.shown_B.tolist() == [1, 1]
     assert batch.crops.shape == (1, 2, 3, 8, 8)
