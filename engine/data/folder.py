@@ -2,19 +2,34 @@
 
 import os
 import stat
+import time
 from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from engine.data.collect import Collector
+from engine.data.contents import spread
 from engine.data.decode import IMAGE_SUFFIXES, is_image_name, is_new_suffix
+from engine.data.listing import SUFFIX, Columns, Listing, is_worth_a_file, open_listing
+from engine.data.names import Names
 from engine.data.naming import called, is_system_folder, is_tar_name
 from engine.data.outputs import holds_run
-from engine.data.paths import FileSource, Names
+from engine.data.paths import FileSource
+from engine.data.rules import RULES
 from engine.data.source import Root, Source, Split, part_of
 from engine.data.survey import Survey
 from engine.errors import UserError, listed
+from engine.logger import warn
+
+_BATCH = 1 << 14  # images
+_TICK_NS = 2 * 10**9  # of the coarsest clock of a file system
+_LOOKED_AT = 256  # files, spread over the folder: one that is written over changes no folder's time
+
+_File = tuple[bytes, int]
 
 
 class _Parts(NamedTuple):
@@ -36,7 +51,7 @@ def open_folder(root: Root, split: Split) -> Source | None:
     folder = part_of(root, split, parts.train, parts.val, root.path)
     if folder is None:
         return None
-    source = FolderSource(folder)
+    source = FolderSource(folder, read_only=root.read_only)
     if not len(source):
         raise _no_images(root, folder, source.survey)
     found = source.survey.words()
@@ -114,52 +129,134 @@ def _folders_in(folder: Path) -> list[Path]:
 class FolderSource(FileSource):
     """All image files below a folder, in the order of their paths."""
 
-    def __init__(self, root: Path):
-        self.survey = Survey()
-        files = sorted(_walk(root, self.survey))
-        super().__init__(Names.of(name for name, _ in files), np.array([size for _, size in files], np.int64))
+    def __init__(self, root: Path, *, read_only: bool = False):
+        listing = open_listing(root, partial(_is_as_listed, root), partial(_list, root), read_only=read_only)
+        super().__init__(listing)
         self._root, self.folders = root, (root,)
-        self.otherwise = self.survey.rule_in_words()
 
     def content(self, i: int) -> bytes:
-        return (self._root / os.fsdecode(self._names[i])).read_bytes()
+        return (self._root / os.fsdecode(self.path(i))).read_bytes()
 
 
-def _walk(root: Path, survey: Survey) -> Iterator[tuple[bytes, int]]:
-    """Path below root and size in bytes of every image file except hidden ones; links are followed.
+# ---- the listing -----------------------------------------------------------------------------------------------------
+
+
+def _list(root: Path) -> tuple[Columns, dict]:
+    """All images below a folder, and the times of all folders in it.
+
+    Where one was changed just now, all of it is listed again: what is changed in the same tick of a clock changes no
+    time. settled: whether all times are of use.
+    """
+    columns, facts, waits = _list_once(root)
+    if waits and is_worth_a_file(facts):
+        time.sleep(waits / 1e9)
+        columns, facts, waits = _list_once(root)
+        if waits:
+            warn(f"{root} is being changed, or its times are wrong: every rank looks at all its files, at each start")
+    return columns, facts | {"settled": not waits}
+
+
+def _list_once(root: Path) -> tuple[Columns, dict, int]:
+    """A listing; and how many nanoseconds it came too soon, or without times."""
+    began = time.time_ns()
+    survey, collector, folders = Survey(), Collector(), []
+    files = _walk(root, survey, folders)
+    while batch := list(islice(files, _BATCH)):
+        sizes_N = np.array([size for _, size in batch], np.int64)
+        collector.append("lost", np.flatnonzero(sizes_N < 0) + collector.images)
+        collector.add(Names.of(name for name, _ in batch), sizes_N)
+    collector.append_names("folder", Names.of(name for name, _ in folders))
+    time_F2 = np.array([times for _, times in folders], np.int64)
+    collector.append("folder_times", time_F2)
+    columns, facts = collector.finish(collector.label_by_folder(), survey, rules=RULES)
+    soon = _TICK_NS - (began - int(time_F2.max())) if time_F2.min() > 0 else _TICK_NS
+    return columns, facts, max(0, min(soon, _TICK_NS))
+
+
+def _is_as_listed(root: Path, listing: Listing) -> bool:
+    """Whether no folder has another time; and some of the files, and all that could not be found, are as they were."""
+    facts, arrays = listing.facts, listing.arrays
+    if facts["rules"] != RULES:
+        return False
+    try:
+        for folder, times in zip(listing.names_of("folder"), arrays["folder_times"].reshape(-1, 2), strict=True):
+            if _times((root / os.fsdecode(folder)).stat()) != tuple(times.tolist()):
+                return False
+    except OSError:
+        return False
+    files = [*spread(len(listing), _LOOKED_AT), *arrays["lost"].tolist()]
+    return all(_size(root / os.fsdecode(listing.names[i])) == listing.sizes_N[i] for i in files)
+
+
+def _times(status: os.stat_result) -> tuple[int, int]:
+    """When a folder's entries changed: the second of the two cannot be set back by who copies it."""
+    return status.st_mtime_ns, status.st_ctime_ns
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _walk(root: Path, survey: Survey, folders: list[tuple[bytes, tuple[int, int]]] | None = None) -> Iterator[_File]:
+    """Path below root and size in bytes of every image file except hidden ones, in the order of paths; links are
+    followed. folders: takes the path and the times of every folder, before it is looked into.
 
     A link that leads nowhere counts as an image of size -1, so that it is reported when it is read. What else there is
     goes to the survey.
     """
-    status = root.stat()
-    todo = [(os.fsencode(root), b"", frozenset([(status.st_dev, status.st_ino)]))]
+    todo: list[tuple[os.DirEntry[bytes], bytes, frozenset]] = []
+
+    def enter(path: bytes, name: bytes, status: os.stat_result, above: frozenset) -> None:
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:  # a link to a folder that it lies in would never end
+            return
+        if folders is not None:
+            folders.append((name, _times(status)))
+        prefix = name + b"/" if name else b""
+        todo.extend((entry, prefix + entry.name, above | {identity}) for entry in _entries(path, prefix, survey))
+
+    enter(os.fsencode(root), b"", root.stat(), frozenset())
     while todo:
-        folder, prefix, above = todo.pop()
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    survey.leave_out("hidden")
-                    continue
-                if is_system_folder(os.fsdecode(entry.name)):
-                    survey.leave_out(entry.name.decode())
-                    survey.takes_otherwise(prefix + entry.name, "a system's own folder holds no images of the set")
-                    continue
-                try:
-                    status = entry.stat()
-                except OSError:
-                    status = None
-                if status and stat.S_ISDIR(status.st_mode):
-                    identity = (status.st_dev, status.st_ino)
-                    if holds_run(entry.path):
-                        survey.leave_out("folders that hold a run")
-                        survey.takes_otherwise(
-                            prefix + entry.name, "a folder that holds a run holds no images of the set"
-                        )
-                    elif identity not in above:  # a link to a folder that it lies in would never end
-                        todo.append((entry.path, prefix + entry.name + b"/", above | {identity}))
-                elif is_image_name(entry.name) and (status is None or stat.S_ISREG(status.st_mode)):
-                    if is_new_suffix(entry.name):
-                        survey.takes_otherwise(prefix + entry.name, "its suffix counts as an image's")
-                    yield prefix + entry.name, status.st_size if status else -1
-                else:
-                    survey.leave_out_file(entry.name)
+        entry, name, above = todo.pop()
+        try:
+            status = entry.stat()
+        except OSError:
+            status = None
+        if status and stat.S_ISDIR(status.st_mode):
+            if holds_run(entry.path):
+                survey.leave_out("folders that hold a run")
+                survey.takes_otherwise(name, "a folder that holds a run holds no images of the set")
+            else:
+                enter(entry.path, name, status, above)
+        elif is_image_name(name) and (status is None or stat.S_ISREG(status.st_mode)):
+            if is_new_suffix(name):
+                survey.takes_otherwise(name, "its suffix counts as an image's")
+            yield name, status.st_size if status else -1
+        elif not name.endswith(SUFFIX.encode()):
+            survey.leave_out_file(name)
+
+
+def _entries(folder: bytes, prefix: bytes, survey: Survey) -> list[os.DirEntry[bytes]]:
+    """What in a folder may be or hold images, the last first."""
+    visible = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(b"."):
+                survey.leave_out("hidden")
+            elif is_system_folder(os.fsdecode(entry.name)):
+                survey.leave_out(entry.name.decode())
+                survey.takes_otherwise(prefix + entry.name, "a system's own folder holds no images of the set")
+            else:
+                visible.append(entry)
+    return sorted(visible, key=_in_paths, reverse=True)
+
+
+def _in_paths(entry: os.DirEntry[bytes]) -> bytes:
+    """How the paths of what it is begin: those in a folder `a` come after `a.png`."""
+    try:
+        return entry.name + b"/" if entry.is_dir() else entry.name
+    except OSError:  # a link to itself
+        return entry.name

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import resource
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +20,9 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.data.contents import spread
+from engine.data.listing import places
 from engine.data.members import find_images
-from engine.data.paths import Names
+from engine.data.names import Names
 from engine.data.survey import Survey
 from engine.errors import UserError, reason
 from engine.files import draft, publish
@@ -102,7 +104,7 @@ def open_index(tar: Path, *, read_only: bool = False) -> TarIndex:
     try:
         status = tar.stat()
         stamp = np.array([_FORMAT, status.st_size, status.st_mtime_ns])
-        for path in _places(tar):
+        for path in places(tar):
             index = _load(path, tar, stamp)
             if index is not None:
                 return index
@@ -112,11 +114,6 @@ def open_index(tar: Path, *, read_only: bool = False) -> TarIndex:
     if not read_only:
         _save(index, tar, stamp)
     return index
-
-
-def _places(tar: Path) -> tuple[Path, Path]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moco-v3-engine"
-    return tar.with_name(f"{tar.name}.index"), cache / f"{hashlib.sha256(bytes(tar.resolve())).hexdigest()}.index"
 
 
 def _load(path: Path, tar: Path, stamp: np.ndarray) -> TarIndex | None:
@@ -132,13 +129,16 @@ def _load(path: Path, tar: Path, stamp: np.ndarray) -> TarIndex | None:
 
 
 def _headers(index: TarIndex, tar: Path) -> np.ndarray:
-    """Checksum of the headers of some of the images, each the block before its data."""
-    sha256 = hashlib.sha256()
-    with tar.open("rb") as file:
-        for i in spread(len(index.names), _HEADERS):
-            file.seek(int(index.offsets_N[i]) - _BLOCK)
-            sha256.update(file.read(_BLOCK))
-    return np.frombuffer(sha256.digest(), np.uint8)
+    chosen = spread(len(index.names), _HEADERS)
+    return np.frombuffer(checksum_of_headers((str(tar), int(index.offsets_N[i])) for i in chosen), np.uint8)
+
+
+def checksum_of_headers(images: Iterable[tuple[str, int]]) -> bytes:
+    """SHA-256 of the headers of images by tar and offset, each the block before its data. Raises OSError."""
+    sha256, reader = hashlib.sha256(), TarReader()
+    for tar, offset in images:
+        sha256.update(reader.read(tar, max(0, offset - _BLOCK), _BLOCK))
+    return sha256.digest()
 
 
 def _save(index: TarIndex, tar: Path, stamp: np.ndarray) -> None:
@@ -147,7 +147,7 @@ def _save(index: TarIndex, tar: Path, stamp: np.ndarray) -> None:
     arrays["survey"] = np.frombuffer(json.dumps(survey).encode(), np.uint8)
     for what, texts in (("name", index.names), ("label", index.labels)):
         arrays |= {f"{what}_text": texts.text_U, f"{what}_ends": texts.ends_N}
-    for path in _places(tar):
+    for path in places(tar):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with draft(path) as place:

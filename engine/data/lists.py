@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.data.collect import listing_of
 from engine.data.decode import IMAGE_SUFFIXES, is_image_name
 from engine.data.labels import read_label
-from engine.data.paths import FileSource, Names
+from engine.data.names import Names
+from engine.data.paths import FileSource
 from engine.data.source import Root, Source, Split
 from engine.data.survey import Survey, printable
 from engine.errors import UserError
@@ -138,15 +140,13 @@ class ListSource(FileSource):
 
     def __init__(self, folder: Path, paths: list[bytes], sizes_N: np.ndarray, labels: Names | None):
         self._folder, self._shared = folder, _shared_folder(paths)
-        super().__init__(Names.of(path[len(self._shared) :] for path in paths), sizes_N, labels)
-        if labels is None:
-            self.labels, self.classes = None, None
+        super().__init__(listing_of(Names.of(path[len(self._shared) :] for path in paths), sizes_N, labels))
 
     def content(self, i: int) -> bytes:
-        return (self._folder / os.fsdecode(self._shared + self._names[i])).read_bytes()
+        return (self._folder / os.fsdecode(self.path(i))).read_bytes()
 
-    def name(self, i: int) -> str:
-        return printable(self._shared + self._names[i])
+    def path(self, i: int) -> bytes:
+        return self._shared + super().path(i)
 
 
 def _shared_folder(paths: list[bytes]) -> bytes:

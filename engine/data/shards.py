@@ -1,19 +1,29 @@
 """Images in tars."""
 
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from engine.data.collect import Collector, Numbering
+from engine.data.contents import spread
 from engine.data.decode import IMAGE_SUFFIXES, is_image_name
-from engine.data.index import TarIndex, TarReader, open_index
+from engine.data.index import TarIndex, TarReader, checksum_of_headers, open_index
+from engine.data.listing import Columns, Listing, open_listing
+from engine.data.names import Names, first_folders
 from engine.data.naming import are_numbered, class_of_tar, is_tar_name, split_of_tar
-from engine.data.paths import FileSource, Names, first_folders
+from engine.data.paths import FileSource
+from engine.data.rules import RULES
 from engine.data.source import Root, Source, Split, part_of
 from engine.data.survey import Survey, printable
 from engine.errors import UserError, listed
+
+_HEADERS = 64  # of images, spread over all tars, that a saved listing is compared with
 
 
 class _Parts(NamedTuple):
@@ -28,7 +38,7 @@ class _Parts(NamedTuple):
 def open_shards(root: Root, split: Split) -> Source | None:
     """The tars in whose names `train` or `val` is a word. Without train all of it is training data, as one tar is."""
     if root.path.is_file():
-        return None if split == "val" else _open(root, [root.path])
+        return None if split == "val" else _open(root, split, [root.path])
     beside = Survey()
     tars = _tars(root.path, beside)
     parts = _parts(root, tars, split)
@@ -39,7 +49,7 @@ def open_shards(root: Root, split: Split) -> Source | None:
         others = any(is_image_name(bytes(path)) or path.is_dir() for path in root.path.iterdir())
         do = f"; for images in folders pass {root.of_source('folder')}" if others else ""
         raise UserError(f"{root} must hold tars of images ({' '.join(IMAGE_SUFFIXES)}); it has no *.tar{do}")
-    source = _open(root, chosen, is_split=bool(parts.train or parts.val))
+    source = _open(root, split, chosen, is_split=bool(parts.train or parts.val))
     found = beside.words()
     source.notes = (*parts.notes, *([f"{root}: left out beside tars: {found}"] if found else []), *source.notes)
     source.otherwise = parts.otherwise or source.otherwise
@@ -91,19 +101,20 @@ def _are_classes(tars: Sequence[Path], read_only: bool) -> bool:
     """Whether each tar holds one class: its images lie in no folder, or in one that no other tar has."""
     if are_numbered(tar.name for tar in tars):
         return False
-    indexes = [open_index(tar, read_only=read_only) for tar in tars]
-    folders = [set(first_folders(index.names) or ()) for index in indexes]
+    indexes = (open_index(tar, read_only=read_only) for tar in tars)
+    folders, flat = zip(*[(set(first_folders(index.names) or ()), _is_flat(index)) for index in indexes], strict=True)
     if not any(folders):
-        return all(map(_is_flat, indexes))
+        return all(flat)
     return all(len(found) == 1 for found in folders) and len(set.union(*folders)) == len(folders)
 
 
 def _is_flat(index: TarIndex) -> bool:
-    return not any(b"/" in name for name in index.names)
+    return not (index.names.text_U == ord("/")).any()
 
 
-def _open(root: Root, tars: Sequence[Path], *, is_split: bool = False) -> "ShardSource":
-    source = ShardSource(tars, read_only=root.read_only, is_split=is_split)
+def _open(root: Root, split: Split, tars: Sequence[Path], *, is_split: bool = False) -> "ShardSource":
+    place = root.path.with_suffix("") if root.path.is_file() else root.path / split
+    source = ShardSource(tars, place, read_only=root.read_only, is_split=is_split)
     found = source.survey.words()
     where = f"{tars[0].name}{' and others' if len(tars) > 1 else ''}"
     if not len(source):
@@ -118,52 +129,110 @@ def _open(root: Root, tars: Sequence[Path], *, is_split: bool = False) -> "Shard
 
 
 class ShardSource(FileSource):
-    """All image files in some tars, one tar after the other, read in place.
+    """All image files in some tars of one folder, one tar after the other, read in place.
 
-    is_split: the tars' names say which split they are of, which is no part of a class's name. about_labels: how the
-    images come by their labels, where that must be said.
+    place: what their index is named for. is_split: the tars' names say which split they are of, which is no part of a
+    class's name. about_labels: how the images come by their labels, where that must be said.
     """
 
-    about_labels: str | None = None
-
-    def __init__(self, tars: Sequence[Path], *, read_only: bool = False, is_split: bool = False):
-        indexes = [open_index(tar, read_only=read_only) for tar in tars]
-        names = Names.joined(index.names for index in indexes)
-        self.survey = Survey()
-        for tar, index in zip(tars, indexes, strict=True):
-            self.survey.add(index.survey, tar.name)
-        self.otherwise = self.survey.rule_in_words()
-        super().__init__(
-            names, np.concatenate([index.sizes_N for index in indexes]), self._classes(tars, indexes, is_split)
-        )
-        self._offsets_N = np.concatenate([index.offsets_N for index in indexes])
-        self._tar_ends = np.cumsum([len(index.names) for index in indexes])
-        self._tars, self._reader = tars, TarReader()
+    def __init__(self, tars: Sequence[Path], place: Path, *, read_only: bool = False, is_split: bool = False):
+        fits, make = partial(_is_as_listed, tars, is_split), partial(_list, tars, is_split, read_only)
+        listing = open_listing(place, fits, make, read_only=read_only)
+        super().__init__(listing)
+        self.about_labels: str | None = listing.facts["about_labels"]
+        self.otherwise = listing.facts["otherwise"] or self.otherwise
+        self._folder, self._reader = tars[0].parent, TarReader()
 
     def content(self, i: int) -> bytes:
-        return self._reader.read(str(self._tar(i)), int(self._offsets_N[i]), int(self._sizes_N[i]))
+        arrays = self._listing.arrays
+        return self._reader.read(str(self._folder / self._tar(i)), int(arrays["offsets"][i]), int(arrays["sizes"][i]))
 
     def name(self, i: int) -> str:
-        return f"{self._tar(i).name}:{super().name(i)}"
+        return f"{self._tar(i)}:{super().name(i)}"
 
-    def _tar(self, i: int) -> Path:
-        return self._tars[np.searchsorted(self._tar_ends, i, side="right")]
+    def _tar(self, i: int) -> str:
+        k = np.searchsorted(self._listing.arrays["tar_images"], i, side="right")
+        return os.fsdecode(self._listing.names_of("tar")[k])
 
-    def _classes(self, tars: Sequence[Path], indexes: Sequence[TarIndex], is_split: bool) -> Names | None:
-        """The class of each image as files beside them or the tars' names say it; None where their folders do."""
-        labels = Names.joined(index.labels for index in indexes)
-        lacking = sum(not label for label in labels)
-        if lacking < len(labels):
-            if not lacking:
-                return labels
-            self.about_labels = f"{lacking} of {len(labels)} images have no label beside them, so none of them is read"
-        if len(tars) == 1 or not len(labels) or not all(map(_is_flat, indexes)):
-            return None
-        if are_numbered(tar.name for tar in tars):
-            self.about_labels = self.about_labels or "the tars are numbered and have no folders: unlabelled"
-            return None
-        names = [os.fsencode(class_of_tar(tar.name, is_split=is_split)) for tar in tars]
-        shown = listed([printable(name) for name in names], most=3)
-        self.about_labels = f"each tar is a class, as none has folders: {shown}"
-        self.otherwise = f"{tars[0].name} (a tar without folders is a class)"
-        return Names.of(name for name, index in zip(names, indexes, strict=True) for _ in index.names)
+
+# ---- the listing -----------------------------------------------------------------------------------------------------
+
+
+class _Tally(NamedTuple):
+    """Of each tar: its images, those without a label beside them, whether none of them lies in a folder."""
+
+    images_T: list[int]
+    lacking_T: list[int]
+    flat_T: list[bool]
+
+
+def _list(tars: Sequence[Path], is_split: bool, read_only: bool) -> tuple[Columns, dict]:
+    """All images in the tars, of which one index after the other is in memory."""
+    stamp = _stamp(tars, is_split)
+    collector, labels, survey, tally = Collector(), Numbering(), Survey(), _Tally([], [], [])
+    for tar in tars:
+        index = open_index(tar, read_only=read_only)
+        collector.add(index.names, index.sizes_N)
+        collector.append("offsets", index.offsets_N)
+        collector.append("_label", labels.of(index.labels))
+        survey.add(index.survey, tar.name)
+        tally.images_T.append(len(index.names))
+        tally.lacking_T.append(int((np.diff(index.labels.ends_N, prepend=0) == 0).sum()))
+        tally.flat_T.append(_is_flat(index))
+    collector.append_names("tar", Names.of(os.fsencode(tar.name) for tar in tars))
+    ends_T = np.cumsum(tally.images_T)
+    collector.append("tar_images", ends_T)
+    headers = _headers(tars, ends_T, partial(collector.at, "offsets"))
+    classes, facts = _label(collector, tars, is_split, labels, tally)
+    return collector.finish(classes, survey, stamp=stamp, headers=headers, **facts)
+
+
+def _label(
+    collector: Collector, tars: Sequence[Path], is_split: bool, labels: Numbering, tally: _Tally
+) -> tuple[tuple[str, ...] | None, dict[str, str | None]]:
+    """The classes as files beside the images, the tars' names or else folders say them; what is to be said of it."""
+    images, lacking = collector.images, sum(tally.lacking_T)
+    facts: dict[str, str | None] = {"about_labels": None, "otherwise": None}
+    if lacking < images:
+        if not lacking:
+            return collector.label(collector.chunks("_label"), labels.number), facts
+        facts["about_labels"] = f"{lacking} of {images} images have no label beside them, so none of them is read"
+    if len(tars) == 1 or not images or not all(tally.flat_T):
+        return collector.label_by_folder(), facts
+    if are_numbered(tar.name for tar in tars):
+        facts["about_labels"] = facts["about_labels"] or "the tars are numbered and have no folders: unlabelled"
+        return None, facts
+    names = [os.fsencode(class_of_tar(tar.name, is_split=is_split)) for tar in tars]
+    shown = listed([printable(name) for name in names], most=3)
+    facts["about_labels"] = f"each tar is a class, as none has folders: {shown}"
+    facts["otherwise"] = f"{tars[0].name} (a tar without folders is a class)"
+    filled = [(name, count) for name, count in zip(names, tally.images_T, strict=True) if count]
+    numbers = (np.full(count, number) for number, (_, count) in enumerate(filled))
+    return collector.label(numbers, [name for name, _ in filled]), facts
+
+
+def _is_as_listed(tars: Sequence[Path], is_split: bool, listing: Listing) -> bool:
+    """Whether the tars are the same ones, by their times and sizes, and hold what was listed where it is looked at."""
+    if listing.facts["stamp"] is None or listing.facts["stamp"] != _stamp(tars, is_split):
+        return False
+    offsets_N, ends_T = listing.arrays["offsets"], listing.arrays["tar_images"]
+    try:
+        return listing.facts["headers"] == _headers(tars, ends_T, lambda i: int(offsets_N[i]))
+    except OSError:
+        return False
+
+
+def _headers(tars: Sequence[Path], ends_T: np.ndarray, offset_of: Callable[[int], int]) -> str:
+    """A checksum of the headers of images spread over all tars."""
+    chosen = spread(int(ends_T[-1]), _HEADERS)
+    tar_of = np.searchsorted(ends_T, chosen, side="right")
+    return checksum_of_headers((str(tars[t]), offset_of(i)) for t, i in zip(tar_of.tolist(), chosen, strict=True)).hex()
+
+
+def _stamp(tars: Sequence[Path], is_split: bool) -> str | None:
+    """What the listing of tars depends on; None where one cannot be found."""
+    try:
+        of_tars = [(tar.name, status.st_size, status.st_mtime_ns) for tar in tars for status in [tar.stat()]]
+    except OSError:
+        return None
+    return hashlib.sha256(json.dumps([RULES, is_split, of_tars]).encode()).hexdigest()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.index import TarReader, open_index
-from engine.data.paths import Names
+from engine.data.names import Names
 from engine.errors import UserError
 from tests.data.images import pack
 from tests.distributed.commands import ON_LINUX
@@ -47,7 +47,6 @@ def cache(tmp_path, monkeypatch):
 def test_names_are_kept_as_they_are(names):
     packed = Names.of(names)
     assert list(packed) == names == [packed[i] for i in range(len(packed))]
-    assert list(Names.joined([packed, Names.of([]), packed])) == names + names
 
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])

@@ -9,6 +9,8 @@ import socket
 import sys
 from pathlib import Path
 
+import engine.data.folder
+import engine.data.listing
 import engine.distributed.world
 from engine.data.source import Root
 from engine.data.splits import open_unlabelled
@@ -37,19 +39,24 @@ def _is_look(event: str, given: tuple, root: Path) -> bool:
     return bool(named) and os.fsdecode(given[0]).startswith(str(root))
 
 
+def look_at_all(folder: Path, roots: list[str], world: World) -> None:
+    for name in roots:
+        found = looks(folder / name, "shards" if any((folder / name).glob("*.tar")) else "folder", world)
+        if world.is_first:
+            print(json.dumps(found), flush=True)
+
+
 def main() -> None:
     with process_group() as world:
         node = world.rank * NODES // RANKS
         socket.gethostname = lambda: f"node-{node}"
-        for root in sorted(Path(sys.argv[1]).iterdir()):
-            kind = "shards" if any(root.glob("*.tar")) else "folder"
-            found = looks(root, kind, world)
-            if world.is_first:
-                print(json.dumps(found), flush=True)
+        look_at_all(Path(sys.argv[1]), ["folder", "tars", "nothing"], world)
         engine.distributed.world._SMALL = 0  # nothing is small enough to be sent
-        found = looks(Path(sys.argv[1]) / "folder", "folder", world)
-        if world.is_first:
-            print(json.dumps(found), flush=True)
+        look_at_all(Path(sys.argv[1]), ["folder"], world)
+        engine.data.listing._WORTH_A_FILE = 1
+        engine.data.folder._TICK_NS = 0
+        engine.distributed.world._SMALL = 3000  # images of a file alone are
+        look_at_all(Path(sys.argv[1]), ["folder", "tars"], world)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,25 @@ from tests.distributed.openings import RANKS
 
 
 def test_one_rank_of_each_node_looks_at_the_files(tmp_path):
-    fill(tmp_path / "folder", {f"{name}/{k}.png": k for name in "abc" for k in range(3)})
+    """It sends the others what is small; what is long lies in a file, which they open, and nothing else."""
+    fill(tmp_path / "folder", {f"{name}/{'long' * 9}-{k}.png": k for name in "abc" for k in range(9)})
     (tmp_path / "tars").mkdir()
     for name in "ab":
-        (tmp_path / f"tars/{name}.tar").write_bytes(pack({f"{name}/{k}.png": png(k) for k in range(3)}))
+        (tmp_path / f"tars/{name}.tar").write_bytes(pack({f"{name}/{'long' * 9}-{k}.png": png(k) for k in range(30)}))
     (tmp_path / "nothing").mkdir()
-    *roots, unsent = results(RANKS, "tests.distributed.openings", tmp_path)
-    by_name = {root["root"]: root for root in roots}
-    for name in ("folder", "tars"):
-        first, idle, second, other = by_name[name]["looks"]
-        assert first >= second > 0 == idle == other
-        assert len({str(found) for found in by_name[name]["found"]}) == 1
-        assert by_name[name]["found"][3][1]
-    assert all("nothing has none" in found for found in by_name["nothing"]["found"])
-    assert by_name["nothing"]["looks"][1:] == [0, 0, 0]
+    folder, tars, nothing, unsent, long_folder, long_tars = results(RANKS, "tests.distributed.openings", tmp_path)
+    for each in (folder, tars, long_folder, long_tars):
+        assert len({str(found) for found in each["found"]}) == 1
+        assert each["found"][3][1]
+    for each in (folder, tars):
+        first, second, *others = (each["looks"][rank] for rank in (0, 2, 1, 3))
+        assert first >= second > 0
+        assert others == [0, 0]
+    for each in (long_folder, long_tars):
+        first, second, *others = (each["looks"][rank] for rank in (0, 2, 1, 3))
+        assert first > second > 0
+        assert others == [1, 1]
+    assert all("nothing has none" in found for found in nothing["found"])
+    assert nothing["looks"][1:] == [0, 0, 0]
     assert len(set(unsent["looks"])) == 1 < unsent["looks"][0]
-    assert unsent["found"] == by_name["folder"]["found"]
+    assert unsent["found"] == folder["found"] == long_folder["found"]
