@@ -52,7 +52,7 @@ class OnlineProbe:
         dtype: torch.dtype,
         group: dist.ProcessGroup,
     ):
-        self.label_N = torch.from_numpy(labels_N).to(device)
+        self.labels_N, self.device = labels_N, device
         self.norm = GlobalBatchNorm(width, affine=False, views=2).to(device, dtype)
         set_batch_norm_group(self.norm, group)
         self.classifier = LinearClassifier(
@@ -78,11 +78,11 @@ class OnlineProbe:
         self.classifier.update.step = step
 
     def learn(self, features: Tensor, shown_B: Tensor) -> None:
-        """One update on this rank's features [2*B, D], of both views of the images shown_B.
+        """One update on this rank's features [2*B, D], of both views of the images shown_B (on the CPU).
 
         Does not wait for the device. Features that are not finite, on any rank, change nothing.
         """
-        label_B = self.label_N[shown_B.to(self.label_N.device, non_blocking=True)]
+        label_B = torch.from_numpy(self.labels_N[shown_B.numpy()]).to(self.device, non_blocking=True)
         batch = len(features) * self.norm.ranks
         self.classifier.update.begin()
         inputs = self._normalised(features, training=True)

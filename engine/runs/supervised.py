@@ -55,7 +55,7 @@ class Supervised(Task):
         flip = Flip(recipe.augment.flip_probability, subject.mean, subject.std, recipe.run.seed, subject.dtype)
         super().__init__(recipe, world, splits, crops, flip, mean=subject.mean, std=subject.std, **order)
         self.subject, self.weights_digest = subject, weights_digest
-        self.labels_N, self.classes = torch.from_numpy(splits.train.labels), splits.train.classes
+        self.labels_N, self.classes = splits.train.labels, splits.train.classes
 
     @abstractmethod
     def predict(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -66,7 +66,7 @@ class Supervised(Task):
 
     def labels(self, batch: Batch) -> Tensor:
         """Of the images that the batch shows, on the device."""
-        return self.labels_N[batch.shown_B].to(self.world.device, non_blocking=True)
+        return torch.from_numpy(self.labels_N[batch.shown_B.numpy()]).to(self.world.device, non_blocking=True)
 
     # ---- evaluation
 
