@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(checkpoint: str | Path, encoder: Literal["base", "momentum"] = "base") -> "Encoder":
+def load(checkpoint: str | Path, encoder: Literal["base", "momentum"] = "base", heads: int | None = None) -> "Encoder":
     """The frozen encoder of any CHECKPOINT, ready for images.
 
-    checkpoint: a run directory, a checkpoint directory, an exported file or folder, a published .pth.tar or
-    `timm/<name>`.
+    checkpoint: a run directory, a checkpoint directory, an exported file or folder, weights of others or `timm/<name>`.
+    heads: of a ViT whose file does not tell how many its attention has.
 
     Raises:
         engine.errors.UserError: there is no such checkpoint or encoder.
@@ -24,4 +24,4 @@ def load(checkpoint: str | Path, encoder: Literal["base", "momentum"] = "base") 
     check_models()
     from engine.evaluation.encoder import open_encoder
 
-    return open_encoder(checkpoint, encoder)
+    return open_encoder(checkpoint, encoder, heads)

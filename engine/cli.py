@@ -184,8 +184,10 @@ def _value(options: Namespace, name: str) -> Any:
 
 
 def add_checkpoint(parser: ArgumentParser) -> None:
-    kinds = "a run directory, a checkpoint directory, an exported file or\nfolder, a published .pth.tar or timm/<name>"
+    kinds = "a run directory, a checkpoint directory, an exported file or\nfolder, weights of others or timm/<name>"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=kinds)
+    heads = at_least(1, "--heads", "12 is MoCo v3's number")
+    parser.add_argument("--heads", type=heads, help="of a ViT's attention, where CHECKPOINT does not tell")
 
 
 def add_encoder(parser: ArgumentParser, default: str | None = "base") -> None:
@@ -217,7 +219,7 @@ def read_choice(options: Namespace) -> dict[str, Any]:
     if options.baseline == "pixels":
         refuse(options, ["--features"], "for --baseline pixels, which has none")
     check_baseline(options)
-    names = ("encoder", "features", "baseline", "crop_fraction")
+    names = ("encoder", "features", "baseline", "crop_fraction", "heads")
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 

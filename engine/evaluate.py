@@ -88,7 +88,7 @@ def _paper_linear(options: Namespace) -> None:
     with cli.joined(options.checkpoint) as world:
         from engine.runs.linear import linear as run
 
-        found = run(recipe, options.checkpoint, options.encoder, world)
+        found = run(recipe, options.checkpoint, options.encoder, world, options.heads)
     cli.result(found)
 
 
@@ -109,7 +109,7 @@ def finetune(arguments: list[str]) -> None:
     with cli.joined(options.checkpoint) as world:
         from engine.runs.finetune import finetune as run
 
-        found = run(recipe, options.checkpoint, options.encoder, options.baseline, world)
+        found = run(recipe, options.checkpoint, options.encoder, options.baseline, world, options.heads)
     cli.result(found)
 
 

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> None:
     from engine.weights.opening import open_weights
 
     command = shlex.join(["python", "-m", "engine.export", *arguments])
-    original = partial(open_weights, options.checkpoint)
+    original = partial(open_weights, options.checkpoint, options.heads)
     chosen = {"encoder": options.encoder, "force": options.force}
     result(export(original, options.out, options.format, command=command, **chosen))
 

@@ -1,6 +1,6 @@
 """Import weights: `mocov3 import FILE RUN_DIR --recipe RECIPE [dotted.key=value ...]`.
 
-FILE is a published .pth.tar, an export of this project, or a trunk of timm, torchvision, DeiT, DINO or MAE.
+FILE is a published .pth.tar, an export of this project, a folder of timm or transformers, or a trunk of others.
 Then `mocov3 run RECIPE run.dir=RUN_DIR [key=value ...]` goes on from it. The optimizer starts fresh.
 """
 

@@ -5,7 +5,7 @@
   mocov3 show neighbours CHECKPOINT --data ROOT OUT       images and those most like them
   mocov3 show embedding CHECKPOINT --data ROOT OUT        a map of the features
 
-CHECKPOINT is a run directory, a checkpoint directory, an exported file or folder, a published .pth.tar or timm/<name>.
+CHECKPOINT is a run directory, a checkpoint directory, an exported file or folder, weights of others or timm/<name>.
 OUT ends in .png, .svg or .pdf; a file that is there is replaced.
 """
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from engine.cli import (
     Parser,
+    add_checkpoint,
     add_encoder,
     add_images,
     add_overrides,
@@ -46,11 +47,11 @@ def _parser() -> Parser:
     parser = Parser("engine.show", __doc__)
     kinds = parser.add_subparsers(required=True, metavar="views | attention | neighbours | embedding")
 
-    def add(show: Callable[[Namespace], None], *positional: str) -> Parser:
+    def add(show: Callable[[Namespace], None], *positional: Callable[[Parser], object]) -> Parser:
         kind = kinds.add_parser(show.__name__, description=show.__doc__)
         kind.set_defaults(show=show)
-        for each in positional:
-            add_recipe(kind) if each == "recipe" else kind.add_argument(each, metavar=each.upper())
+        for add_one in positional:
+            add_one(kind)
         kind.add_argument("out", metavar="OUT", type=Path, help="a .png, .svg or .pdf; replaced if it is there")
         return kind
 
@@ -58,9 +59,12 @@ def _parser() -> Parser:
         count = at_least(1, name, f"{default} is usual")
         kind.add_argument(name, type=count, default=default, help=f"{what} (default: {default})")
 
-    add_overrides(add(views, "recipe"), "run.seed=1")
-    of_attention = add(attention, "checkpoint", "image")
-    of_neighbours, of_map = add(neighbours, "checkpoint"), add(embedding, "checkpoint")
+    def add_image(kind: Parser) -> None:
+        kind.add_argument("image", metavar="IMAGE")
+
+    add_overrides(add(views, add_recipe), "run.seed=1")
+    of_attention = add(attention, add_checkpoint, add_image)
+    of_neighbours, of_map = add(neighbours, add_checkpoint), add(embedding, add_checkpoint)
     for kind in (of_attention, of_neighbours, of_map):
         add_encoder(kind)
     for kind in (of_neighbours, of_map):
@@ -87,7 +91,7 @@ def attention(options: Namespace) -> None:
     note("loading PyTorch")
     from engine.pictures.attention import show_attention
 
-    show_attention(options.checkpoint, options.encoder, Path(options.image), options.out)
+    show_attention(options.checkpoint, options.encoder, options.heads, Path(options.image), options.out)
 
 
 def neighbours(options: Namespace) -> None:
@@ -112,8 +116,8 @@ def _featured(options: Namespace) -> "Featured":
 
     (root,) = image_roots(options, "--data")
     workers = decoding_workers(options)
-    network = options.checkpoint, options.encoder
-    return open_featured(*network, root, options.out, at_most=options.images, workers=workers)
+    choice = {"encoder": options.encoder, "heads": options.heads}
+    return open_featured(options.checkpoint, root, options.out, at_most=options.images, workers=workers, **choice)
 
 
 if __name__ == "__main__":

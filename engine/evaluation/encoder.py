@@ -43,9 +43,9 @@ class Encoder:
         return self.network(image_B3SS.to(next(self.network.parameters()).device))
 
 
-def open_encoder(checkpoint: str | Path, encoder: EncoderName) -> Encoder:
+def open_encoder(checkpoint: str | Path, encoder: EncoderName, heads: int | None) -> Encoder:
     """The encoder of a CHECKPOINT. Raises UserError."""
     if encoder not in get_args(EncoderName):
         raise UserError(f"encoder ({one_line(encoder)}) must be one of {', '.join(get_args(EncoderName))}")
-    subject = open_subject(str(checkpoint), "cpu", encoder=encoder)
+    subject = open_subject(str(checkpoint), "cpu", encoder=encoder, heads=heads)
     return Encoder(subject.network, subject.width("cpu"), subject.image_size, subject)

@@ -59,6 +59,7 @@ def open_subject(
     features: str = "own",
     baseline: Literal["initial", "pixels"] | None = None,
     crop_fraction: float | None = None,
+    heads: int | None = None,
 ) -> Subject:
     """The frozen network of a CHECKPOINT, float32, in eval mode on the device; for this process alone.
 
@@ -67,14 +68,15 @@ def open_subject(
         baseline: a network to compare it with on the same images: `initial` is the same one before training (with the
             seed of its recipe, 0 where it has none), `pixels` the images themselves.
         crop_fraction: None for that of the checkpoint's recipe.
+        heads: of a ViT whose file does not tell its number of them.
 
     Raises:
         UserError: there is no such CHECKPOINT or choice.
     """
     if baseline == "pixels":
-        weights, network = open_weights(checkpoint), nn.Flatten()
+        weights, network = open_weights(checkpoint, heads), nn.Flatten()
     else:
-        weights = open_trunk(checkpoint, encoder, untrained=baseline == "initial")
+        weights = open_trunk(checkpoint, encoder, untrained=baseline == "initial", heads=heads)
         network = readout(fill_trunk(weights), features)
     about = weights.known()
     network = network.to(device).eval().requires_grad_(False)

@@ -25,10 +25,10 @@ LINE = 20  # of text below an image
 HEAT = "inferno"
 
 
-def show_attention(checkpoint: str, encoder: EncoderName, image_file: Path, out: Path) -> None:
+def show_attention(checkpoint: str, encoder: EncoderName, heads: int | None, image_file: Path, out: Path) -> None:
     """Draws where the class token of a CHECKPOINT's ViT looks in an image. Raises UserError for no ViT or image."""
     image = _read(image_file)
-    subject = open_subject(checkpoint, "cpu", encoder=encoder)
+    subject = open_subject(checkpoint, "cpu", encoder=encoder, heads=heads)
     check_attention(subject.network, checkpoint)
     image_3SS = CenterCrop(subject.image_size, subject.crop_fraction, subject.interpolation)(image)
     attention_HRC = class_attention(subject.network, subject.normalised(image_3SS[None], "cpu"))[0]

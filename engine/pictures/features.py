@@ -6,6 +6,7 @@ Shapes: N images, D features, S side of an image.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from engine.data.workers import Workers
 from engine.errors import UserError
 from engine.evaluation.features import batches_for, extract
 from engine.evaluation.subject import Subject, open_subject
-from engine.weights.weights import EncoderName
 
 CONSEQUENCE = "it is left out of the picture"
 
@@ -54,12 +54,11 @@ class Featured:
         return torch.cat([batch.images[: batch.valid] for batch in found]).permute(0, 2, 3, 1)
 
 
-def open_featured(
-    checkpoint: str, encoder: EncoderName, root: Root, out: Path, *, at_most: int, workers: int
-) -> Featured:
-    """Validation images of `root`, or all where it tells none apart, as an encoder of a CHECKPOINT sees them.
+def open_featured(checkpoint: str, root: Root, out: Path, *, at_most: int, workers: int, **choice: Any) -> Featured:
+    """Validation images of `root`, or all where it tells none apart, as a CHECKPOINT sees them.
 
     out: where a picture of them will be. at_most: how many images at most, evenly spread. workers: processes that read.
+    choice: of `open_subject`.
     Raises UserError.
     """
     source = open_source(root, "val") or open_source(root, "train")
@@ -68,7 +67,7 @@ def open_featured(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ids = np.linspace(0, len(source) - 1, min(at_most, len(source))).round().astype(np.int64)
     with Workers([source], workers) as readers:
-        subject = open_subject(checkpoint, device, encoder=encoder)
+        subject = open_subject(checkpoint, device, **choice)
         rows = extract(subject, batches_for(subject, source, ids, readers, CONSEQUENCE), device)
     name = checkpoint if checkpoint.startswith("timm/") else Path(checkpoint).resolve().name
     return Featured(name, source, subject, *rows)

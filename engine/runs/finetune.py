@@ -47,7 +47,12 @@ from models.classifier import Classifier
 
 
 def finetune(
-    recipe: Finetune, checkpoint: str, encoder: EncoderName, baseline: Literal["initial"] | None, world: World
+    recipe: Finetune,
+    checkpoint: str,
+    encoder: EncoderName,
+    baseline: Literal["initial"] | None,
+    world: World,
+    heads: int | None = None,
 ) -> dict[str, float]:
     """Train a CHECKPOINT's network and a classifier to the recipe's end; a run that is found goes on.
 
@@ -55,13 +60,14 @@ def finetune(
 
     Args:
         baseline: `initial` to start from the network as it was before pre-training.
+        heads: of a ViT whose file does not tell its number of them.
 
     Raises:
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
     """
     started = time.perf_counter()
     splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed, batch=recipe.train.global_batch_size)
-    weights = in_turn(world, lambda: open_fetched(checkpoint, encoder, untrained=baseline == "initial"))
+    weights = in_turn(world, lambda: open_fetched(checkpoint, encoder, untrained=baseline == "initial", heads=heads))
     with agreement(world.host_group):
         check_randaugment(recipe)
         networks = make_classifiers(recipe, weights, len(splits.train.classes))
@@ -81,9 +87,9 @@ def check_randaugment(recipe: Finetune) -> None:
         raise wrong("augment.randaugment", config, f"what timm can do ({one_line(error)})") from error
 
 
-def open_fetched(checkpoint: str, encoder: EncoderName, *, untrained: bool) -> Weights:
+def open_fetched(checkpoint: str, encoder: EncoderName, *, untrained: bool, heads: int | None = None) -> Weights:
     """`open_trunk`, of which a first tensor was read: published weights are then on this machine."""
-    weights = open_trunk(checkpoint, encoder, untrained=untrained)
+    weights = open_trunk(checkpoint, encoder, untrained=untrained, heads=heads)
     if not untrained:  # what is drawn needs no fetching
         list(weights.read(sorted(weights.shapes)[:1]))
     return weights

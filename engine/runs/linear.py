@@ -27,7 +27,9 @@ from engine.weights.weights import EncoderName
 ROWS = 8192  # features that are classified at a time
 
 
-def linear(recipe: Linear, checkpoint: str, encoder: EncoderName, world: World) -> dict[str, float]:
+def linear(
+    recipe: Linear, checkpoint: str, encoder: EncoderName, world: World, heads: int | None = None
+) -> dict[str, float]:
     """Train a classifier on a CHECKPOINT's frozen trunk to the recipe's end; a run that is found goes on.
 
     All ranks call it together. Returns {"top1", "top5", "learning_rate"}: the best epoch's, and the first epoch's rate.
@@ -38,7 +40,7 @@ def linear(recipe: Linear, checkpoint: str, encoder: EncoderName, world: World) 
     started = time.perf_counter()
     splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed)
     fraction = recipe.evaluate.crop_fraction
-    subject = open_subject_together(checkpoint, world, encoder=encoder, crop_fraction=fraction)
+    subject = open_subject_together(checkpoint, world, encoder=encoder, crop_fraction=fraction, heads=heads)
     task = LinearClassification(recipe, world, splits, subject, checkpoint)
     row = run(task, started)
     return {"top1": row["linear_top1"], "top5": row["linear_top5"], "learning_rate": task.classifier.peak_lr}

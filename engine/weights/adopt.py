@@ -8,12 +8,12 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.weights.positions import is_sincos, side
 from engine.weights.weights import Weights, base_shapes, check_names
 from models.architecture import Architecture, by_shape, moco_shapes
 from models.vit import sincos_position
 
 POSITIONS = ("base.trunk.pos_embed", "momentum.trunk.pos_embed")
-SAME = 1e-5  # implementations of the sine differ by less; learned embeddings by far more
 
 
 def adopt(weights: Weights, architecture: Architecture, head_dims: tuple[int, int], *, interpolate: bool) -> Weights:
@@ -50,18 +50,12 @@ def _is_other_grid(name: str, weights: Weights, expected: dict[str, torch.Size])
     there, here = weights.shapes.get(name), expected.get(name)
     if there is None or here is None or there == here:
         return False
-    return len(there) == len(here) == 3 and there[2] == here[2] and _side(there) > 0 and _side(here) > 0
-
-
-def _side(shape: torch.Size) -> int:
-    """Patches along one side of a square grid beside CLS; 0 for anything else."""
-    side = round(max(shape[1] - 1, 0) ** 0.5)
-    return side if side * side == shape[1] - 1 else 0
+    return len(there) == len(here) == 3 and there[2] == here[2] and side(there) > 0 and side(here) > 0
 
 
 def _regrid(position: Tensor, shape: torch.Size, origin: str, interpolate: bool) -> Tensor:
-    old, new = _side(position.shape), _side(shape)
-    if shape[2] % 4 == 0 and (position - sincos_position(old, old, shape[2])).abs().max() <= SAME:
+    old, new = side(position.shape), side(shape)
+    if is_sincos(position):
         return sincos_position(new, new, shape[2]).to(position.dtype)
     if not interpolate:
         raise UserError(

@@ -52,13 +52,17 @@ def _replaced(beginning: str, found: re.Match, name: str) -> str:
     return beginning.replace("{n}", number) + name[found.end() :]
 
 
-# timm, torchvision and DeiT; DINO and MAE too. A classifier, DINO's head and MAE's decoder are no part of a trunk.
+# timm, torchvision and all families whose trunk is one of theirs. A classifier, a projector, DINO's head, SwAV's
+# prototypes and MAE's decoder are no part of a trunk.
 TRUNK = Naming(
     sign="",
     rows=(("base.trunk.", ("",)),),
     dropped=(
         r"(head|fc|classifier|head\.fc)\.(weight|bias)",
         r"head\.(mlp\.\d+|last_layer)\..*",
+        r"fc\.\d+\..*",
+        r"projection_head\..*",
+        r"prototypes\d*\..*",
         r"mask_token",
         r"decoder_.*",
     ),

@@ -1,6 +1,6 @@
 """Any CHECKPOINT opened, for every front door, as named weights.
 
-A CHECKPOINT is a run directory, a checkpoint directory, an exported file or folder, a published .pth.tar or
+A CHECKPOINT is a run directory, a checkpoint directory, an exported file or folder, weights of others or
 `timm/<name>`.
 """
 
@@ -24,25 +24,39 @@ from engine.recipe.load import loads, task_of
 from engine.recipe.sections import Pretrain
 from engine.weights.read import own_words, read_weights
 from engine.weights.weights import BASE, About, EncoderName, Weights, base_shapes, check_names, declared, renaming
-from models.architecture import Architecture, moco_shapes, trunk_shapes
+from models.architecture import Architecture, by_shape, moco_shapes, trunk_shapes
 from models.shapes import TIMM
 
 MODEL = "model."  # how the networks' tensors begin in a sharded checkpoint
 
 
-def open_trunk(checkpoint: str, encoder: EncoderName = "base", *, untrained: bool = False) -> Weights:
+def open_trunk(
+    checkpoint: str, encoder: EncoderName = "base", *, untrained: bool = False, heads: int | None = None
+) -> Weights:
     """One trunk's weights of a CHECKPOINT, or what they were before training; says what is ignored.
 
-    Raises UserError.
+    heads: as in `open_weights`. Raises UserError.
     """
-    weights = open_weights(checkpoint)
+    weights = open_weights(checkpoint, heads)
     for line in weights.notes:
         note(line)
     return _untrained(weights) if untrained else weights.trunk(encoder)
 
 
-def open_weights(checkpoint: str) -> Weights:
-    """The weights of a CHECKPOINT; no tensor is read yet. Raises UserError."""
+def open_weights(checkpoint: str, heads: int | None = None) -> Weights:
+    """The weights of a CHECKPOINT; no tensor but positions is read yet.
+
+    heads: of a ViT whose file does not tell its number of them. Raises UserError, also where it tells another.
+    """
+    weights = _opened(checkpoint, heads)
+    if heads is not None and weights.about is not None:
+        known = by_shape(weights.about.architecture).arguments.get("heads", "left out")
+        if known != heads:
+            raise UserError(f"--heads ({heads}) must be {known} for CHECKPOINT ({checkpoint}); leave it out")
+    return weights
+
+
+def _opened(checkpoint: str, heads: int | None) -> Weights:
     path = Path(checkpoint)
     try:
         if checkpoint.startswith(TIMM) and not path.exists():
@@ -52,7 +66,7 @@ def open_weights(checkpoint: str) -> Weights:
                 f"CHECKPOINT ({checkpoint}) must exist; pass a run, a checkpoint, an export, a file or timm/<name>"
             )
         sharded = checkpoint_folder(path)
-        return read_weights(path) if sharded is None else _from_shards(sharded)
+        return read_weights(path, heads) if sharded is None else _from_shards(sharded)
     except ValueError as error:  # models' word on a network that cannot be
         raise UserError(f"CHECKPOINT ({checkpoint}) must hold a network that can be built: {error}") from error
 

@@ -10,28 +10,37 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError, listed, one_line
+from engine.weights.config import Config, read_config
+from engine.weights.families import DINOV2_SIGN, KNOWN, dinov2, trunk_prefix
 from engine.weights.formats.table import NAMES, format_page
 from engine.weights.names import TRUNK, Naming
+from engine.weights.positions import is_sincos
 from engine.weights.untrusted import open_file
 from engine.weights.weights import BASE, IMAGENET, MARK, REFERENCE_LICENCE, About, Weights, base_shapes, check_names
 from models.architecture import Architecture, bounded, moco_shapes, of_shapes, trunk_shapes
 
 REFERENCE_HEADS = 12  # of every ViT in the reference's files, whatever its width
 RESNET_IMAGE_SIZE = 224  # a published ResNet takes any; it was trained on this
-# Where a pickle keeps its tensors, and what stands before a trunk's names there; the first that fits counts.
-WRAPPERS = ("state_dict", "model", "teacher", "student")
-PREFIXES = ("module.backbone.", "backbone.", "module.", "vit.")
+WRAPPERS = ("state_dict", "model", "teacher", "student")  # where a pickle keeps its tensors; the first counts
+BIN = "pytorch_model.bin"  # in folders of others
+HEADS = (
+    "how many heads the attention of their ViT has, which no tensor shows; pass --heads 12 (ViT-B, and MoCo v3's "
+    "ViT-S), --heads 6 (ViT-S of timm, DeiT and DINO) or --heads 16 (ViT-L)"
+)
 
 
 @dataclass(frozen=True)
 class Found:
-    """Tensors of a file under its own names. said: what stands around them. heads: of a ViT, where the file's form
-    tells it."""
+    """Tensors of a file under its own names.
+
+    said: what stands around them. config: what stands beside them in a folder. heads: of a ViT, where the user says it.
+    """
 
     origin: str
     said: Mapping[str, Any]
     get: Mapping[str, Callable[[], Tensor]]
     shapes: Mapping[str, torch.Size]
+    config: Config | None = None
     heads: int | None = None
 
     def only(self, names: Mapping[str, str]) -> "Found":
@@ -40,13 +49,15 @@ class Found:
         return dataclasses.replace(self, get=get, shapes=shapes)
 
 
-def read_weights(path: Path) -> Weights:
-    """The weights of an exported file or folder, a published file, or a trunk of timm, torchvision, DeiT, DINO or MAE.
+def read_weights(path: Path, heads: int | None = None) -> Weights:
+    """The weights of an exported file or folder, a published file, or a trunk of the families of others.
 
-    Every name must be known, present and of the right shape. Raises UserError.
+    Every name must be known, present and of the right shape. heads: of a ViT whose file does not tell.
+    Raises UserError.
     """
+    config = read_config(path) if path.is_dir() else None
     path = _file(path)
-    found = _open(path)
+    found = dataclasses.replace(_open(path), config=config, heads=heads)
     try:
         return _interpret(found)
     except (UserError, ValueError) as error:  # models' refusals of a network are ValueErrors
@@ -71,7 +82,7 @@ def _file(path: Path) -> Path:
         raise UserError(f"weights ({path}) must not be ONNX, which holds a program; pass what it was exported from")
     if not path.is_dir():
         return path
-    files = list(dict.fromkeys(format_page(name).file for name in NAMES if format_page(name).namings))
+    files = [*dict.fromkeys(format_page(name).file for name in NAMES if format_page(name).namings), BIN]
     found = [path / name for name in files if (path / name).exists()]
     if not found:
         raise UserError(
@@ -97,9 +108,7 @@ def _open(path: Path) -> Found:
         )
     said = {} if inner is content else {k: v for k, v in content.items() if v is not inner}
     get = {name: tensor.detach for name, tensor in inner.items()}
-    # The reference's DeiT form says nothing, and its heads are 12 like those of the whole file.
-    heads = REFERENCE_HEADS if isinstance(content.get("model"), Mapping) else None
-    return Found(str(path), said, get, {name: tensor.shape for name, tensor in inner.items()}, heads)
+    return Found(str(path), said, get, {name: tensor.shape for name, tensor in inner.items()})
 
 
 def _interpret(found: Found) -> Weights:
@@ -108,7 +117,7 @@ def _interpret(found: Found) -> Weights:
     if naming is None:
         return _trunk(found, about)
     if naming in format_page("moco_v3").namings:
-        return _reference(found, naming)
+        return _reference(found, naming, about)
     if about is None:
         raise UserError("its metadata must say what network it is of; it has none")
     return _whole(_renamed(naming, found, about), about.architecture)
@@ -121,9 +130,11 @@ def _naming_of(found: Found, whole: bool) -> Naming | None:
     return max(fitting, key=lambda naming: len(naming.sign), default=None)
 
 
-def _reference(found: Found, naming: Naming) -> Weights:
-    """A published checkpoint, or ours in its form."""
-    weights, said = _renamed(naming, found, None), found.said
+def _reference(found: Found, naming: Naming, about: About | None) -> Weights:
+    """A published checkpoint, or ours in its form, which says more of itself."""
+    weights, said = _renamed(naming, found, about), found.said
+    if about is not None:
+        return _whole(weights, about.architecture)
     is_resnet = "base.trunk.conv1.weight" in weights.shapes
     stated = said.get("model_args")
     architecture = of_shapes(_of_base_trunk(weights), None if is_resnet else stated, REFERENCE_HEADS)
@@ -137,7 +148,9 @@ def _reference(found: Found, naming: Naming) -> Weights:
     weights = _whole(weights, architecture)
     left = [key for key in ("optimizer", "scaler") if said.get(key) is not None]
     notes = (f"ignored in {found.origin}: {listed(left)}",) if left else ()
-    return dataclasses.replace(weights, about=about, notes=(*notes, *_notes_on_images(found)))
+    return dataclasses.replace(
+        weights, about=about, notes=notes if stated is None else (*notes, *_notes_on_images(found))
+    )
 
 
 def _whole(weights: Weights, architecture: Architecture) -> Weights:
@@ -151,16 +164,20 @@ def _whole(weights: Weights, architecture: Architecture) -> Weights:
 
 
 def _trunk(found: Found, about: About | None) -> Weights:
-    """One trunk alone: an export of ours, or a file of timm, torchvision, DeiT, DINO, MAE or transformers."""
-    prefix = next((p for p in PREFIXES if any(n.startswith(p) for n in found.shapes)), "")
+    """One trunk alone: an export of ours, or a file or folder of others."""
+    if about is None and found.config is not None and found.config.architecture is not None:
+        about = _about_others(found.config.architecture, found.config)
+    prefix = trunk_prefix(found.shapes)
     left = [name for name in found.shapes if not name.startswith(prefix)]
     inner = found.only({n: n.removeprefix(prefix) for n in found.shapes if n.startswith(prefix)})
     naming = _naming_of(inner, whole=False) or TRUNK
     expected = trunk_shapes(about.architecture) if about else {}
-    dropped = [name for name in inner.shapes if naming.drops(name) and name not in expected]
+    classifier = found.config.classifier if found.config else ()
+    dropped = [n for n in inner.shapes if (naming.drops(n) or n.startswith(classifier)) and n not in expected]
     weights = _renamed(naming, inner.only({n: n for n in inner.shapes if n not in dropped}), about)
     if about is None:
-        about = _about_bare(weights, found, None if dropped or prefix else found.heads)
+        about, lacks = _shown(weights, found)
+        weights = dataclasses.replace(weights, lacks=lacks)
     if about is not None:
         expected = base_shapes(about.architecture)
         check_names(weights.shapes, expected, found.origin)
@@ -170,9 +187,44 @@ def _trunk(found: Found, about: About | None) -> Weights:
     return dataclasses.replace(weights, notes=(*notes, *_notes_on_images(found)))
 
 
+def _shown(weights: Weights, found: Found) -> tuple[About | None, str]:
+    """What names, shapes and positions of a bare trunk show, with the folder's or the file's words; or what they lack,
+    for messages."""
+    shapes, config = _of_base_trunk(weights), found.config
+    if DINOV2_SIGN in shapes:
+        return _about_others(Architecture("timm", dinov2(shapes)), config), ""
+    if "cls_token" not in shapes and "layer1.0.conv3.weight" not in shapes:
+        first = listed([one_line(name)[:80] for name in found.shapes], most=3)
+        return None, f"which network they are of: {first}. Families that are known: {KNOWN}"
+    stated, heads = found.said.get("model_args"), None
+    if config is not None:
+        stated, heads = config.model_args or stated, config.heads
+    if "cls_token" in shapes and stated is None and heads is None:
+        heads = found.heads or _heads_of_positions(weights, shapes)
+    architecture = of_shapes(shapes, stated, heads)
+    if architecture is None:
+        return None, HEADS
+    about = _about_others(architecture, config)
+    if (
+        "best_acc1" in found.said and stated is None
+    ):  # only the reference's classifiers have both this and its positions
+        about = dataclasses.replace(about, licence=REFERENCE_LICENCE)
+    return about, ""
+
+
+def _heads_of_positions(weights: Weights, shapes: Mapping[str, torch.Size]) -> int | None:
+    """Those of the reference, if the positions are its own; None where they tell nothing."""
+    plain = of_shapes(shapes, None, 1)  # refuses shapes that no ViT has
+    if plain is None or plain.arguments["dim"] % REFERENCE_HEADS:
+        return None
+    ((_, position),) = weights.read([f"{BASE}pos_embed"])
+    return REFERENCE_HEADS if is_sincos(position) else None
+
+
 def _notes_on_images(found: Found) -> tuple[str, ...]:
-    """Published weights are of ImageNet; our own files in their forms may be of anything, and cannot say it."""
-    if "model_args" not in found.said or MARK in found.said:
+    """Files of others, and bare ones of ours, cannot say what images they take."""
+    config = found.config
+    if MARK in found.said or (config is not None and config.mean is not None and config.std is not None):
         return ()
     return (f"{found.origin} does not say the mean and std of its images: ImageNet's are assumed",)
 
@@ -181,15 +233,12 @@ def _about_published(architecture: Architecture) -> About:
     return About(architecture, architecture.arguments.get("image_size", RESNET_IMAGE_SIZE), *IMAGENET)
 
 
-def _about_bare(weights: Weights, found: Found, heads: int | None) -> About | None:
-    """What the file of a bare trunk shows; None where its number of heads, or its whole network, stays unknown."""
-    shapes = _of_base_trunk(weights)
-    if "cls_token" not in shapes and "conv1.weight" not in shapes:
-        return None
-    if heads is not None and shapes["cls_token"][-1] % heads:
-        heads = None
-    architecture = of_shapes(shapes, found.said.get("model_args"), heads)
-    return None if architecture is None else _about_published(architecture)
+def _about_others(architecture: Architecture, config: Config | None) -> About:
+    about = _about_published(architecture)
+    if config is None:
+        return about
+    size = architecture.arguments.get("image_size", config.image_size) or RESNET_IMAGE_SIZE
+    return About(architecture, size, config.mean or about.mean, config.std or about.std)
 
 
 def _of_base_trunk(weights: Weights) -> dict[str, torch.Size]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.serialization import safe_globals
 
 from engine.errors import UserError, one_line, reason
 
@@ -27,6 +28,13 @@ class Opened:
     content: Any
     tensors: Mapping[str, Callable[[], Tensor]] | None
     shapes: Mapping[str, torch.Size] | None
+
+
+class Settings:
+    """What an argparse.Namespace becomes, as MAE, DINO, DeiT and timm save theirs: an object that holds nothing."""
+
+    def __setstate__(self, state: object) -> None:
+        """Forgets it."""
 
 
 def open_file(path: Path) -> Opened:
@@ -76,7 +84,8 @@ def _unpickle(path: Path, zipped: bool) -> Any:
     if zipped:
         _check_archive(path)
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch's musings on odd pickles
+        # Musings on odd pickles are torch's; of settings nothing but their place is kept.
+        with warnings.catch_warnings(action="ignore"), safe_globals([(Settings, "argparse.Namespace")]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise _refused(path, _reason(error)) from None

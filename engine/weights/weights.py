@@ -89,7 +89,7 @@ class Head(NamedTuple):
 class Weights:
     """Tensors under our names (engine.weights.names), read when they are asked for.
 
-    about: None for a bare trunk of others, which does not say how many heads its attention has.
+    about: None where it is not known, and `lacks` says why: a bare trunk of others does not tell its number of heads.
     shapes: of every tensor that `read` can give.
     read: the named tensors on the CPU, one at a time.
     origin: where they lie, for messages. notes: lines for the user on what is ignored.
@@ -102,6 +102,7 @@ class Weights:
     origin: str
     notes: tuple[str, ...] = ()
     head: Head | None = None
+    lacks: str = "which network they are of; import them with `mocov3 import` and a recipe that does"
 
     @property
     def is_whole(self) -> bool:
@@ -111,10 +112,7 @@ class Weights:
     def known(self) -> About:
         """`about`; raises UserError where it is not known."""
         if self.about is None:
-            raise UserError(
-                f"weights ({self.origin}) do not say which network they are of or how many heads it has; "
-                "import them with engine.import_weights and a recipe that does"
-            )
+            raise UserError(f"weights ({self.origin}) do not say {self.lacks}")
         return self.about
 
     @property

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.datasets import CIFAR10
 
+import engine
 from engine import evaluate
 from engine.checkpoint.layout import read_pointer
 from engine.checkpoint.load import read_tensors
@@ -174,6 +175,9 @@ def test_timm_makes_the_finetuned_network_from_the_runs_folder(finished, folder,
     found = (prediction == torch.from_numpy(source.labels)).float().mean().item()
     assert found == pytest.approx(result[key], abs=0.002)
     assert json.loads((directory / folder / "config.json").read_text())["label_names"] == list(source.classes)
+    image = torch.randn(1, 3, 64, 64)
+    encoder = {"timm": "base", "timm_ema": "momentum"}[folder]
+    torch.testing.assert_close(engine.load(directory / folder)(image), engine.load(directory, encoder)(image))
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "test_mambaout"])
@@ -182,7 +186,10 @@ def test_timms_own_networks_too(tmp_path, name):
     width = weights.known().architecture.build().width
     head = Head(torch.randn(4, width), torch.randn(4), tuple("abcd"), "bicubic", 0.9)
     export_classifier(weights, head, tmp_path / "out")
-    assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).num_classes == 4
+    for classes in (4, 10, 0):
+        adapted = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=classes)
+        assert adapted.num_classes == classes
+    assert open_weights(str(tmp_path / "out")).shapes == weights.shapes
 
 
 def test_each_key_of_the_recipe_is_read(tmp_path):

@@ -26,7 +26,7 @@ from engine.weights.export import export, export_classifier, is_file
 from engine.weights.formats import transformers
 from engine.weights.formats.table import NAMES, format_page
 from engine.weights.opening import open_trunk, open_weights
-from engine.weights.weights import Head
+from engine.weights.weights import MARK, Head
 from tests.weights.files import GOLDEN, ROOT, trunk_of
 
 TOLERANCE = 1e-5
@@ -130,8 +130,8 @@ def test_a_run_exports_to_every_format_that_fits(name, out, trained, features, t
             open_weights(str(tmp_path / out))
         return
     assert close(trunk_of(tmp_path / out)(images), ours[encoder or "base"])
-    if name != "deit" and name != "moco_v3":  # those two cannot say it
-        assert open_weights(str(tmp_path / out)).known().std == (0.5, 0.5, 0.5)
+    about = open_weights(str(tmp_path / out)).known()
+    assert (about.image_size, about.mean, about.std) == (28, (0.0, 0.0, 0.0), (0.5, 0.5, 0.5))
 
 
 def test_transformers_reads_its_folder_without_our_help(trained, features, tmp_path, here):
@@ -322,6 +322,9 @@ def other_runs(tmp_path_factory):
 def test_a_resnet_exports_to_every_format_that_fits(format, other_runs, tmp_path, here):
     result = export_here(other_runs("resnet50", 64), tmp_path / "out", format)
     assert result["max_feature_difference"] <= TOLERANCE
+    if format == "torchvision":  # a bare table can hold tensors alone
+        export_here(other_runs("resnet50", 64), tmp_path / "bare.pth", format)
+        assert "ImageNet's are assumed" in open_weights(str(tmp_path / "bare.pth")).notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -393,7 +396,7 @@ def test_nothing_is_replaced_unasked(tmp_path, here):
         export_here(tmp_path / "nothing", out, "deit")
     assert out.read_text() == "precious"
     export_here(source, out, "deit", force=True)
-    assert torch.load(out, weights_only=True).keys() == {"model", "model_args"}
+    assert torch.load(out, weights_only=True).keys() == {"model", "model_args", MARK}
 
     export_here(source, tmp_path / "folder", "deit")
     (tmp_path / "folder" / "old").touch()

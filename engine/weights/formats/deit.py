@@ -1,4 +1,4 @@
-"""deit: the form that DeiT's scripts fine-tune from, with `model_args` beside it."""
+"""deit: the form that DeiT's scripts fine-tune from, with `model_args` and what we know beside it."""
 
 from pathlib import Path
 
@@ -8,12 +8,14 @@ from torch import Tensor
 
 from engine.weights.format import PICKLES, Format, collect
 from engine.weights.names import TRUNK
-from engine.weights.weights import Weights
+from engine.weights.weights import MARK, Weights
 from models.architecture import Architecture
 
 
 def write(weights: Weights, file: Path) -> None:
-    torch.save({"model": collect(weights, TRUNK), "model_args": weights.known().architecture.model_args()}, file)
+    about = weights.known()
+    beside = {"model_args": about.architecture.model_args(), MARK: about.to_json()}
+    torch.save({"model": collect(weights, TRUNK), **beside}, file)
 
 
 def features(path: Path, architecture: Architecture, images: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""moco_v3: the reference's checkpoint, with `model_args` beside its own entries."""
+"""moco_v3: the reference's checkpoint, with `model_args` and what we know beside its own entries."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import torch
 
 from engine.weights.format import PICKLES, Format, collect
 from engine.weights.names import Naming
-from engine.weights.weights import Weights
+from engine.weights.weights import MARK, Weights
 
 
 def _naming(sign: str, head: str) -> Naming:
@@ -34,6 +34,7 @@ def write(weights: Weights, file: Path) -> None:
         "optimizer": None,
         "scaler": None,
         "model_args": about.architecture.model_args(),
+        MARK: about.to_json(),
     }
     torch.save(content, file)
 

@@ -53,8 +53,7 @@ def write(weights: Weights, file: Path) -> None:
     if head is not None:
         place = _place_of_classifier(name, arguments)
         tensors |= {f"{place}.weight": head.weight.float(), f"{place}.bias": head.bias.float()}
-        save_file(tensors, file, metadata={"format": "pt"})
-    elif file.suffix in SAFETENSORS:
+    if file.suffix in SAFETENSORS:
         own = {"architecture": name, "model_args": json.dumps(arguments)}
         save_file(tensors, file, metadata=metadata(weights) | own)
     else:
