@@ -122,7 +122,7 @@ def _type(name: str) -> str:
 def _write(path: Path, columns: Columns, facts: dict) -> None:
     """Raises OSError."""
     columns = dict(sorted(columns.items(), key=lambda each: _type(each[0])))  # numbers first, at whole multiples
-    header = _header({name: column.seek(0, os.SEEK_END) for name, column in columns.items()}, facts)
+    header, _ = file_header({name: column.seek(0, os.SEEK_END) for name, column in columns.items()}, facts)
     checksum, whole = zlib.crc32(header), 0
     with draft(path) as place:
         with place.open("xb") as file:
@@ -140,17 +140,19 @@ def _write(path: Path, columns: Columns, facts: dict) -> None:
         publish(place, path)
 
 
-def _header(sizes: Mapping[str, int], facts: dict) -> bytes:
-    """What safetensors has before the arrays, and where each lies behind it; sizes: in bytes."""
-    found, at = {"__metadata__": {"facts": json.dumps(facts)}}, 0
+def file_header(sizes: Mapping[str, int], facts: dict) -> tuple[bytes, dict[str, int]]:
+    """What safetensors has before the arrays; and where, behind it, each of them begins, `checksum` the last.
+
+    sizes: of the arrays in bytes, numbers before texts.
+    """
+    found, begins, at = {"__metadata__": {"facts": json.dumps(facts)}}, {}, 0
     for name, size in {**sizes, "checksum": 8}.items():
-        kind = "I64" if name == "checksum" else _type(name)
-        count = size // _TYPES[kind].itemsize
-        found[name] = {"dtype": kind, "shape": [count], "data_offsets": [at, at + size]}
-        at += size
+        kind = _type(name)
+        found[name] = {"dtype": kind, "shape": [size // _TYPES[kind].itemsize], "data_offsets": [at, at + size]}
+        begins[name], at = at, at + size
     text = json.dumps(found).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNED)
-    return len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(8, "little") + text, begins
 
 
 def _mapped(path: Path) -> Listing | None:

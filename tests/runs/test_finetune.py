@@ -68,7 +68,7 @@ def test_the_run_against_plain_torch(tmp_path):
     batches = train_batches(source, order, crops, range(4), rank=0, world_size=1, workers=Workers(()))
     for step, batch in enumerate(batches):
         images = augment(batch.crops, batch.sample_B, batch.epoch)
-        label_B = torch.from_numpy(source.labels)[batch.shown_B]
+        label_B = torch.from_numpy(source.labels[batch.shown_B.numpy()])
         loss = F.cross_entropy(network(images), label_B, label_smoothing=0.1)
         adamw.zero_grad()
         loss.backward()
