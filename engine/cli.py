@@ -52,16 +52,16 @@ def enter(main: Callable[[list[str]], None]) -> NoReturn:
 
 def carry_out(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Run a front door. What ends it early is said, and ends this process at once with its status."""
-    if (status := _status(main, arguments)) is not None:
+    if status := _status(main, arguments):
         with suppress(BrokenPipeError):
             sys.stdout.flush()
         sys.stderr.flush()
-        # At once: Python's own way out would wait for loader workers, which heed no signal but die with this process.
+        # At once: Python's own way out would wait for what a failed run left at work.
         os._exit(status)
 
 
-def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int | None:
-    """Of a door that ended early; None for one that came to its end."""
+def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
+    """Of a door: 0 where it came to its end, or was asked to stop by a file."""
     try:
         main(arguments)
         sys.stdout.flush()
@@ -82,7 +82,7 @@ def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int | No
             return 128 + signal.SIGPIPE
         sys.excepthook(*sys.exc_info())
         return 1
-    return None
+    return 0
 
 
 def _has_lost_its_reader() -> bool:
