@@ -11,6 +11,9 @@ DOORS = {
     "run": "pre-train from a recipe; the same command resumes",
     "evaluate": "kNN, RankMe, linear classification, fine-tuning",
     "export": "weights for timm, torchvision, transformers, DeiT, ONNX",
+    "embed": "features of any images, as a file",
+    "predict": "classes of any images by a fine-tuned or linear run",
+    "duplicates": "images that are nearly the same",
     "import": "start from published or other weights",
     "show": "pictures: views, attention, neighbours, a map",
     "compare": "runs, as a table and curves",
@@ -36,7 +39,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _help() -> str:
-    lines = [f"  {door:10}{words}" for door, words in DOORS.items()]
+    lines = [f"  {door:12}{words}" for door, words in DOORS.items()]
     more = "Each says more with --help: `mocov3 run --help`. `mocov3 --version` prints the version."
     return "\n".join(["usage: mocov3 COMMAND ...", "", engine.__doc__ or "", "", *lines, "", more])
 

@@ -228,6 +228,23 @@ def check_baseline(options: Namespace) -> None:
         refuse(options, ["--encoder"], f"for --baseline {options.baseline}")
 
 
+# ---- what a door writes
+
+
+def add_out(parser: ArgumentParser, endings: str) -> None:
+    parser.add_argument("out", metavar="OUT", type=_read_out(endings), help=f"ends in {endings}")
+    parser.add_argument("--force", action="store_true", help="replace what is at OUT")
+
+
+def _read_out(endings: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if not text.endswith(tuple(endings.split(" or "))):
+            raise UserError(f"OUT ({text}) must end in {endings}; change its name")
+        return text
+
+    return read
+
+
 # ---- images
 
 

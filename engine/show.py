@@ -3,6 +3,7 @@
   mocov3 show views RECIPE OUT [dotted.key=value ...]     images and their augmented views
   mocov3 show attention CHECKPOINT IMAGE OUT              where the class token of a ViT looks
   mocov3 show neighbours CHECKPOINT --data ROOT OUT       images and those most like them
+      [--query photo.jpg]                                 of a file of yours instead
   mocov3 show embedding CHECKPOINT --data ROOT OUT        a map of the features
 
 CHECKPOINT is a run directory, a checkpoint directory, an exported file or folder, weights of others or timm/<name>.
@@ -73,6 +74,7 @@ def _parser() -> Parser:
         add_count(kind, "--images", 5000, what)
     add_count(of_neighbours, "--queries", 8, "rows")
     add_count(of_neighbours, "--k", 8, "neighbours of each")
+    of_neighbours.add_argument("--query", type=Path, metavar="IMAGE", help="a file; the neighbours of it alone")
     of_map.add_argument("--method", choices=("pca", "tsne"), default="pca", help="default: pca")
     return parser
 
@@ -97,9 +99,12 @@ def attention(options: Namespace) -> None:
 def neighbours(options: Namespace) -> None:
     """Images and those whose features are nearest to theirs by cosine, framed by whether they share the class."""
     note("loading PyTorch")
-    from engine.pictures.neighbours import show_neighbours
+    from engine.pictures.neighbours import show_neighbours, show_query
 
-    show_neighbours(_featured(options), options.queries, options.k, options.out)
+    if options.query is not None:
+        show_query(_featured(options), options.query, options.k, options.out)
+    else:
+        show_neighbours(_featured(options), options.queries, options.k, options.out)
 
 
 def embedding(options: Namespace) -> None:

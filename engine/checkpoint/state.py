@@ -28,6 +28,8 @@ class RunState:
     continued_from: checksum of the manifest of the checkpoint that the run began with (run.continue_from).
     network: sha256 of the weights that supervised training began with.
     about: JSON in which a fine-tuned network says what it is (engine.weights).
+    classes: their names, of supervised training; checkpoints of former versions have none.
+    frozen: of linear classification, what it classifies the features of: {"checkpoint", "encoder", "heads"}.
     made_by: versions, device and number of ranks that wrote the checkpoint; for the reader.
     """
 
@@ -43,6 +45,8 @@ class RunState:
     made_by: dict[str, str] = field(default_factory=dict)
     image_rules: int = 1
     order: str = "sorted"
+    classes: list[str] = field(default_factory=list)
+    frozen: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,9 +75,11 @@ class RunState:
             value = getattr(self, name)
             if not isinstance(value, str) and (name in ("recipe", "order") or value is not None):
                 return f"{name} is no text"
-        for name in ("images", "made_by"):
+        for name in ("images", "made_by", "frozen"):
             if not _is_table_of_texts(getattr(self, name)):
                 return f"{name} is no table of texts"
+        if not isinstance(self.classes, list) or not all(isinstance(name, str) for name in self.classes):
+            return "classes is no list of texts"
         if not isinstance(self.contents, dict) or not all(map(_is_table_of_texts, self.contents.values())):
             return "contents is no table of tables of texts"
         return None

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import colormaps
-from PIL import Image
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from engine.data.decode import CenterCrop, decode
-from engine.errors import UserError, reason
+from engine.data.decode import CenterCrop
+from engine.errors import UserError
 from engine.evaluation.subject import open_subject
 from engine.pictures.canvas import FAINT, HEADER, MARGIN, WIDTH, Sheet, style
+from engine.pictures.features import read_image
 from engine.weights.weights import EncoderName
 
 GAP = 6
@@ -27,7 +27,7 @@ HEAT = "inferno"
 
 def show_attention(checkpoint: str, encoder: EncoderName, heads: int | None, image_file: Path, out: Path) -> None:
     """Draws where the class token of a CHECKPOINT's ViT looks in an image. Raises UserError for no ViT or image."""
-    image = _read(image_file)
+    image = read_image("IMAGE", image_file)
     subject = open_subject(checkpoint, "cpu", encoder=encoder, heads=heads)
     check_attention(subject.network, checkpoint)
     image_3SS = CenterCrop(subject.image_size, subject.crop_fraction, subject.interpolation)(image)
@@ -35,13 +35,6 @@ def show_attention(checkpoint: str, encoder: EncoderName, heads: int | None, ima
     title = f"What the class token looks at: {image_file.name}"
     subtitle = "Attention to each patch in the last block; brightest: the largest of each picture"
     draw_attention(image_3SS.permute(1, 2, 0).numpy(), attention_HRC.numpy(), title, subtitle, out)
-
-
-def _read(file: Path) -> Image.Image:
-    try:
-        return decode(file.read_bytes())
-    except Exception as error:  # broken files make Pillow raise nearly anything
-        raise UserError(f"IMAGE ({file}) must be a readable image: {reason(error)}; pass another") from error
 
 
 def check_attention(trunk: nn.Module, origin: str) -> None:

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.data.decode import decode
 from engine.data.opening import open_source
 from engine.data.outputs import check_picture
 from engine.data.source import Root, Source
 from engine.data.workers import Workers
-from engine.errors import UserError
+from engine.errors import UserError, reason
 from engine.evaluation.features import batches_for, extract
 from engine.evaluation.subject import Subject, open_subject
 
@@ -48,6 +50,14 @@ class Featured:
         of = f" of {len(self.source):,}" if len(self.id_N) < len(self.source) else ""
         return f"{len(self.id_N):,}{of} images" + (f" of {len(self.classes)} classes" if self.classes else "")
 
+    @torch.no_grad()
+    def of_file(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        """(uint8 [S, S, 3], [D]): what the network sees of another image, and its features."""
+        image_3SS = self.subject.crop(image)
+        device = next((p.device for p in self.subject.network.parameters()), "cpu")
+        feature_1D = self.subject.network(self.subject.normalised(image_3SS[None], device))
+        return image_3SS.permute(1, 2, 0), feature_1D[0].float().cpu()
+
     def pixels(self, row_N: Tensor) -> Tensor:
         """uint8 [N, S, S, 3]: what the network sees of the images in these rows."""
         found = batches_for(self.subject, self.source, self.id_N[row_N].numpy(), Workers(()), CONSEQUENCE)
@@ -71,6 +81,14 @@ def open_featured(checkpoint: str, root: Root, out: Path, *, at_most: int, worke
         rows = extract(subject, batches_for(subject, source, ids, readers, CONSEQUENCE), device)
     name = checkpoint if checkpoint.startswith("timm/") else Path(checkpoint).resolve().name
     return Featured(name, source, subject, *rows)
+
+
+def read_image(key: str, file: Path) -> Image.Image:
+    """An RGB image of the user's; `key` is what its error calls it. Raises UserError."""
+    try:
+        return decode(file.read_bytes())
+    except Exception as error:  # broken files make Pillow raise nearly anything
+        raise UserError(f"{key} ({file}) must be a readable image: {reason(error)}; pass another") from error
 
 
 def unit(feature_ND: Tensor) -> Tensor:

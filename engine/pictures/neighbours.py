@@ -13,18 +13,20 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.pictures.canvas import HEADER, INK, MARGIN, RIGHT, WIDTH, WRONG, Sheet, style
-from engine.pictures.features import Featured, unit
+from engine.pictures.features import Featured, read_image, unit
 
 GAP = 6
 APART = 20  # between a query and its neighbours
 LARGEST = 160  # side of an image
 NAME = 18  # below an image
+UNKNOWN = -1  # the label of an image of no source
 
 
 class Gallery(NamedTuple):
     """A row per query: itself, then its K neighbours, the nearest first.
 
-    image_QKSS3 uint8 [Q, 1 + K, S, S, 3]; label_QK [Q, 1 + K]; classes: names by label, empty without labels.
+    image_QKSS3 uint8 [Q, 1 + K, S, S, 3]; label_QK [Q, 1 + K], where a query's may be UNKNOWN; classes: names by label,
+    empty without labels.
     """
 
     image_QKSS3: np.ndarray
@@ -39,6 +41,18 @@ def show_neighbours(images: Featured, queries: int, k: int, out: Path) -> None:
     pixels_QKSS3 = images.pixels(row_QK.flatten()).unflatten(0, row_QK.shape)
     gallery = Gallery(pixels_QKSS3.numpy(), images.label_N[row_QK].numpy(), images.classes)
     draw_neighbours(gallery, f"Nearest neighbours: {images.name}", f"By cosine, among {images.number}", out)
+
+
+def show_query(images: Featured, query: Path, k: int, out: Path) -> None:
+    """Draws the k images nearest to an image of another file. Raises UserError where it cannot be read, or there are no
+    k images."""
+    image_SS3, feature_D = images.of_file(read_image("--query", query))
+    feature_ND = torch.cat((images.feature_ND, feature_D[None]))
+    (row_K,) = nearest(feature_ND, torch.tensor([len(feature_ND) - 1]), k)
+    pixels_KSS3 = torch.cat((image_SS3[None], images.pixels(row_K)))
+    label_K = torch.cat((torch.tensor([UNKNOWN]), images.label_N[row_K]))
+    gallery = Gallery(pixels_KSS3[None].numpy(), label_K[None].numpy(), images.classes)
+    draw_neighbours(gallery, f"Nearest to {query.name}: {images.name}", f"By cosine, among {images.number}", out)
 
 
 def spread(label_N: Tensor, count: int) -> Tensor:
@@ -72,15 +86,17 @@ def draw_neighbours(gallery: Gallery, title: str, subtitle: str, out: Path) -> N
         sheet = Sheet(top + queries * pitch + MARGIN - GAP, title, subtitle)
         sheet.text(MARGIN, HEADER + 12, "query", weight="bold")
         sheet.text(MARGIN + APART + side + GAP, HEADER + 12, "its neighbours, the nearest first", weight="bold")
-        if gallery.classes:
+        knows = bool(gallery.classes) and bool((gallery.label_QK[:, 0] != UNKNOWN).all())
+        if knows:
             _explain_frames(sheet, gallery.label_QK)
         for row, column in np.ndindex(queries, columns):
             x, y = MARGIN + APART * (column > 0) + column * (side + GAP), top + row * pitch
             label, frame = gallery.label_QK[row, column], None
             if gallery.classes:
-                if column:
+                if column and knows:
                     frame = RIGHT if label == gallery.label_QK[row, 0] else WRONG
-                sheet.text(x, y + side + 15, gallery.classes[label], size=11, width=side, color=frame or INK)
+                name = "" if label == UNKNOWN else gallery.classes[label]
+                sheet.text(x, y + side + 15, name, size=11, width=side, color=frame or INK)
             sheet.image(x, y, side, gallery.image_QKSS3[row, column], frame=frame)
         sheet.save(out)
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -41,22 +42,29 @@ def linear(
     splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed)
     fraction = recipe.evaluate.crop_fraction
     subject = open_subject_together(checkpoint, world, encoder=encoder, crop_fraction=fraction, heads=heads)
-    task = LinearClassification(recipe, world, splits, subject, checkpoint)
+    frozen = {"checkpoint": _lasting(checkpoint), "encoder": encoder} | ({"heads": str(heads)} if heads else {})
+    task = LinearClassification(recipe, world, splits, subject, frozen)
     row = run(task, started)
     return {"top1": row["linear_top1"], "top5": row["linear_top5"], "learning_rate": task.classifier.peak_lr}
 
 
+def _lasting(checkpoint: str) -> str:
+    """The same for a process in another folder."""
+    path = Path(checkpoint)
+    return str(path.resolve()) if path.exists() else checkpoint
+
+
 class LinearClassification(Supervised):
-    """A linear classifier on a frozen trunk's features."""
+    """A linear classifier on the features of a frozen trunk; `frozen`: which (RunState)."""
 
     monitor = "linear_top1"
     chosen = "the best"
 
-    def __init__(self, recipe: Linear, world: World, splits: Splits, subject: Subject, checkpoint: str):
+    def __init__(self, recipe: Linear, world: World, splits: Splits, subject: Subject, frozen: dict[str, str]):
         crops = Crops(subject.image_size, recipe.augment.crop_min, views=1)
         weights = digest(own_tensors(subject.network))
         super().__init__(recipe, world, splits, subject, weights, crops, keep_partial=True)
-        self.checkpoint = checkpoint
+        self.frozen = frozen
         self.classifier = LinearClassifier(
             subject.width(world.device),
             len(self.classes),
@@ -95,7 +103,7 @@ class LinearClassification(Supervised):
 
     def state(self) -> RunState:
         self.check_skips_now()
-        return super().state()
+        return replace(super().state(), frozen=self.frozen)
 
     def check_skips(self, skipped: int, in_a_row: int, step: int) -> None:
         """Raises RunFailed where a step was skipped: the protocol knows no such step."""
@@ -137,9 +145,9 @@ class LinearClassification(Supervised):
         return []
 
     def opening(self) -> list[str]:
-        classifier, size = self.classifier, self.subject.image_size
+        classifier, size, network = self.classifier, self.subject.image_size, self.frozen["checkpoint"]
         return [
-            f"network   {self.checkpoint}, frozen: {classifier.weight_CD.shape[1]} features, images of {size}",
+            f"network   {network}, frozen: {classifier.weight_CD.shape[1]} features, images of {size}",
             self.data_line(),
             f"schedule  {self.epochs_in_words}, lr from {classifier.peak_lr:g}",
         ]

@@ -122,7 +122,7 @@ class Supervised(Task):
         return super().images_bound() | {"val": (self.splits.val, f"{key} ({named(root)})")}
 
     def state(self) -> RunState:
-        return replace(super().state(), network=self.weights_digest)
+        return replace(super().state(), network=self.weights_digest, classes=list(self.classes))
 
     def check_resume(self, state: RunState) -> None:
         super().check_resume(state)

@@ -1,6 +1,7 @@
 """Neighbours are those of largest cosine, and their frames tell the truth."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from engine.data.decode import CenterCrop
 from engine.data.opening import open_source
 from engine.data.source import Root
+from engine.errors import UserError
 from engine.evaluation.subject import open_subject
 from engine.pictures.canvas import DOTS, HEADER, MARGIN, RIGHT, WRONG
 from engine.pictures.neighbours import nearest, spread
@@ -76,3 +78,20 @@ def test_unlabelled_images_have_neighbours_without_frames(images, tmp_path):
     assert "<!-- By cosine, among 12 of 13 images -->" in text
     assert RIGHT not in text
     assert WRONG not in text
+
+
+def test_the_neighbours_of_a_file(images, tmp_path):
+    """The image itself is among the images, and so the nearest; no class is known of the file, so none is right."""
+    source = open_source(Root("folder", images), "all")
+    source.read(3).save(tmp_path / "photo.png")
+    out = tmp_path / "n.png"
+    show("neighbours", VIT, "--data", images, out, "--query", tmp_path / "photo.png", "--k", 3, "--workers", 0)
+    picture = np.asarray(Image.open(out).convert("RGB")).astype(int)
+    side = min(160, (800 - 2 * MARGIN - 20 - 3 * 6) / 4)
+    y, left = HEADER + 20, [MARGIN, MARGIN + 20 + side + 6]
+    tiles = [picture[int(y * DOTS) : int((y + side) * DOTS), int(x * DOTS) : int((x + side) * DOTS)] for x in left]
+    assert np.abs(tiles[0].mean((0, 1)) - tiles[1].mean((0, 1))).max() < 3
+    assert not any((picture == np.array(rgb(colour))).all(2).any() for colour in (RIGHT, WRONG))
+    (tmp_path / "broken.png").write_text("no image")
+    with pytest.raises(UserError, match="--query"):
+        show("neighbours", VIT, "--data", images, out, "--query", tmp_path / "broken.png", "--workers", 0)

@@ -1,0 +1,163 @@
+"""What a network says of every image of a source, streamed to files: a row each, in the source's order, on any number
+of ranks the same.
+
+Shapes: N rows, B rows of a batch of all ranks, D outputs.
+"""
+
+import csv
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+
+from engine.data.joined import JoinedSource
+from engine.data.opening import open_source
+from engine.data.source import Root, Source
+from engine.data.workers import Workers
+from engine.distributed.agreement import agreement, all_gather, broadcast, gather
+from engine.distributed.world import World, once_per_node
+from engine.errors import RunFailed, UserError, reason
+from engine.evaluation.features import BATCH, Features, batches_for, extract, progress, rank_slice
+from engine.evaluation.subject import Subject
+from engine.files import draft, publish
+from engine.logger import note, warn
+
+
+class Sink(Protocol):
+    """A file that takes rows: `write` each batch's, `close` once all are there."""
+
+    def write(self, rows: Features) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_all(root: Root, world: World) -> Source:
+    """Every image of a root; where it holds train and val, both, and names begin so. Raises UserError on every rank."""
+
+    def find() -> Source:
+        train, val = open_source(root, "train"), open_source(root, "val")
+        assert train is not None, "only a val split may be missing"
+        return train if val is None else JoinedSource([train, val], ["train", "val"])
+
+    source = once_per_node(world, find)
+    if len(set(all_gather(source.fingerprint, world.host_group))) > 1:
+        raise UserError(f"{root} must hold the same images on every node; copy them again")
+    for line in source.notes:
+        note(line)
+    return source
+
+
+def batches_of_rows(subject: Subject, source: Source, what: str, world: World, readers: Workers) -> Iterator[Features]:
+    """On rank 0 every rank's rows, batch by batch in the source's order; elsewhere nothing, as often.
+
+    Raises RunFailed, on every rank, where an output is not finite.
+    """
+    ids, batches = rank_slice(len(source), world.rank, world.size, BATCH)
+    found = batches_for(subject, source, ids.numpy(), readers, "it is left out", batches)
+    for batch in progress(found, batches, what, "batch", world):
+        rows = extract(subject, [batch], world.device)
+        if not all(all_gather(bool(rows.feature_ND.isfinite().all()), world.host_group)):
+            raise RunFailed("the network's outputs are not finite: its weights have diverged; use another CHECKPOINT")
+        parts = gather(rows, world.host_group) or [Features(*(column[:0] for column in rows))]
+        yield Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def write_rows(
+    subject: Subject, source: Source, what: str, world: World, readers: Workers, sinks: Sequence[Sink]
+) -> int:
+    """Give all rows to rank 0's sinks; returns how many there are, on every rank.
+
+    Raises RunFailed, on every rank, where no image can be read or a file cannot be written.
+    """
+    count = 0
+    for rows in batches_of_rows(subject, source, what, world, readers):
+        with agreement(world.host_group):
+            for sink in sinks if world.is_first else ():
+                with _refusals_in_words():
+                    sink.write(rows)
+        count += len(rows.id_N)
+    count = broadcast(count, world.host_group)
+    if not count:
+        raise RunFailed(f"none of {len(source)} images could be read, {source.name(0)} and others; mend them")
+    if count < len(source) and world.is_first:
+        warn(f"{len(source) - count} of {len(source)} images could not be read and have no row")
+    return count
+
+
+@contextmanager
+def _refusals_in_words() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"a row could not be written: {reason(error)}; nothing was left") from error
+
+
+@contextmanager
+def written(world: World, *files: Path) -> Iterator[list[Path]]:
+    """Free names beside the files, which take their names at the end if all went well; on rank 0, elsewhere unused."""
+    with ExitStack() as stack:
+        places = [stack.enter_context(draft(file)) for file in files]
+        yield places
+        with agreement(world.host_group):
+            if world.is_first:
+                for place, file in zip(places, files, strict=True):
+                    publish(place, file)
+
+
+def check_new(files: Sequence[Path], force: bool) -> None:
+    """Raises UserError where one of the files could not be written, or is there and must not be replaced."""
+    for file in files:
+        if not file.absolute().parent.is_dir():
+            raise UserError(f"OUT ({file}) must lie in a folder that exists; make {file.absolute().parent}")
+        if file.is_dir() or (file.exists() and not force):
+            raise UserError(f"OUT ({file}) must not exist; pass another name, or --force to replace a file")
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+class Array:
+    """A .npy file of float32 [N, D]; N is known once it is closed."""
+
+    def __init__(self, place: Path, width: int):
+        self._file, self._width, self._count = place.open("wb"), width, 0
+        self._head()
+
+    def write(self, rows: Features) -> None:
+        self._file.write(rows.feature_ND.numpy().astype("<f4").tobytes())
+        self._count += len(rows.id_N)
+
+    def close(self) -> None:
+        self._file.seek(0)
+        self._head()
+        self._file.close()
+
+    def _head(self) -> None:
+        """numpy leaves room in it for any number of rows, so it is as long each time."""
+        shape = (self._count, self._width)
+        npy.write_array_header_1_0(self._file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+
+
+class Table:
+    """A .csv file with a header, a line for each row: `line` of (row, name, label) of an image and its outputs [D]."""
+
+    def __init__(self, place: Path, source: Source, header: Sequence[str]):
+        self._file = place.open("w", encoding="utf-8", newline="")
+        self._csv, self._source, self._count = csv.writer(self._file, lineterminator="\n"), source, 0
+        self._csv.writerow(header)
+
+    def write(self, rows: Features) -> None:
+        for i, label, output_D in zip(rows.id_N.tolist(), rows.label_N.tolist(), rows.feature_ND, strict=True):
+            name = self._source.classes[label] if self._source.classes and label >= 0 else ""
+            self._csv.writerow(self.line(self._count, self._source.name(i), name, output_D.numpy()))
+            self._count += 1
+
+    def line(self, row: int, name: str, label: str, output_D: np.ndarray) -> list[object]:
+        return [row, name, label]
+
+    def close(self) -> None:
+        self._file.close()
