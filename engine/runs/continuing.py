@@ -56,7 +56,10 @@ def _check_fits(named: str, manifest: Manifest, state: RunState, recipe: Pretrai
     task = task_of(state.recipe)
     if task != recipe.task:
         raise UserError(f"{must}, and this one is of task {task}; pass another")
-    source = loads(state.recipe, f"recipe of run.continue_from ({one_line(named)})")
+    try:
+        source = loads(state.recipe, f"recipe of run.continue_from ({one_line(named)})")
+    except UserError as error:  # which names keys as if they were this recipe's
+        raise UserError(f"{must}, in words that this version knows; in its recipe {error}") from error
     differences = _differences(source, recipe)
     if differences:
         raise UserError(f"{must}: {', '.join(differences)}; pass those, or `mocov3 import` its weights")

@@ -63,6 +63,13 @@ def _memory_in_words(task: Task, checkpoints: Path) -> Iterator[None]:
             f"{task.world.device_name} had no memory left for {asked[1] if asked else one_line(error)} more; "
             f"{_newest(checkpoints)}: go on with {task.less_memory}, which makes the same run in less memory"
         ) from error
+    except RuntimeError as error:  # the device has memory, and the host none that it can pin
+        if "CUDA error: out of memory" not in str(error):
+            raise
+        raise RunFailed(
+            "the host had no memory left that a GPU can read, for batches and copies of checkpoints; "
+            f"{_newest(checkpoints)}: go on with checkpoint.asynchronous=false or fewer processes on this node"
+        ) from error
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from engine.distributed.signals import StopSignal
 from engine.errors import RunFailed, SystemRefused, UserError, one_line
 from engine.logger import say
 from engine.recipe.identity import resume_differences
+from engine.recipe.keys import show
 from engine.recipe.load import loads, located
 from engine.recipe.paths import expand
 from engine.recipe.sections import Linear, Pretrain, Recipe
@@ -138,6 +139,7 @@ def check_same_recipe(state: RunState, manifest: Manifest, recipe: Recipe) -> No
             f"{one_line(state.order)}; go on with the version that wrote it, or pass another run.dir"
         )
     begun = loads(state.recipe, f"recipe of the run in {recipe.run.dir}", kind=type(recipe))
+    _say_archives(begun, recipe)
     differences = resume_differences(begun, recipe)
     if differences:
         other = f", where run.continue_from={recipe.run.dir} begins with its weights" if _continues(differences) else ""
@@ -151,6 +153,16 @@ def check_same_recipe(state: RunState, manifest: Manifest, recipe: Recipe) -> No
         raise UserError(
             f"parallel.precision ({precision}) must be {kept}, in which the run in {recipe.run.dir} keeps its weights; "
             "pass it, or another run.dir"
+        )
+
+
+def _say_archives(begun: Recipe, recipe: Recipe) -> None:
+    """Checkpoints that were to stay for good do so only as long as the recipe says it."""
+    was, now = begun.checkpoint.keep_every_epochs, recipe.checkpoint.keep_every_epochs
+    if was and (not now or was % now):
+        say(
+            f"archive   checkpoint.keep_every_epochs was {was:g} and is {show(now)}: of checkpoints that were to stay "
+            f"for good, the next save removes those that are not among the newest {recipe.checkpoint.keep}"
         )
 
 

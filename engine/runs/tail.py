@@ -57,12 +57,16 @@ def _from_end(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
 
 
 def _from_beginning(path: Path, step: int) -> list[dict[str, Any]]:
-    newest: deque[dict[str, Any]] = deque(maxlen=_CHECKED)
+    newest: deque[dict[str, Any]] = deque()
+    losses = 0
     with draft(path) as place:
         with place.open("xb") as file:
             for row, line in rows_and_lines(path):
                 if row["step"] <= step:
                     file.write(line)
                     newest.append(row)
+                    losses += "loss" in row
+                    while losses - ("loss" in newest[0]) >= RECENT and len(newest) > _CHECKED:
+                        losses -= "loss" in newest.popleft()
         publish(place, path)
     return list(newest)

@@ -104,6 +104,16 @@ def test_an_order_of_images_is_kept_by_its_run_and_not_handed_on(world, source, 
     assert [read_manifest(path).state["order"] for path in found] == ["sorted", "permuted", "permuted"]
 
 
+def test_a_source_of_a_later_version_is_refused_by_its_name(world, source, tmp_path):
+    later = shutil.copytree(source, tmp_path / "later")
+    content = json.loads((later / CHECKPOINT / NAME).read_text())
+    content["state"]["recipe"] = content["state"]["recipe"].replace("train:", "train:\n  of_tomorrow: 1", 1)
+    (later / CHECKPOINT / NAME).write_text(json.dumps(content | {"manifest_sha256": own_checksum(content)}))
+    words = r"^run.continue_from \(.*later\) must be .* that this version knows; in its recipe .*of_tomorrow"
+    with pytest.raises(UserError, match=words):
+        train(world, tmp_path / "new", f"run.continue_from={later}")
+
+
 def test_what_does_not_fit_is_refused_before_there_are_weights(world, source, tmp_path, monkeypatch):
     monkeypatch.setattr(Pretraining, "start", None)
     must = r"run.continue_from \(.*\) must be a pre-training run of the same network and optimizer"

@@ -126,6 +126,16 @@ def test_a_log_that_does_not_ascend_is_read_from_its_beginning(tmp_path, steps):
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
 
 
+def test_a_log_that_is_read_from_its_beginning_gives_as_many_losses(tmp_path):
+    """Whatever rows lie between them."""
+    steps = [2, 1, *range(3, 400)]
+    rows = [{"step": s} | ({"loss": 1.0} if s % 3 == 0 else {"knn_top1": 0.5}) for s in steps]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = MetricsLog(tmp_path, 399)
+    assert [row["step"] for row in log.recent] == [*range(399 - 3 * (RECENT - 1), 400, 3)]
+    log.close()
+
+
 @contextmanager
 def little_memory(most: int) -> Iterator[None]:
     """Raises where the body held more bytes at a time."""

@@ -102,6 +102,23 @@ def test_full_memory_ends_a_run_in_one_line(world, tmp_path, monkeypatch):
         train(world, tmp_path / "resnet", every, f"{again}=selective", *KINDS["resnet"])
 
 
+def test_full_memory_of_the_host_names_what_fills_it(world, tmp_path, monkeypatch):
+    def full(task, batch):
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ...")
+
+    monkeypatch.setattr(Pretraining, "train_step", full)
+    with pytest.raises(RunFailed, match=r"^the host had no memory left .* with checkpoint.asynchronous=false"):
+        train(world, tmp_path)
+
+
+def test_archives_that_a_resume_gives_up_are_announced(world, tmp_path, capfd):
+    every = "checkpoint.keep_every_epochs"
+    for step, value, said in ((4, "3", False), (5, "1.5", False), (6, "null", True)):
+        capfd.readouterr()
+        train(world, tmp_path, f"{every}={value}", f"train.max_steps={step}")
+        assert (f"  archive   {every} was 1.5 and is null: of check" in capfd.readouterr().out) == said
+
+
 def test_unreadable_images_are_borne_up_to_their_share(world, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
