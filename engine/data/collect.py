@@ -40,7 +40,7 @@ class Collector:
         self.images = 0
         self._columns = defaultdict[str, SpooledTemporaryFile](_new_column)
         self._text = Counter()  # bytes of names so far, by what they are of
-        self._folders, self._all_in_folders = Numbering(), True
+        self._folders, self._all_in_folders, self._slashes = Numbering(), True, 0
         self._classes: list[bytes] | None = None  # by label, where they are no folders
 
     def append(self, column: str, values: np.ndarray) -> None:
@@ -56,6 +56,7 @@ class Collector:
         self.append_names("name", names)
         self.append("sizes", sizes_N)
         self.images += len(names)
+        self._slashes += np.count_nonzero(names.text_U == ord("/"))
         folders = first_folders(names)
         if folders is None:
             self._all_in_folders = False
@@ -105,6 +106,8 @@ class Collector:
     def finish(self, classes: tuple[str, ...] | None, survey: Survey, **facts: Any) -> tuple[Columns, dict]:
         """What a listing is made of; classes: those of `label`, None for images without."""
         facts |= {"images": self.images, "classes": classes, "fingerprint": self._fingerprint()}
+        by_folder = classes is not None and self._classes is None
+        facts["by_folder"] = ("directly" if self._slashes == self.images else "deeper") if by_folder else None
         facts["survey"] = {"left_out": survey.left_out, "otherwise": survey.otherwise}
         return {name: column for name, column in self._columns.items() if not name.startswith("_")}, facts
 

@@ -20,6 +20,8 @@ class JoinedSource(Source):
         self._leads = [f"{title}:" for title in titles] or [""] * len(parts)
         self.labels, self.classes = _joined_labels(parts)
         self.fingerprint = hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest()
+        ways = {part.by_folder for part in parts}
+        self.by_folder = None if None in ways else "deeper" if "deeper" in ways else "directly"
         self.notes = tuple(line for part in parts for line in part.notes)
         self.folders = tuple(folder for part in parts for folder in part.folders)
         unlike = ((lead, part.otherwise) for lead, part in zip(self._leads, parts, strict=True))

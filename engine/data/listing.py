@@ -21,6 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 from engine.data.names import Names
+from engine.data.source import ByFolder
 from engine.files import draft, publish
 from engine.logger import warn
 
@@ -36,7 +37,8 @@ class Listing:
     """What is known of N images.
 
     arrays: by name, among them `name_text` and `name_ends` (engine.data.names), `sizes`, and where images have classes
-    `labels`, int64 [N]. facts: as JSON has them, among them `fingerprint` and, with labels, `classes`.
+    `labels`, int64 [N]. facts: as JSON has them, among them `fingerprint`, `by_folder` (engine.data.source) and, with
+    labels, `classes`.
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], path: Path | None = None):
@@ -46,6 +48,7 @@ class Listing:
         self.labels_N: np.ndarray | None = arrays["labels"] if has_labels else None
         self.classes: tuple[str, ...] | None = tuple(facts["classes"]) if has_labels else None
         self.fingerprint: str = facts["fingerprint"]
+        self.by_folder: ByFolder | None = facts["by_folder"]
 
     def __len__(self) -> int:
         return len(self.names)

@@ -17,6 +17,7 @@ class FileSource(Source):
     def __init__(self, listing: Listing):
         self._listing = listing
         self.labels, self.classes, self.fingerprint = listing.labels_N, listing.classes, listing.fingerprint
+        self.by_folder = listing.by_folder
         self.survey = Survey(**listing.facts["survey"])
         self.otherwise = self.survey.rule_in_words()
 

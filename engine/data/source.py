@@ -17,6 +17,7 @@ from engine.errors import UserError, listed
 T = TypeVar("T")
 
 Split = Literal["train", "val", "all"]
+ByFolder = Literal["directly", "deeper"]  # all of them; or some of them in folders inside
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,14 @@ class Source(ABC):
     labels: int64 [N], or None where images have no class; classes: their names. fingerprint: a sha256, equal where
     the data is. notes: what is to be said of it, a line each. otherwise: the first file that former rules took for
     something else, and the rule that does (engine.data.rules); None where there is none. folders: those of which every
-    image file is one of the set, also one that is written later.
+    image file is one of the set, also one that is written later. by_folder: where first folders are the classes, how
+    images lie in them; None where something else says the classes, or nothing.
     """
 
     notes: tuple[str, ...] = ()
     otherwise: str | None = None
     folders: tuple[Path, ...] = ()
+    by_folder: ByFolder | None = None
     labels: np.ndarray | None
     classes: tuple[str, ...] | None
     fingerprint: str

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.data.opening import align_labels, align_or_drop, open_source, open_validation
+from engine.data.classes import settle_classes
+from engine.data.opening import align_labels, open_source, open_validation
 from engine.data.source import Root, Source
 from engine.data.subset import take_labels
 from engine.distributed.agreement import all_gather
@@ -13,7 +14,7 @@ from engine.errors import UserError
 from engine.logger import note, warn
 from engine.recipe.load import locate
 from engine.recipe.paths import each, expand, named
-from engine.recipe.sections import Data, LabelledData, Paths
+from engine.recipe.sections import Data, LabelledData, Paths, PretrainData
 
 _LABELLED = {"list": "on each line a label after a tab"}  # how else than by folders
 
@@ -25,7 +26,7 @@ class Splits(NamedTuple):
     val: Source | None
 
 
-def open_splits(data: Data, recipe_file: Path, world: World, *, batch: int, read_only: bool = False) -> Splits:
+def open_splits(data: PretrainData, recipe_file: Path, world: World, *, batch: int, read_only: bool = False) -> Splits:
     """The images of pre-training, labelled or not.
 
     batch: train.global_batch_size, which they must fill. One rank of each node looks at the files, rank 0 first: it
@@ -43,7 +44,7 @@ def open_splits(data: Data, recipe_file: Path, world: World, *, batch: int, read
         else:
             val = open_validation(_root(data, _located(data.val_root, recipe_file), "data.val_root", read_only))
         _check_batch(batch, train, named(data.root))
-        return Splits(train, None if val is None else align_or_drop(train, val))
+        return Splits(*settle_classes(data.classes, root, train, val))
 
     return _open_together(find, world, f"data.root ({named(data.root)})")
 

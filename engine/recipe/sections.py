@@ -45,6 +45,9 @@ KNN_BANK = "training images of each class that are kNN's neighbours, drawn by ru
 KEEP_EVERY = "checkpoints at whole multiples of so many epochs are made, and stay beside the newest; null: none"
 ASYNCHRONOUS = "write checkpoints beside the training, from a copy in memory; false: training waits, without a copy"
 MAX_FAILURES = "saves in a row that fail, as on a full disk, before the run ends; fewer are made up for by the next"
+CLASSES = (
+    "of images in folders: whether first folders are the classes; auto: where validation's are, or none lies deeper"
+)
 CROP_FRACTION = "side of the centre crop over the shorter side of the resized image; 1 sees the whole width"
 
 SCHEMA = 2  # raise it with a key whose default is not what ran before it
@@ -108,6 +111,7 @@ class Train:
 
 
 Paths = str | tuple[str, ...]
+Classes = Literal["auto", "folders", "none"]
 Source = Literal["folder", "shards", "torchvision", "list"]
 
 
@@ -120,6 +124,11 @@ class Data:
     dataset_options: dict = key("what that class is called with", ARGUMENTS, default_factory=dict)
     workers: int = key("loading processes beside each training process; 0: none", NOT_NEGATIVE)
     max_bad_fraction: float = key("share of images that may be unreadable before the run ends", FRACTION, default=0.001)
+
+
+@section
+class PretrainData(Data):
+    classes: Classes = key(CLASSES, since=2, before="folders", default="auto")
 
 
 @section
@@ -196,7 +205,7 @@ class Pretrain:
     moco: Moco
     optimizer: Optimizer
     train: Train
-    data: Data
+    data: PretrainData
     augment: Augment
     checkpoint: Checkpoint
     log: Log

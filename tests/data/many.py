@@ -62,7 +62,13 @@ def make_up(root: Path, images: int) -> None:
     sizes = dict.fromkeys(("name_ends", "sizes", "offsets", "labels"), 8 * images) | {"tar_images": 8, "tar_ends": 8}
     sizes |= {"tar_text": len("x.tar"), "name_text": len(NAME) * images}
     facts = {"images": images, "classes": [f"class {k}" for k in range(CLASSES)], "fingerprint": f"{images:064x}"}
-    facts |= {"id": "made up", "survey": {"left_out": {}, "otherwise": None}, "about_labels": None, "otherwise": None}
+    facts |= {
+        "id": "made up",
+        "by_folder": "directly",
+        "survey": {"left_out": {}, "otherwise": None},
+        "about_labels": None,
+        "otherwise": None,
+    }
     facts |= {"stamp": shards._stamp([tar], False), "headers": shards._headers([tar], np.array([images]), lambda i: 0)}
     header, begins = file_header(sizes, facts)
     with (root / "train.index").open("wb") as file:

@@ -8,7 +8,7 @@ from engine.data.opening import open_source
 from engine.data.source import Root
 from engine.data.splits import open_splits
 from engine.errors import UserError
-from engine.recipe.sections import Data
+from engine.recipe.sections import PretrainData
 from tests.data.images import fill, pack, png, shades
 
 
@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_said_of_its_root(roots, tmp_path):
 
 def test_splits_of_several_roots(roots, tmp_path, world):
     a, b = map(str, roots)
-    data = Data(source="folder", root=(a, b), workers=0)
+    data = PretrainData(source="folder", root=(a, b), workers=0)
     train, val = open_splits(data, tmp_path, world, batch=4)
     assert (shades(train), shades(val), val.labels.tolist()) == ([1, 2, 4, 5], [3], [1])
     # Of validation roots each gives its val images, or else all.

@@ -5,7 +5,7 @@ import pytest
 from engine.data.source import Root
 from engine.data.splits import open_labelled, open_labelled_splits, open_splits, open_unlabelled
 from engine.errors import UserError
-from engine.recipe.sections import LabelledData
+from engine.recipe.sections import LabelledData, PretrainData
 from tests.data.images import fill, pack, png, shades
 
 
@@ -22,8 +22,9 @@ def seen(splits) -> tuple:
     return shades(splits.train), None if splits.val is None else shades(splits.val)
 
 
-def opened(data, world, batch=1):
-    return open_splits(data, data.root, world, batch=batch)
+def opened(data, world, batch=1, classes="folders"):
+    taken = PretrainData(source=data.source, root=data.root, val_root=data.val_root, workers=0, classes=classes)
+    return open_splits(taken, data.root, world, batch=batch)
 
 
 def test_validation_images_are_the_roots_own_or_of_a_root_named_for_them(data, world, tmp_path):

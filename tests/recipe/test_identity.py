@@ -60,7 +60,7 @@ def any_recipe(draw):
             micro_batch_size=draw(st.none() | counts),
             on_spike=draw(st.sampled_from([None, "warn"])),
         ),
-        data=sections.Data(
+        data=sections.PretrainData(
             source="torchvision" if torchvision else draw(st.sampled_from(["folder", "shards"])),
             root=draw(paths),
             val_root=draw(st.none() | paths),
@@ -68,6 +68,7 @@ def any_recipe(draw):
             dataset_options=draw(options) if torchvision else {},
             workers=draw(st.integers(0, 99)),
             max_bad_fraction=draw(fractions),
+            classes=draw(st.sampled_from(["auto", "folders", "none"])),
         ),
         augment=dataclasses.replace(
             base.augment,
@@ -108,6 +109,7 @@ def test_fingerprint_follows_exactly_the_keys_that_a_resume_may_not_change():
     labelled = shipped("finetune_quickstart")
     expected = {"schema", "run.dir", "data.root", "data.val_root", "data.workers", "train.max_steps"}
     expected |= {"train.micro_batch_size", "train.on_spike", "run.timeout_minutes", "data.max_bad_fraction"}
+    expected |= {"data.classes"}
     assert flatten(recipe).keys() >= expected == FREE_KEYS
     sections = ("checkpoint.", "log.", "evaluate.", "parallel.")
     assert {f"{name}." for name in FREE_SECTIONS} == set(sections)
