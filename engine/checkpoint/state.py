@@ -20,6 +20,8 @@ class RunState:
         none, empty.
     contents: of the same splits, checksums of some images by their number (engine.data.contents); checkpoints of
         former versions have none.
+    accepted: how images of a split differ, or once differed, from what the run began with, in words
+        (data.accept_changes).
     image_rules: the number of the rules that said what is an image of the set (engine.data.rules); before they had
         numbers it was 1.
     order: the law by which the run permutes its images (engine.data.order); before there were two it was "sorted".
@@ -47,6 +49,7 @@ class RunState:
     order: str = "sorted"
     classes: list[str] = field(default_factory=list)
     frozen: dict[str, str] = field(default_factory=dict)
+    accepted: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,7 +78,7 @@ class RunState:
             value = getattr(self, name)
             if not isinstance(value, str) and (name in ("recipe", "order") or value is not None):
                 return f"{name} is no text"
-        for name in ("images", "made_by", "frozen"):
+        for name in ("images", "accepted", "made_by", "frozen"):
             if not _is_table_of_texts(getattr(self, name)):
                 return f"{name} is no table of texts"
         if not isinstance(self.classes, list) or not all(isinstance(name, str) for name in self.classes):

@@ -21,6 +21,11 @@ def sample(source: Source) -> dict[str, str]:
     return {str(i): _checksum(source, i) for i in spread(len(source), SAMPLED)}
 
 
+def count(checksums: Mapping[str, str]) -> int | None:
+    """How many images a source had that `sample` looked at, the last one too; None where that is not known."""
+    return max(map(int, checksums)) + 1 if checksums else None
+
+
 def _checksum(source: Source, i: int) -> str:
     try:
         return hashlib.sha256(source.content(i)).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """Several sources as one."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -41,6 +41,16 @@ class JoinedSource(Source):
     def name(self, i: int) -> str:
         k, inner = self._find(i)
         return f"{self._leads[k]}{self._parts[k].name(inner)}"
+
+    def files(self) -> Iterable[tuple[str, int]] | None:
+        found = [part.files() for part in self._parts]
+        if any(files is None for files in found):
+            return None
+        # Numbered: a root may be moved.
+        return ((f"root {k}: {name}", size) for k, files in enumerate(found, 1) for name, size in files)
+
+    def groups(self) -> Iterable[tuple[str, int, int]]:
+        return ((f"root {k}: {name}", *rest) for k, part in enumerate(self._parts, 1) for name, *rest in part.groups())
 
     def _find(self, i: int) -> tuple[int, int]:
         k = int(np.searchsorted(self._ends, i, side="right"))

@@ -1,8 +1,10 @@
 """Images that are files with a path each, whose first folder is the class."""
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from engine.data.decode import decode
@@ -27,6 +29,16 @@ class FileSource(Source):
     @abstractmethod
     def content(self, i: int) -> bytes:
         """The bytes of file i. Raises OSError."""
+
+    def files(self) -> Iterable[tuple[str, int]]:
+        return zip(map(printable, self._listing.names), self._listing.sizes_N.tolist(), strict=True)
+
+    def groups(self) -> Iterable[tuple[str, int, int]]:
+        label_N, sizes_N = self._listing.labels_N, self._listing.sizes_N
+        if label_N is None or self._listing.classes is None:
+            return [("all", len(self), int(sizes_N.sum()))]
+        images_C, bytes_C = np.bincount(label_N), np.bincount(label_N, sizes_N)
+        return zip(self._listing.classes, images_C.tolist(), map(int, bytes_C), strict=True)
 
     def read(self, i: int) -> Image.Image:
         return decode(self.content(i))

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,6 +150,16 @@ class ShardSource(FileSource):
 
     def name(self, i: int) -> str:
         return f"{self._tar(i)}:{super().name(i)}"
+
+    def files(self) -> Iterable[tuple[str, int]]:
+        tars = chain.from_iterable(repeat(tar, images) for tar, images, _ in self.groups())
+        return ((f"{tar}:{name}", size) for tar, (name, size) in zip(tars, super().files(), strict=True))
+
+    def groups(self) -> Iterator[tuple[str, int, int]]:
+        begin, sizes_N = 0, self._listing.sizes_N
+        for tar, end in zip(self._listing.names_of("tar"), self._listing.arrays["tar_images"].tolist(), strict=True):
+            yield printable(tar), end - begin, int(sizes_N[begin:end].sum())
+            begin = end
 
     def _tar(self, i: int) -> str:
         k = np.searchsorted(self._listing.arrays["tar_images"], i, side="right")

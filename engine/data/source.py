@@ -4,7 +4,7 @@ Shapes: N images.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -73,13 +73,15 @@ class Source(ABC):
     the data is. notes: what is to be said of it, a line each. otherwise: the first file that former rules took for
     something else, and the rule that does (engine.data.rules); None where there is none. folders: those of which every
     image file is one of the set, also one that is written later. by_folder: where first folders are the classes, how
-    images lie in them; None where something else says the classes, or nothing.
+    images lie in them; None where something else says the classes, or nothing. changes: how it differs from what a run
+    began with, in words, where that is accepted (engine.data.began).
     """
 
     notes: tuple[str, ...] = ()
     otherwise: str | None = None
     folders: tuple[Path, ...] = ()
     by_folder: ByFolder | None = None
+    changes: str | None = None
     labels: np.ndarray | None
     classes: tuple[str, ...] | None
     fingerprint: str
@@ -94,6 +96,19 @@ class Source(ABC):
     @abstractmethod
     def name(self, i: int) -> str:
         """What messages call image i."""
+
+    @property
+    def whole(self) -> "Source":
+        """What it is a choice of; itself where it is none."""
+        return self
+
+    def files(self) -> Iterable[tuple[str, int]] | None:
+        """Name on one line and size in bytes of every image, wherever the set lies; None where they are no files."""
+        return None
+
+    def groups(self) -> Iterable[tuple[str, int, int]]:
+        """Name, images and bytes of each tar or folder, where `files` says something."""
+        return ()
 
     def content(self, i: int) -> bytes:
         """What image i is made of: its file, or its pixels where it has none. Raises as `read`."""

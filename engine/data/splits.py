@@ -1,9 +1,11 @@
 """The images of a run or an evaluation, opened once for each node, found fit and the same on all of them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.data.began import as_begun, list_of
 from engine.data.classes import settle_classes
 from engine.data.opening import align_labels, open_source, open_validation
 from engine.data.source import Root, Source
@@ -26,11 +28,20 @@ class Splits(NamedTuple):
     val: Source | None
 
 
-def open_splits(data: PretrainData, recipe_file: Path, world: World, *, batch: int, read_only: bool = False) -> Splits:
+def open_splits(
+    data: PretrainData,
+    recipe_file: Path,
+    world: World,
+    *,
+    batch: int,
+    read_only: bool = False,
+    begun: Path | None = None,
+) -> Splits:
     """The images of pre-training, labelled or not.
 
     batch: train.global_batch_size, which they must fill. One rank of each node looks at the files, rank 0 first: it
-    alone builds a missing index, which is saved unless `read_only`.
+    alone builds a missing index, which is saved unless `read_only`. begun: the directory of a run in whose count and
+    order training images are wanted (engine.data.began).
 
     Raises:
         UserError: on every rank, where data is missing, differs between ranks, or is less than a batch.
@@ -38,7 +49,7 @@ def open_splits(data: PretrainData, recipe_file: Path, world: World, *, batch: i
 
     def find() -> Splits:
         root = _root(data, _located(data.root, recipe_file), "data.root", read_only)
-        train = open_source(root, "train")
+        train = _as_begun(data, begun, "train", open_source(root, "train"))
         if data.val_root is None:
             val = open_source(root, "val")
         else:
@@ -49,18 +60,34 @@ def open_splits(data: PretrainData, recipe_file: Path, world: World, *, batch: i
     return _open_together(find, world, f"data.root ({named(data.root)})")
 
 
-def open_labelled_splits(data: LabelledData, world: World, *, seed: int, batch: int = 1) -> Splits:
-    """The labelled images that a recipe names: `open_labelled` of its roots, of which train must fill a batch."""
+def open_labelled_splits(
+    data: LabelledData, world: World, *, seed: int, batch: int = 1, begun: Path | None = None
+) -> Splits:
+    """The labelled images that a recipe names: `open_labelled` of its roots, of which train must fill a batch.
+
+    begun: as `open_splits` has it, for both splits.
+    """
     train = _root(data, list(map(expand, each(data.root))), "data.root")
     val = train if data.val_root is None else _root(data, list(map(expand, each(data.val_root))), "data.val_root")
-    return open_labelled(train, val, world, share=data.labels, seed=seed, batch=batch)
+    ordered = partial(_as_begun, data, begun)
+    return open_labelled(train, val, world, share=data.labels, seed=seed, batch=batch, ordered=ordered)
 
 
-def open_labelled(train: Root, val: Root, world: World, *, share: float = 1.0, seed: int = 0, batch: int = 1) -> Splits:
+def open_labelled(
+    train: Root,
+    val: Root,
+    world: World,
+    *,
+    share: float = 1.0,
+    seed: int = 0,
+    batch: int = 1,
+    ordered: Callable[[str, Source], Source] = lambda _, source: source,
+) -> Splits:
     """Training and validation images with labels in one numbering.
 
     A root may hold `train` and `val`, of which each side takes its own; else all of it. share: of the training images,
-    as many of every class; seed chooses them (engine.data.subset).
+    as many of every class; seed chooses them (engine.data.subset). ordered: gives a split, by its name,
+    its order before.
 
     Raises:
         UserError: on every rank, where images are missing, unlabelled, of a class that is unknown in train, of a single
@@ -68,7 +95,7 @@ def open_labelled(train: Root, val: Root, world: World, *, share: float = 1.0, s
     """
 
     def find() -> Splits:
-        found = Splits(open_source(train, "train"), open_validation(val))
+        found = Splits(ordered("train", open_source(train, "train")), ordered("val", open_validation(val)))
         for source, root in zip(found, (train, val), strict=True):
             if source.labels is None:
                 raise UserError(
@@ -91,6 +118,10 @@ def open_unlabelled(root: Root, world: World) -> Source:
     return _open_together(lambda: Splits(open_source(root, "train"), None), world, str(root)).train
 
 
+def _as_begun(data: Data, begun: Path | None, split: str, source: Source) -> Source:
+    return source if begun is None else as_begun(source, list_of(begun, split), data.max_bad_fraction)
+
+
 def _located(paths: Paths, recipe_file: Path) -> list[Path]:
     return [locate(path, recipe_file) for path in each(paths)]
 
@@ -111,7 +142,8 @@ def _check_batch(batch: int, train: Source, root: str) -> None:
 def _open_together(find: Callable[[], Splits], world: World, name: str) -> Splits:
     """What `find` opens, once for each node; `name` begins the error's line where ranks found different images."""
     splits = once_per_node(world, find)
-    fingerprints = all_gather(tuple(s.fingerprint for s in splits if s is not None), world.host_group)
+    mine = tuple((source.fingerprint, source.changes) for source in splits if source is not None)
+    fingerprints = all_gather(mine, world.host_group)
     if len(set(fingerprints)) > 1:
         raise UserError(f"{name} must hold the same images on every node; copy them again")
     for line in dict.fromkeys(line for source in splits if source is not None for line in source.notes):

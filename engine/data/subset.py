@@ -19,12 +19,17 @@ class Subset(Source):
         self._source, self._chosen_M = source, chosen_M
         self.labels = source.labels[chosen_M]
         self.classes = source.classes
-        self.notes, self.otherwise, self.folders = source.notes, source.otherwise, source.folders
+        self.notes, self.otherwise = source.notes, source.otherwise
+        self.folders, self.changes = source.folders, source.changes
         chosen = chosen_M.astype("<i8").tobytes()
         self.fingerprint = hashlib.sha256(f"subset of {source.fingerprint} ".encode() + chosen).hexdigest()
 
     def __len__(self) -> int:
         return len(self._chosen_M)
+
+    @property
+    def whole(self) -> Source:
+        return self._source
 
     def read(self, i: int) -> Image.Image:
         return self._source.read(int(self._chosen_M[i]))

@@ -12,7 +12,7 @@ FREE_SECTIONS = frozenset({"checkpoint", "log", "evaluate", "parallel"})
 FREE_KEYS = frozenset(
     {
         *("schema", "run.dir", "run.timeout_minutes", "data.root", "data.val_root", "data.workers"),
-        *("data.classes", "data.max_bad_fraction"),
+        *("data.classes", "data.max_bad_fraction", "data.accept_changes"),
         *("train.max_steps", "train.micro_batch_size", "train.on_spike"),
     }
 )

@@ -48,6 +48,7 @@ MAX_FAILURES = "saves in a row that fail, as on a full disk, before the run ends
 CLASSES = (
     "of images in folders: whether first folders are the classes; auto: where validation's are, or none lies deeper"
 )
+ACCEPT_CHANGES = "go on where images have changed since the run began; one that is gone is unreadable"
 CROP_FRACTION = "side of the centre crop over the shorter side of the resized image; 1 sees the whole width"
 
 SCHEMA = 2  # raise it with a key whose default is not what ran before it
@@ -124,6 +125,7 @@ class Data:
     dataset_options: dict = key("what that class is called with", ARGUMENTS, default_factory=dict)
     workers: int = key("loading processes beside each training process; 0: none", NOT_NEGATIVE)
     max_bad_fraction: float = key("share of images that may be unreadable before the run ends", FRACTION, default=0.001)
+    accept_changes: bool = key(ACCEPT_CHANGES, since=2, before=False, default=False)
 
 
 @section

@@ -9,6 +9,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 from engine.checkpoint.layout import LOCK, checkpoint_folders
+from engine.data.began import list_of
 from engine.distributed.agreement import agreement, all_gather, broadcast
 from engine.distributed.launcher import found_mark, leave_mark
 from engine.distributed.world import World
@@ -24,7 +25,10 @@ REQUEUE = "REQUEUE"  # a file that a run leaves which a scheduler's signal stopp
 SCHEDULERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM)
 WENT_BACK = ".from"  # a file that names the checkpoint to which `--from` went back
 # What a run replaces.
-OWN = ("recipe.yaml", "metrics.jsonl", "classes.csv", "confusion.png", "timm", "timm_ema", REQUEUE, WENT_BACK)
+OWN = (
+    *("recipe.yaml", "metrics.jsonl", "classes.csv", "confusion.png", "timm", "timm_ema", REQUEUE, WENT_BACK),
+    *(list_of(Path(), split).name for split in ("train", "val")),
+)
 MARK = "run_dir"  # of a launch that has found or made its folder
 LOCK_SECONDS = 10.0  # ranks of a killed launch need a moment to notice and to let go
 VISIBLE_SECONDS = 10.0  # network file systems need a moment to show a new file

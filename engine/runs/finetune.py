@@ -32,6 +32,7 @@ from engine.evaluation.subject import Subject
 from engine.recipe.keys import wrong
 from engine.recipe.load import dump
 from engine.recipe.sections import Finetune
+from engine.runs.changes import begun
 from engine.runs.log import Row
 from engine.runs.run import run
 from engine.runs.supervised import Supervised, digest
@@ -66,7 +67,8 @@ def finetune(
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
     """
     started = time.perf_counter()
-    splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed, batch=recipe.train.global_batch_size)
+    batch, former = recipe.train.global_batch_size, begun(recipe, world)
+    splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed, batch=batch, begun=former)
     weights = in_turn(world, lambda: open_fetched(checkpoint, encoder, untrained=baseline == "initial", heads=heads))
     with agreement(world.host_group):
         check_randaugment(recipe)

@@ -19,6 +19,7 @@ from engine.errors import RunFailed
 from engine.evaluation.linear import LinearClassifier, linear_step
 from engine.evaluation.subject import Subject, open_subject_together
 from engine.recipe.sections import Linear
+from engine.runs.changes import begun
 from engine.runs.log import Row
 from engine.runs.run import run
 from engine.runs.supervised import Supervised, digest
@@ -39,7 +40,7 @@ def linear(
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
     """
     started = time.perf_counter()
-    splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed)
+    splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed, begun=begun(recipe, world))
     fraction = recipe.evaluate.crop_fraction
     subject = open_subject_together(checkpoint, world, encoder=encoder, crop_fraction=fraction, heads=heads)
     frozen = {"checkpoint": _lasting(checkpoint), "encoder": encoder} | ({"heads": str(heads)} if heads else {})

@@ -26,6 +26,7 @@ from engine.recipe.keys import wrong
 from engine.recipe.load import dump, locate, located
 from engine.recipe.paths import each
 from engine.recipe.sections import Pretrain
+from engine.runs.changes import begun
 from engine.runs.continuing import find_source
 from engine.runs.log import Row
 from engine.runs.monitor import has_monitor, make_probe, monitor_row, open_bank
@@ -56,7 +57,8 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World, earlier: Path | 
     with agreement(world.host_group):
         moco = make_moco(recipe)
         check_compiler(recipe.parallel, world.device)
-    splits = open_splits(recipe.data, recipe_file, world, batch=recipe.train.global_batch_size)
+    batch, former = recipe.train.global_batch_size, begun(recipe, world)
+    splits = open_splits(recipe.data, recipe_file, world, batch=batch, begun=former)
     run(Pretraining(recipe, recipe_file, world, splits, moco), started, earlier)
 
 
@@ -70,7 +72,8 @@ def preview(recipe: Pretrain, recipe_file: Path, world: World) -> str:
     lines = [_sizes(moco)]
     batch = recipe.train.global_batch_size
     try:
-        splits = open_splits(recipe.data, recipe_file, world, batch=batch, read_only=True)
+        former = begun(recipe, world)
+        splits = open_splits(recipe.data, recipe_file, world, batch=batch, read_only=True, begun=former)
         lines += Pretraining(recipe, recipe_file, world, splits, moco).opening()
     except UserError as error:
         if all(locate(root, recipe_file).exists() for root in each(recipe.data.root)):

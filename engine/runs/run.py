@@ -22,6 +22,7 @@ from engine.recipe.load import loads, located
 from engine.recipe.paths import expand
 from engine.recipe.sections import Linear, Pretrain, Recipe
 from engine.runs.back import find_earlier, go_back
+from engine.runs.changes import accept, check_images, find_changes, list_images
 from engine.runs.directory import STOP, RunDirectory, check_same_task
 from engine.runs.failures import failures_in_words, lost_ranks_in_words
 from engine.runs.log import MetricsLog, Row
@@ -58,10 +59,12 @@ def run(task: Task, started: float, earlier: Path | None = None) -> Row:
         task.start(resumes=(found or source) is not None)
         if found is not None:
             task.resume(*found)
+            accept(task, found[2])
             _say_resumed(found[0], task.step, task.plan())
         elif source is not None:
             task.begin_with(*source)
         directory.write_recipe(located(recipe, task.recipe_file), task.made_by())
+        list_images(task, directory.path)
         with agreement(world.host_group):
             resume_step = task.step if found else -1
             log = MetricsLog(directory.path, resume_step, monitor=task.monitor, enabled=world.is_first)
@@ -123,6 +126,9 @@ def _found(directory: RunDirectory, task: Task, earlier: Path | None) -> tuple[P
         manifest = read_manifest(checkpoint)
         state = RunState.read(checkpoint, manifest)
         check_same_recipe(state, manifest, task.recipe)
+    task.changes = find_changes(task, state, directory.path)
+    with agreement(group):
+        check_images(task, state)
         task.check_resume(state)
     with agreement(group):
         if goes_back and task.world.is_first:

@@ -17,11 +17,11 @@ from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.state import RunState
 from engine.data.augment import denormalise
 from engine.data.bad_images import BadImages
-from engine.data.contents import difference, sample
+from engine.data.contents import sample
 from engine.data.decode import Crops
 from engine.data.loader import Batch, train_batches
 from engine.data.order import Order
-from engine.data.rules import RULES, by_rules
+from engine.data.rules import RULES
 from engine.data.source import Source
 from engine.data.splits import Splits
 from engine.data.workers import Workers
@@ -93,6 +93,9 @@ class Task(ABC):
         self.continued_from: str | None = None  # the checkpoint of another run that this one began with
         self.parallel: Parallel | None = getattr(recipe, "parallel", None)
         self.contents: dict[str, dict[str, str]] = {}  # checksums of some images of each split (`look_at_images`)
+        self.changes: dict[str, str] = {}  # of images since the run began, by split, in words (engine.runs.changes)
+        self.accepted: dict[str, str] = {}  # those with which it ever went on
+        self.began_with: tuple[dict, dict] = ({}, {})  # fingerprint and checksums of such splits (`RunState`)
         self.refused: str | None = None  # an operation of the step that has no deterministic form here
 
     # ---- on which tasks differ
@@ -287,8 +290,10 @@ class Task(ABC):
         return RunState(
             step=self.step,
             recipe=dump(self.recipe),
-            images={split: source.fingerprint for split, (source, _) in self.images_bound().items()},
-            contents=self.contents,
+            images={split: source.fingerprint for split, (source, _) in self.images_bound().items()}
+            | self.began_with[0],
+            contents=self.contents | self.began_with[1],
+            accepted=self.accepted,
             bad_images=self.bad_images.count(),
             licence=self.licence,
             continued_from=self.continued_from,
@@ -298,17 +303,7 @@ class Task(ABC):
         )
 
     def check_resume(self, state: RunState) -> None:
-        """Raises UserError where the run was begun with other images, or met more unreadable ones than it bears; on
-        this rank alone."""
-        for split, (source, name) in self.images_bound().items():
-            differs = state.images.get(split, source.fingerprint) != source.fingerprint  # imported ones have seen none
-            found = difference(source, state.contents.get(split, {}), self.contents[split])
-            why = by_rules(state.image_rules, source) if differs else f", and {found}" if found else ""
-            if differs or found:
-                raise UserError(
-                    f"{name} must hold the images that the run in {self.recipe.run.dir} began with{why}; "
-                    "give it those, or pass another run.dir"
-                )
+        """Raises UserError where the run met more unreadable images than it bears; on this rank alone."""
         if (excess := self.too_many_bad(state.bad_images, state.step)) is not None:
             raise UserError(excess)
 
@@ -319,7 +314,7 @@ class Task(ABC):
         load(checkpoint, tensors, ignore=self.optional, group=self.world.host_group)
         self.update.step, self.order = state.step, replace(self.order, law=state.order)
         self.bad_images.total, self.licence = state.bad_images, state.licence
-        self.continued_from = state.continued_from
+        self.continued_from, self.accepted = state.continued_from, state.accepted
 
     def find_source(self) -> tuple[Path, Manifest, RunState] | None:
         """The checkpoint of another run that a new one begins with; None where it begins by itself."""

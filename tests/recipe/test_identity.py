@@ -109,7 +109,7 @@ def test_fingerprint_follows_exactly_the_keys_that_a_resume_may_not_change():
     labelled = shipped("finetune_quickstart")
     expected = {"schema", "run.dir", "data.root", "data.val_root", "data.workers", "train.max_steps"}
     expected |= {"train.micro_batch_size", "train.on_spike", "run.timeout_minutes", "data.max_bad_fraction"}
-    expected |= {"data.classes"}
+    expected |= {"data.classes", "data.accept_changes"}
     assert flatten(recipe).keys() >= expected == FREE_KEYS
     sections = ("checkpoint.", "log.", "evaluate.", "parallel.")
     assert {f"{name}." for name in FREE_SECTIONS} == set(sections)

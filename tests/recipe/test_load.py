@@ -158,6 +158,7 @@ WRONG = {
     "data.dataset_options": ["3", "null", "[1]", "{a: .nan}", "{a: [{b: 1e999}]}", "{a b: 1}"],
     "data.workers": INTEGER,
     "data.classes": ["folder", "null", "true"],
+    "data.accept_changes": ["1", "yes", "null"],
     "data.max_bad_fraction": [*NUMBER, "-0.1", "1.1"],
     "augment.crop_min": [*NUMBER, "0", "1.1"],
     "augment.hue": [*NUMBER, "-0.1", "0.6"],

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.checkpoint.manifest import own_checksum
+from engine.checkpoint.manifest import own_checksum, read_manifest
+from engine.data.order import Order
 from engine.data.rules import RULES
 from engine.distributed.world import process_group
 from engine.errors import UserError
 from engine.recipe.load import load
 from engine.runs.pretrain import pretrain
 from tests.distributed.trajectories import RECIPE, SMALL
-from tests.runs.small import VAL, linear_recipe, run_linear
+from tests.runs.small import VAL, linear_recipe, rows, run_linear
 
 FOLDER = ["data.source=folder", "data.dataset=null", "data.dataset_options={}", "data.workers=0"]
 
@@ -28,8 +29,8 @@ def fill(images, seed: int) -> None:
         Image.fromarray(draw.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(images / f"{number:02}.bmp")
 
 
-def small_run(run, root, steps: int) -> None:
-    values = [*SMALL, *FOLDER, "model.dim=16", "model.heads=2", f"run.dir={run}", f"data.root={root}"]
+def small_run(run, root, steps: int, *overrides: str) -> None:
+    values = [*SMALL, *FOLDER, "model.dim=16", "model.heads=2", f"run.dir={run}", f"data.root={root}", *overrides]
     with process_group() as world:
         pretrain(load(RECIPE, [*values, f"train.max_steps={steps}"]), RECIPE, world)
 
@@ -45,7 +46,9 @@ def test_others_under_the_same_names_and_sizes_are_refused(tmp_path):
     words = (
         rf"data.root \({place}\) must hold the images that the run in .* began with, and 00.bmp holds something else"
     )
-    with pytest.raises(UserError, match=words + "; give it those, or pass another run.dir"):
+    with pytest.raises(
+        UserError, match=words + "; give it those, go on with data.accept_changes=true, or pass another run.dir"
+    ):
         train(2)
 
     manifest = run / "checkpoints/step_0000001/MANIFEST.json"
@@ -61,8 +64,8 @@ def test_others_under_the_same_names_and_sizes_are_refused(tmp_path):
     fill(images, 0)
     with pytest.raises(UserError, match=words):
         train(3)
-    (images / "15.bmp").unlink()  # not the same names either: that says enough
-    with pytest.raises(UserError, match="began with; give it those"):
+    (images / "15.bmp").unlink()
+    with pytest.raises(UserError, match=r"began with, and 1 gone \(15.bmp\); give it those"):
         train(3)
 
 
@@ -78,6 +81,43 @@ def test_several_roots_may_move(tmp_path, monkeypatch):
         UserError, match=r"data.root \(b, other\) must hold the images .*, and b:00.bmp holds something"
     ):
         small_run("run", "[b, other]", 3)
+
+
+def losses(run) -> list[tuple]:
+    return [(row["step"], row["loss"], row["bad_images"]) for row in rows(run, "loss")]
+
+
+def test_a_run_goes_on_where_an_image_is_lost_or_repaired(tmp_path, capfd):
+    """As one that could not read it from the start; where all is as it was again, nothing has to be accepted."""
+    images, run, other = tmp_path / "images", tmp_path / "run", tmp_path / "other"
+    fill(images, 0)
+    name = f"{Order(0, 16, 8).share(1, 0, 1)[1][0]:02}.bmp"  # of the second step
+    small_run(run, images, 1, "log.every_steps=1")
+    kept = (images / name).read_bytes()
+    (images / name).unlink()
+    again, bears = (run, images, 3, "log.every_steps=1"), "data.max_bad_fraction=0.1"
+    with pytest.raises(
+        UserError, match=rf"began with, and 1 gone \({name}\); give it those, go on with data.accept_ch"
+    ):
+        small_run(*again, bears)
+    with pytest.raises(UserError, match=rf"max_bad_fraction \(0.0\) must bear what is gone .*: 1 gone \({name}\)"):
+        small_run(*again, "data.accept_changes=true", "data.max_bad_fraction=0")
+    small_run(*again, "data.accept_changes=true", bears)
+    assert (
+        f"not all images are as the run began with them, which is accepted: 1 gone ({name})" in capfd.readouterr().err
+    )
+    manifest = read_manifest(run / "checkpoints/step_0000003")
+    assert manifest.state["accepted"] == {"train": f"1 gone ({name})"}
+
+    (images / name).write_bytes(b"broken".ljust(len(kept), b"."))
+    small_run(other, images, 1, "log.every_steps=1", bears)
+    small_run(other, images, 3, "log.every_steps=1", bears)
+    assert losses(run) == losses(other)
+    assert [bad for _, _, bad in losses(run)][:2] == [0, 1]
+
+    (images / name).write_bytes(kept)
+    small_run(run, images, 4, "log.every_steps=1", bears)
+    assert read_manifest(run / "checkpoints/step_0000004").state["accepted"] == {"train": f"1 gone ({name})"}
 
 
 def test_a_run_may_lie_among_its_images_in_a_folder_of_its_own(tmp_path):
