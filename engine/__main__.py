@@ -10,6 +10,7 @@ from engine.errors import UserError, did_you_mean, one_line
 DOORS = {
     "run": "pre-train from a recipe; the same command resumes",
     "evaluate": "kNN, RankMe, linear classification, fine-tuning",
+    "pack": "images of any source as tars",
     "export": "weights for timm, torchvision, transformers, DeiT, ONNX",
     "embed": "features of any images, as a file",
     "predict": "classes of any images by a fine-tuned or linear run",

@@ -38,6 +38,10 @@ class JoinedSource(Source):
         k, inner = self._find(i)
         return self._parts[k].content(inner)
 
+    def file(self, i: int) -> bytes | None:
+        k, inner = self._find(i)
+        return self._parts[k].file(inner)
+
     def name(self, i: int) -> str:
         k, inner = self._find(i)
         return f"{self._leads[k]}{self._parts[k].name(inner)}"

@@ -63,7 +63,9 @@ def _open(root: Root, split: Split) -> Source | None:
     except OSError as error:
         if root.path.exists():
             raise UserError(f"{root} must be readable; {reason(error)}") from error
-        raise UserError(f"{root} must exist; pass {root.key}=/path/to/images") from error
+        is_option = "." in root.key or root.key.startswith("-")
+        do = f"pass {root.key}=/path/to/images" if is_option else "pass another path"
+        raise UserError(f"{root} must exist; {do}") from error
 
 
 def guess_kind(root: Path) -> str:

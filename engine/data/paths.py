@@ -40,6 +40,9 @@ class FileSource(Source):
         images_C, bytes_C = np.bincount(label_N), np.bincount(label_N, sizes_N)
         return zip(self._listing.classes, images_C.tolist(), map(int, bytes_C), strict=True)
 
+    def file(self, i: int) -> bytes:
+        return self.content(i)
+
     def read(self, i: int) -> Image.Image:
         return decode(self.content(i))
 

@@ -49,7 +49,7 @@ class Root:
 
     def of_source(self, kind: str) -> str:
         """What to pass where the images are of another kind."""
-        return f"--source {kind}" if self.key.startswith("-") else f"data.source={kind}"
+        return f"data.source={kind}" if "." in self.key else f"--source {kind}"
 
 
 def part_of(root: Root, split: Split, train: T, val: T, everything: T) -> T:
@@ -114,6 +114,10 @@ class Source(ABC):
         """What image i is made of: its file, or its pixels where it has none. Raises as `read`."""
         image = self.read(i)
         return f"{image.size} ".encode() + image.tobytes()
+
+    def file(self, i: int) -> bytes | None:
+        """The file that image i is; None where it has none. Raises as `read`."""
+        return None
 
     def labels_among(self, classes: tuple[str, ...]) -> np.ndarray:
         """The labels in the numbering of other classes, among which are all of this source's, matched by name."""
