@@ -25,6 +25,8 @@ class RunState:
     image_rules: the number of the rules that said what is an image of the set (engine.data.rules); before they had
         numbers it was 1.
     order: the law by which the run permutes its images (engine.data.order); before there were two it was "sorted".
+    decoder: what decodes JPEG files for the run's crops, and its version (engine.data.jpeg); before there were two it
+        was "pillow".
     bad_images: unreadable ones that the run met.
     licence: of imported weights, which binds what is made of them.
     continued_from: checksum of the manifest of the checkpoint that the run began with (run.continue_from).
@@ -47,6 +49,7 @@ class RunState:
     made_by: dict[str, str] = field(default_factory=dict)
     image_rules: int = 1
     order: str = "sorted"
+    decoder: str = "pillow"
     classes: list[str] = field(default_factory=list)
     frozen: dict[str, str] = field(default_factory=dict)
     accepted: dict[str, str] = field(default_factory=dict)
@@ -74,9 +77,10 @@ class RunState:
         for name in ("step", "bad_images", "image_rules"):
             if type(getattr(self, name)) is not int:
                 return f"{name} is no integer"
-        for name in ("recipe", "order", "licence", "continued_from", "network", "about"):
+        texts = ("recipe", "order", "decoder")
+        for name in (*texts, "licence", "continued_from", "network", "about"):
             value = getattr(self, name)
-            if not isinstance(value, str) and (name in ("recipe", "order") or value is not None):
+            if not isinstance(value, str) and (name in texts or value is not None):
                 return f"{name} is no text"
         for name in ("images", "accepted", "made_by", "frozen"):
             if not _is_table_of_texts(getattr(self, name)):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from engine.data.jpeg import Jpeg
 from engine.data.source import Source
 from engine.errors import UserError, listed, reason
 from engine.files import draft, publish
@@ -210,7 +211,7 @@ class AsBegun(Source):
     def __len__(self) -> int:
         return len(self._place_N)
 
-    def read(self, i: int) -> Image.Image:
+    def read(self, i: int) -> Image.Image | Jpeg:
         return self._source.read(self._present(i))
 
     def content(self, i: int) -> bytes:

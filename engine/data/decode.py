@@ -5,21 +5,25 @@ Shapes: V views, B samples, D random numbers per sample and view, S side of a cr
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import functional as F
 
-from engine.data.philox import CROP, uniform
+from engine.data.jpeg import PILLOW, SIMPLEJPEG, Jpeg
+from engine.data.philox import CROP, uniform_array
 from engine.recipe.sections import Interpolation
 
 _NEW_SUFFIXES = (".jfif", ".jpe", ".ppm", ".pgm", ".avif")  # since rules 2 (engine.data.rules)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", *_NEW_SUFFIXES)
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # never all: Pillow starts Ghostscript for EPS
+
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 _TRIES = 10
 _ASPECTS = (3 / 4, 4 / 3)
@@ -36,19 +40,26 @@ def is_new_suffix(name: bytes) -> bool:
     return name.lower().endswith(tuple(suffix.encode() for suffix in _NEW_SUFFIXES))
 
 
-def decode(data: bytes) -> Image.Image:
-    """The RGB image in a file's bytes, its first frame. EXIF orientation is ignored, as is usual in this field.
+def decode(data: bytes) -> Image.Image | Jpeg:
+    """The image in a file's bytes, its first frame: RGB, or a JPEG that is decoded when its crops are cut.
 
-    Raises whatever Pillow raises where the bytes are broken or cut short.
+    EXIF orientation is ignored, as is usual in this field. Raises whatever Pillow raises where the bytes are broken or
+    cut short; of a JPEG, what is cut short is found when it is decoded.
     """
+    return Jpeg.of(data) or _opened(data)
+
+
+def _opened(data: bytes) -> Image.Image:
     try:
         return to_rgb(Image.open(io.BytesIO(data), formats=_FORMATS))
     except UnidentifiedImageError:  # Pillow's own text names an object in memory
         raise ValueError(f"not an image of the kinds {', '.join(_FORMATS)}") from None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB from any mode that has a meaning of its own: alpha is dropped, 16-bit grey is scaled to 8 bits."""
+def to_rgb(image: Image.Image | Jpeg) -> Image.Image:
+    """RGB, by Pillow, from any mode with a meaning of its own: alpha is dropped, 16-bit grey is scaled to 8 bits."""
+    if isinstance(image, Jpeg):
+        return _opened(image.data)
     if image.mode.startswith("I"):
         return _from_16_bit(image)
     if image.mode == "F":
@@ -71,10 +82,10 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 
 def crop_draws(seed: int, epoch: int, sample_B: Tensor, view: int) -> np.ndarray:
     """The random numbers behind the crops of a whole batch, for `crop_box`: float64 [B, D] in [0, 1)."""
-    return uniform(seed, epoch, sample_B, view, CROP, DRAWS).numpy()
+    return uniform_array(seed, epoch, sample_B.numpy(), view, CROP, DRAWS)
 
 
-def crop_box(draw_D: Sequence[float], height: int, width: int, crop_min: float) -> tuple[int, int, int, int]:
+def crop_box(draw_D: Sequence[float], height: int, width: int, crop_min: float) -> Box:
     """(top, left, height, width) in pixels of one RandomResizedCrop, with torchvision's distribution.
 
     The area is uniform from crop_min to 1 of the image's, the aspect ratio log-uniform from 3/4 to 4/3; the first of
@@ -101,6 +112,7 @@ class Crops:
         crop_min: the least area of a crop, as a share of the image's.
         views: V, how many crops of an image.
         after_crop: what else is done to a crop, given (crop, epoch, sample).
+        pillow: Pillow decodes and resizes JPEG files too, as in runs that former versions began.
     """
 
     size: int
@@ -108,6 +120,13 @@ class Crops:
     views: int = 2
     interpolation: Interpolation = "bilinear"
     after_crop: Callable[[Image.Image, int, int], Image.Image] | None = None
+    pillow: bool = False
+
+    @property
+    def decoder(self) -> str:
+        """Of JPEG files; where Pillow resizes, a faster decoder gains nothing."""
+        # Torch's bicubic crops are up to 14 levels away from Pillow's, its bilinear ones 1.
+        return PILLOW if self.pillow or self.interpolation == "bicubic" else SIMPLEJPEG
 
     def draw(self, seed: int, epoch: int, sample_B: Tensor) -> list[Sequence[Sequence[float]]]:
         """The random numbers behind the crops of a whole batch: for each sample V rows of D."""
@@ -115,16 +134,62 @@ class Crops:
         return list(zip(*draw_VBD, strict=True))
 
     def cut(
-        self, image: Image.Image, draw_VD: Sequence[Sequence[float]], epoch: int, sample: int, out_V3SS: np.ndarray
+        self,
+        image: Image.Image | Jpeg,
+        draw_VD: Sequence[Sequence[float]],
+        epoch: int,
+        sample: int,
+        out_V3SS: np.ndarray,
     ) -> None:
-        """Write the crops of an RGB image, antialiased, into uint8 [V, 3, S, S]."""
-        for draw_D, out_3SS in zip(draw_VD, out_V3SS, strict=True):
-            top, left, height, width = crop_box(draw_D, image.height, image.width, self.crop_min)
-            # Cut, then resize: resize(box=...) would let pixels around the box bleed into its border.
-            crop = image.crop((left, top, left + width, top + height))
-            crop = crop.resize((self.size, self.size), RESAMPLING[self.interpolation])
-            crop = crop if self.after_crop is None else self.after_crop(crop, epoch, sample)
-            out_3SS[...] = np.asarray(crop).transpose(2, 0, 1)
+        """Write the crops of an image, antialiased, into uint8 [V, 3, S, S]. Raises as `decode` where it is broken."""
+        boxes = [crop_box(draw_D, image.height, image.width, self.crop_min) for draw_D in draw_VD]
+        if isinstance(image, Jpeg) and self.decoder == SIMPLEJPEG:
+            crops = _cut_from_jpeg(image, boxes, self.size)
+        else:
+            crops = _cut_by_pillow(to_rgb(image), boxes, self.size, self.interpolation)
+        for crop_SS3, out_3SS in zip(crops, out_V3SS, strict=True):
+            if self.after_crop is not None:
+                crop_SS3 = np.asarray(self.after_crop(Image.fromarray(crop_SS3), epoch, sample))
+            out_3SS[...] = crop_SS3.transpose(2, 0, 1)
+
+
+def _cut_by_pillow(image: Image.Image, boxes: Sequence[Box], size: int, by: Interpolation) -> Iterator[np.ndarray]:
+    """The pixels in the boxes of an RGB image, resized: each uint8 [S, S, 3]."""
+    for top, left, height, width in boxes:
+        # Cut, then resize: resize(box=...) would let pixels around the box bleed into its border.
+        crop = image.crop((left, top, left + width, top + height))
+        yield np.asarray(crop.resize((size, size), RESAMPLING[by]))
+
+
+def _cut_from_jpeg(jpeg: Jpeg, boxes: Sequence[Box], size: int) -> Iterator[np.ndarray]:
+    """The same by simplejpeg and torch, bilinear: up to 1 level from Pillow's where nothing is reduced."""
+    reduction = reduction_for(boxes, size)
+    try:
+        pixels_HW3 = jpeg.pixels(reduction)
+    except ValueError:  # Pillow says what is an image: it bears some damage, and has its own words for the rest
+        pixels_HW3, reduction = np.asarray(to_rgb(jpeg)), 1
+    for top, left, height, width in boxes:
+        edges = (top, top + height, left, left + width)
+        top, bottom, left, right = (round(edge / reduction) for edge in edges)
+        # Torch would copy what is not contiguous too, three times as slowly.
+        crop_HW3 = torch.from_numpy(pixels_HW3[top:bottom, left:right].copy())
+        yield resized(crop_HW3, size)
+
+
+def reduction_for(boxes: Sequence[Box], size: int) -> int:
+    """The part of a JPEG's height and width, 1, 2 or 4 times smaller, that suffices for crops of `size` pixels.
+
+    The reduced boxes keep at least twice as many pixels as their crops have, along each side. Then crops of the same
+    boxes differ by less than 1 level on average; with 1.5 times as many, or an eighth of the height, by more.
+    """
+    least = min(side for _, _, height, width in boxes for side in (height, width))
+    return next((reduction for reduction in (4, 2) if least >= 2 * reduction * size), 1)
+
+
+def resized(image_HW3: Tensor, size: int) -> np.ndarray:
+    """Bilinear and antialiased: uint8 [S, S, 3]."""
+    image_13HW = image_HW3[None].permute(0, 3, 1, 2)  # in channels_last, for which torch has fast code
+    return interpolate(image_13HW, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
 @dataclass(frozen=True)
@@ -135,7 +200,7 @@ class CenterCrop:
     fraction: float = 224 / 256
     interpolation: Interpolation = "bilinear"
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """An RGB image to uint8 [3, S, S]."""
-        resized = F.resize(image, [round(self.size / self.fraction)], F.InterpolationMode(self.interpolation))
+    def __call__(self, image: Image.Image | Jpeg) -> Tensor:
+        """An RGB image, or a JPEG, to uint8 [3, S, S]; by Pillow, as numbers in papers are measured."""
+        resized = F.resize(to_rgb(image), [round(self.size / self.fraction)], F.InterpolationMode(self.interpolation))
         return torch.from_numpy(np.array(F.center_crop(resized, [self.size, self.size])).transpose(2, 0, 1))

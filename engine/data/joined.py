@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
+from engine.data.jpeg import Jpeg
 from engine.data.source import Source
 
 
@@ -30,7 +31,7 @@ class JoinedSource(Source):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def read(self, i: int) -> Image.Image:
+    def read(self, i: int) -> Image.Image | Jpeg:
         k, inner = self._find(i)
         return self._parts[k].read(inner)
 

@@ -5,7 +5,7 @@ What is in a batch depends on (source, seed, step) alone: not on workers, ranks 
 Shapes: V views, B samples of one rank's batch, P of a part of it, S side of an image in pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -18,11 +18,14 @@ from torch import Tensor
 
 from engine.data.bad_images import Bad
 from engine.data.decode import CenterCrop, Crops
+from engine.data.jpeg import Jpeg
 from engine.data.order import REPEAT, Order
 from engine.data.parts import Draft, delivered, joined
 from engine.data.source import Source
 from engine.data.workers import Workers
 from engine.errors import UserError, one_line
+
+Use = Callable[[Image.Image | Jpeg], None]
 
 _NEIGHBOURS = 100  # how far to look for an image in place of an unreadable one
 
@@ -135,11 +138,12 @@ class _CutCrops:
         draw_PVD = self.crops.draw(self.seed, epoch, torch.from_numpy(sample_P))
         shown_P, found = (sample_P % REPEAT).tolist(), []
         for p, number in enumerate(shown_P):
-            image = _read(source, number)
-            if isinstance(image, Bad):
-                found.append(image)
-                shown_P[p], image = _next_readable(source, image, number)
-            self.crops.cut(image, draw_PVD[p], epoch, int(sample_P[p]), out_VP3SS[:, p])
+            rest = {"epoch": epoch, "sample": int(sample_P[p]), "out_V3SS": out_VP3SS[:, p]}
+            cut = partial(self.crops.cut, draw_VD=draw_PVD[p], **rest)
+            unreadable = _read(source, number, cut)
+            if unreadable is not None:
+                found.append(unreadable)
+                shown_P[p] = _next_readable(source, unreadable, number, cut)
         return shown_P, found
 
 
@@ -149,13 +153,12 @@ def _train_batch(draft: Draft) -> Batch:
     return Batch(step, epoch, draft.pixels, torch.from_numpy(draft.image_B), shown_B, [*chain(*bad)])
 
 
-def _next_readable(source: Source, bad: Bad, i: int) -> tuple[int, Image.Image]:
-    """Number and image of the first after i, which is bad, that can be read."""
+def _next_readable(source: Source, bad: Bad, i: int, use: Use) -> int:
+    """The number of the first after i, which is bad, that can be read."""
     after = min(_NEIGHBOURS, len(source) - 1)
     for neighbour in range(i + 1, i + 1 + after):
-        image = _read(source, neighbour % len(source))
-        if not isinstance(image, Bad):
-            return neighbour % len(source), image
+        if _read(source, neighbour % len(source), use) is None:
+            return neighbour % len(source)
     raise UserError(
         f"data.root must hold readable images; {bad.name} ({bad.reason}) and the {after} after it are not; repair them"
     )
@@ -174,11 +177,7 @@ class _CutCentre:
 
     def _cut(self, source: Source, i: int, out_3SS: np.ndarray) -> Bad | None:
         out_3SS[...] = 0
-        image = _read(source, i) if i >= 0 else None
-        if not isinstance(image, Image.Image):
-            return image
-        out_3SS[...] = self.crop(image)
-        return None
+        return _read(source, i, lambda image: np.copyto(out_3SS, self.crop(image))) if i >= 0 else None
 
 
 def _eval_batch(source: Source, draft: Draft) -> EvalBatch:
@@ -197,9 +196,11 @@ def _eval_batch(source: Source, draft: Draft) -> EvalBatch:
     return EvalBatch(images, torch.from_numpy(ids_B), torch.from_numpy(labels_B), valid, bad)
 
 
-def _read(source: Source, i: int) -> Image.Image | Bad:
+def _read(source: Source, i: int, use: Use) -> Bad | None:
+    """Use image i, which may be decoded only then; why it cannot be read, or None."""
     try:
-        return source.read(i)
+        use(source.read(i))
+        return None
     except MemoryError:
         raise
     except Exception as error:  # broken files make Pillow raise nearly anything; all of it is reported

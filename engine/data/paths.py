@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from engine.data.decode import decode
+from engine.data.jpeg import Jpeg
 from engine.data.listing import Listing
 from engine.data.source import Source
 from engine.data.survey import Survey, printable
@@ -43,7 +44,7 @@ class FileSource(Source):
     def file(self, i: int) -> bytes:
         return self.content(i)
 
-    def read(self, i: int) -> Image.Image:
+    def read(self, i: int) -> Image.Image | Jpeg:
         return decode(self.content(i))
 
     def path(self, i: int) -> bytes:

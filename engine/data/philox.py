@@ -61,8 +61,15 @@ def uniform(seed: int, epoch: int | Tensor, sample_B: Tensor, view: int, stream:
     return bits_BN4.flatten(1)[:, :count].double() * 2.0**-32
 
 
+def uniform_array(seed: int, epoch: int, sample_B: np.ndarray, view: int, stream: int, count: int) -> np.ndarray:
+    """`uniform` by numpy, for few samples at a time: float64 [B, count]."""
+    words = _words(seed, epoch, sample_B[:, None], view, stream, np.arange((count + 3) // 4))
+    bits_BN4 = np.stack(np.broadcast_arrays(*words), -1)
+    return bits_BN4.reshape(len(sample_B), -1)[:, :count] * 2.0**-32
+
+
 def _words(
-    seed: int, epoch: int | Tensor, sample_B: Numbers, view: int, stream: int, block: int | Tensor
+    seed: int, epoch: int | Tensor, sample_B: Numbers, view: int, stream: int, block: int | Numbers
 ) -> tuple[Numbers, Numbers, Numbers, Numbers]:
     place = (sample_B >> 32 << 16) + (view + (stream << 8))
     return philox4x32((sample_B & _WORD, epoch & _WORD, place, block), (seed & _WORD, seed >> 32 & _WORD))

@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from PIL import Image
 
+from engine.data.decode import to_rgb
+from engine.data.jpeg import Jpeg
 from engine.errors import UserError, listed
 
 T = TypeVar("T")
@@ -90,8 +92,8 @@ class Source(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def read(self, i: int) -> Image.Image:
-        """Image i as RGB. Raises any Exception where it cannot be read."""
+    def read(self, i: int) -> Image.Image | Jpeg:
+        """Image i as RGB, or as a JPEG to be decoded. Raises any Exception where it cannot be read."""
 
     @abstractmethod
     def name(self, i: int) -> str:
@@ -112,7 +114,7 @@ class Source(ABC):
 
     def content(self, i: int) -> bytes:
         """What image i is made of: its file, or its pixels where it has none. Raises as `read`."""
-        image = self.read(i)
+        image = to_rgb(self.read(i))
         return f"{image.size} ".encode() + image.tobytes()
 
     def file(self, i: int) -> bytes | None:

@@ -8,6 +8,7 @@ import hashlib
 import numpy as np
 from PIL import Image
 
+from engine.data.jpeg import Jpeg
 from engine.data.philox import SUBSET, random_64
 from engine.data.source import Source
 
@@ -31,7 +32,7 @@ class Subset(Source):
     def whole(self) -> Source:
         return self._source
 
-    def read(self, i: int) -> Image.Image:
+    def read(self, i: int) -> Image.Image | Jpeg:
         return self._source.read(int(self._chosen_M[i]))
 
     def content(self, i: int) -> bytes:

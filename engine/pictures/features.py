@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.data.decode import decode
+from engine.data.decode import decode, to_rgb
 from engine.data.opening import open_source
 from engine.data.outputs import check_picture
 from engine.data.source import Root, Source
@@ -86,7 +86,7 @@ def open_featured(checkpoint: str, root: Root, out: Path, *, at_most: int, worke
 def read_image(key: str, file: Path) -> Image.Image:
     """An RGB image of the user's; `key` is what its error calls it. Raises UserError."""
     try:
-        return decode(file.read_bytes())
+        return to_rgb(decode(file.read_bytes()))
     except Exception as error:  # broken files make Pillow raise nearly anything
         raise UserError(f"{key} ({file}) must be a readable image: {reason(error)}; pass another") from error
 

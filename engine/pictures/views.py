@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.data import bad_images
 from engine.data.augment import Augment, denormalise
-from engine.data.decode import Crops, crop_box
+from engine.data.decode import Crops, crop_box, to_rgb
 from engine.data.loader import Batch, train_batches
 from engine.data.order import Order
 from engine.data.outputs import check_picture
@@ -64,7 +64,7 @@ def first_samples(recipe: Pretrain, source: Source) -> list[Sample]:
     samples = []
     for i, draw_2D, view_2SS3 in zip(batch.sample_B.tolist(), draw_B2D, _views(recipe, batch), strict=True):
         if source.name(i) not in unreadable:
-            image = source.read(i)
+            image = to_rgb(source.read(i))
             boxes = [crop_box(draw_D, image.height, image.width, crops.crop_min) for draw_D in draw_2D]
             samples.append(Sample(np.asarray(image), boxes, view_2SS3))
     return samples

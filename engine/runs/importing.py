@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.checkpoint.layout import checkpoint_folders
 from engine.checkpoint.save import save
 from engine.checkpoint.state import RunState
+from engine.data.jpeg import SIMPLEJPEG, with_version
 from engine.data.order import PERMUTED
 from engine.distributed.world import process_group
 from engine.errors import UserError
@@ -50,7 +51,8 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
             fresh, copied = [*OF_TRUNK, "optimizer"], "; the momentum trunk is a copy of the base trunk"
         note(f"fresh: {', '.join(fresh)}{copied}")
         licence = original.about and original.about.licence
-        saved = RunState(0, dump(recipe), images={}, licence=licence, made_by=world.made_by(), order=PERMUTED)
+        laws = {"order": PERMUTED, "decoder": with_version(SIMPLEJPEG)}  # as of a run that begins now
+        saved = RunState(0, dump(recipe), images={}, licence=licence, made_by=world.made_by(), **laws)
         path = save(checkpoints, tensors, saved, recipe_sha256=fingerprint(recipe), group=world.host_group)
     return {"checkpoint": str(path), "fresh": fresh}
 

@@ -10,6 +10,7 @@ from engine.checkpoint.load import newest_valid
 from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.retain import clean
 from engine.checkpoint.state import RunState
+from engine.data.jpeg import DECODERS, PILLOW, with_version, without_version
 from engine.data.order import LAWS
 from engine.data.outputs import check_run_directory
 from engine.distributed.agreement import agreement, all_gather, broadcast
@@ -63,6 +64,7 @@ def run(task: Task, started: float, earlier: Path | None = None) -> Row:
             _say_resumed(found[0], task.step, task.plan())
         elif source is not None:
             task.begin_with(*source)
+        _say_decoder(task, found[2] if found else None)
         directory.write_recipe(located(recipe, task.recipe_file), task.made_by())
         list_images(task, directory.path)
         with agreement(world.host_group):
@@ -137,13 +139,15 @@ def _found(directory: RunDirectory, task: Task, earlier: Path | None) -> tuple[P
 
 
 def check_same_recipe(state: RunState, manifest: Manifest, recipe: Recipe) -> None:
-    """Raises UserError where a checkpoint was begun with values that a resume may not change, or an unknown order."""
+    """Raises UserError where a checkpoint was begun with values that a resume may not change, or in unknown ways."""
     check_same_task(state.recipe, recipe)
-    if state.order not in LAWS:
-        raise UserError(
-            f"run.dir ({recipe.run.dir}) must hold a run of this version or an earlier one: its order of images is "
-            f"{one_line(state.order)}; go on with the version that wrote it, or pass another run.dir"
-        )
+    decoder = without_version(state.decoder)
+    for what, found, known in (("order of images", state.order, LAWS), ("decoder", decoder, DECODERS)):
+        if found not in known:
+            raise UserError(
+                f"run.dir ({recipe.run.dir}) must hold a run of this version or an earlier one: its {what} is "
+                f"{one_line(found)}; go on with the version that wrote it, or pass another run.dir"
+            )
     begun = loads(state.recipe, f"recipe of the run in {recipe.run.dir}", kind=type(recipe))
     _say_archives(begun, recipe)
     differences = resume_differences(begun, recipe)
@@ -200,6 +204,13 @@ def _lost_bits(task: Task) -> list[str]:
 def _say_resumed(checkpoint: Path, step: int, plan: Plan) -> None:
     done = ": the run is finished" if step >= plan.last_step else f" of {plan.last_step:,}"
     say(f"resumed   {checkpoint} at step {step:,}{done}")
+
+
+def _say_decoder(task: Task, state: RunState | None) -> None:
+    """state: that from which the run goes on; None where it begins."""
+    now = with_version(task.crops.decoder)
+    differs = state is not None and state.decoder not in (now, PILLOW)  # former versions did not say which Pillow
+    say(f"decoder   {now}{f'; {state.decoder} until here, so that pixels may differ' if differs else ''}")
 
 
 def _closing(task: Task, directory: RunDirectory, trainer: Trainer, log: MetricsLog, left: list[str]) -> Row:

@@ -19,6 +19,7 @@ from engine.data.augment import denormalise
 from engine.data.bad_images import BadImages
 from engine.data.contents import sample
 from engine.data.decode import Crops
+from engine.data.jpeg import PILLOW, with_version, without_version
 from engine.data.loader import Batch, train_batches
 from engine.data.order import Order
 from engine.data.rules import RULES
@@ -300,6 +301,7 @@ class Task(ABC):
             made_by=self.made_by(),
             image_rules=RULES,
             order=self.order.law,
+            decoder=with_version(self.crops.decoder),
         )
 
     def check_resume(self, state: RunState) -> None:
@@ -313,6 +315,7 @@ class Task(ABC):
         tensors = {name: tensor for name, tensor in self.tensors().items() if not name.startswith(lacks)}
         load(checkpoint, tensors, ignore=self.optional, group=self.world.host_group)
         self.update.step, self.order = state.step, replace(self.order, law=state.order)
+        self.crops = replace(self.crops, pillow=without_version(state.decoder) == PILLOW)
         self.bad_images.total, self.licence = state.bad_images, state.licence
         self.continued_from, self.accepted = state.continued_from, state.accepted
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from engine import bench
 from engine.benchmarks import data, loss
 from engine.benchmarks.step import Subject, measure_step
+from engine.data.decode import decode, to_rgb
 from engine.distributed.world import process_group
 from engine.errors import UserError
 from engine.recipe.load import load
@@ -93,25 +95,38 @@ def test_checkpoint(found, tmp_path, monkeypatch):
 
 
 def test_data(found, monkeypatch):
-    monkeypatch.setattr(data, "IMAGES", 2)
-    result = found("data")
-    ours, theirs = (result[f"{side}images_per_second_per_core"] for side in ("", "reference_"))
-    assert result == {
-        "images_per_second_per_core": ours,
-        "reference_images_per_second_per_core": theirs,
-        "ratio": pytest.approx(ours / theirs),
-    }
-    (file,) = data.make_files(1)
-    assert 50_000 < len(file) < 200_000
+    monkeypatch.setattr(data, "FILES", {kind: files._replace(count=1) for kind, files in data.FILES.items()})
+    monkeypatch.setattr(data, "ROUNDS", 1)
+    result, sides = found("data"), ("images_per_second_per_core", "reference_images_per_second_per_core", "ratio")
+    assert result.keys() == {kind + key for kind in ("", "large_") for key in sides}
+    for kind in ("", "large_"):
+        ours, theirs, ratio = (result[kind + key] for key in sides)
+        assert ratio == pytest.approx(ours / theirs)
+    assert result["images_per_second_per_core"] > result["large_images_per_second_per_core"]
+
+
+def test_its_files_are_photographs_of_the_size_that_it_says():
+    files = data.make_files(data.Files(4, 500, 375))
+    assert 50_000 < np.mean([len(file) for file in files]) < 60_000
+    assert len({file[-2000:] for file in files}) == 4
+    (large,) = data.make_files(data.Files(1, 2000, 1500))
+    images = [to_rgb(decode(file)) for file in (*files, large)]
+    assert [image.size for image in images] == [(500, 375)] * 4 + [(2000, 1500)]
+
+
+def test_without_photographs_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match=r"^bench data needs the photographs of scikit-learn.* do `pip install"):
+        data.measure_data()
 
 
 def test_both_pipelines_give_two_views():
-    files = data.make_files(2)
+    files = data.make_files(data.Files(2, 500, 375))
     views = data.transform(files, [data.published_pipeline(view) for view in (0, 1)])
     assert [view.shape for view in views] == [(3, 224, 224)] * 4
-    crops = data.cut(files, data.Crops(data.SIZE, data.CROP_MIN))
-    assert crops.shape == (2, 2, 3, 224, 224)
-    assert crops[0].std() > 10
+    crops = np.zeros((2, 3, data.SIZE, data.SIZE), np.uint8)
+    data.cut(files, data.Crops(data.SIZE, data.CROP_MIN), crops)
+    assert all(crop.std() > 10 for crop in crops)
 
 
 def test_loss(found):

@@ -21,6 +21,7 @@ def test_what_is_written_is_read():
         *(4, "task: pretrain", {"train": "a", "val": "b"}, {"train": {"3": "d"}}),
         *(1, "CC0-1.0", "e", "c", "{}", {"torch": "2", "ranks": "8"}),
         order="permuted",
+        decoder="simplejpeg 1.9.0",
     )
     assert read(json.loads(json.dumps(state.to_json()))) == state
 
@@ -39,6 +40,7 @@ def test_earlier_forms_are_read(former, images):
     assert (state.licence, state.network) == (former.get("licence"), former.get("network"))
     assert state.image_rules == 1
     assert state.order == "sorted"
+    assert state.decoder == "pillow"
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,7 @@ def test_earlier_forms_are_read(former, images):
         {"image_rules": "2"},
         {"recipe": None},
         {"order": None},
+        {"decoder": None},
         {"images": ["a"]},
         {"images": {"train": 1}},
         {"network": 7},

@@ -1,16 +1,26 @@
-"""Tiny images and tars of them, each known by its shade."""
+"""Tiny images and tars of them, many of which are known by their shade."""
 
 import io
 import tarfile
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 
-def png(shade: int) -> bytes:
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (4, 3), (shade, 0, 0)).save(file, "PNG")
+    image.save(file, kind, **options)
     return file.getvalue()
+
+
+def png(shade: int) -> bytes:
+    return encoded(Image.new("RGB", (4, 3), (shade, 0, 0)), "PNG")
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
 
 
 def fill(root: Path, names: dict[str, int]) -> Path:

@@ -1,5 +1,3 @@
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -10,22 +8,12 @@ from torchvision import transforms
 from torchvision.transforms import functional as F
 
 from engine.data.decode import DRAWS, CenterCrop, Crops, crop_box, crop_draws, decode, to_rgb
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(noise)
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
+from tests.data.images import encoded, picture
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF"])
 def test_every_kind_of_file_becomes_rgb(kind):
-    image = decode(encoded(picture(9, 7), kind))
+    image = to_rgb(decode(encoded(picture(9, 7), kind)))
     assert image.mode == "RGB"
     assert image.size == (9, 7)
 
@@ -64,15 +52,15 @@ def test_alpha_is_dropped_also_from_a_palette():
 def test_orientation_is_ignored():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
-    assert decode(encoded(picture(8, 4), "JPEG", exif=exif.tobytes())).size == (8, 4)
+    assert to_rgb(decode(encoded(picture(8, 4), "JPEG", exif=exif.tobytes()))).size == (8, 4)
 
 
 def test_a_file_cut_short_is_refused():
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     data = encoded(picture(64, 64), "JPEG")
-    decode(data)
+    to_rgb(decode(data))
     with pytest.raises(OSError, match="truncated"):
-        decode(data[: len(data) // 2])
+        to_rgb(decode(data[: len(data) // 2]))
 
 
 @pytest.mark.parametrize("data", [b"", b"text", encoded(picture(4, 4), "TGA"), encoded(picture(4, 4), "EPS")])

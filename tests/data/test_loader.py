@@ -27,6 +27,7 @@ from engine.data.parts import joined
 from engine.data.source import Root, Source
 from engine.data.workers import Workers
 from engine.errors import RunFailed, UserError
+from tests.data.images import encoded, picture
 
 IMAGES, SIZE = 22, 16
 CROPS = Crops(SIZE, 0.2)
@@ -49,13 +50,19 @@ def source(root) -> Source:
     return open_source(Root("folder", root), "train")
 
 
+def cut_short() -> bytes:
+    """A JPEG that is found to be broken only when its crops are cut."""
+    whole = encoded(picture(40, 40), "JPEG")
+    return whole[: len(whole) // 2]
+
+
 @pytest.fixture
 def broken(root, tmp_path) -> Source:
     """The same images, but numbers 3, 4 and 21 cannot be read."""
     copy = shutil.copytree(root, tmp_path / "broken")
     for name, data in (
         ("a/03.png", b""),
-        ("a/04.png", b"no image"),
+        ("a/04.png", cut_short()),
         ("b/21.png", (root / "b/21.png").read_bytes()[:50]),
     ):
         (copy / name).write_bytes(data)
@@ -136,7 +143,8 @@ def test_an_unreadable_image_is_replaced_by_the_next_and_nothing_else_shifts(sou
     reasons = dict(reported)
     assert set(reasons) == {"a/03.png", "a/04.png", "b/21.png"}
     assert all(reasons.values())
-    assert reasons["a/04.png"].startswith("ValueError: not an image of the kinds")
+    assert reasons["a/03.png"].startswith("ValueError: not an image of the kinds")
+    assert reasons["a/04.png"].startswith("OSError: image file is truncated")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -6,7 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.philox import AUGMENT, CROP, ORDER, PERMUTE, philox4x32, random_bits, random_word, uniform
+from engine.data.philox import (
+    AUGMENT,
+    CROP,
+    ORDER,
+    PERMUTE,
+    philox4x32,
+    random_bits,
+    random_word,
+    uniform,
+    uniform_array,
+)
 
 WORD = st.integers(0, 2**32 - 1)
 
@@ -75,6 +85,10 @@ def test_uniform_scales_the_words_of_blocks_in_order():
     bits = torch.cat([random_bits(3, 1, sample_B, 0, CROP, block) for block in range(3)], 1)
     assert torch.equal(uniform(3, 1, sample_B, 0, CROP, 10), bits[:, :10].double() / 2**32)
     assert uniform(3, 1, sample_B, 0, CROP, 10).dtype == torch.float64
+    for few in (1, 4, 10):
+        by_numpy = uniform_array(3, 1, sample_B.numpy(), 0, CROP, few)
+        assert by_numpy.dtype == np.float64
+        assert np.array_equal(by_numpy, uniform(3, 1, sample_B, 0, CROP, few).numpy())
 
 
 def test_a_sample_draws_the_same_in_any_batch_and_from_any_kind_of_epoch():

@@ -57,3 +57,4 @@ def test_a_run_goes_on_where_an_earlier_version_stopped(name, tmp_path):
             assert mine[key] == pytest.approx(former[key], rel=tolerance, abs=1e-9), (former["step"], key)
     newest = max((tmp_path / "run/checkpoints").glob("step_*"))
     assert read_manifest(newest).state["order"] == "sorted"
+    assert read_manifest(newest).state["decoder"].startswith("pillow")

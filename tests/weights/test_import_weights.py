@@ -60,6 +60,7 @@ def test_a_published_file_becomes_a_checkpoint_that_a_run_goes_on_from(tmp_path,
     assert trained.state["licence"] == "CC-BY-NC-4.0"
     assert trained.state["images"]["train"]
     assert trained.state["order"] == "permuted"  # what begins with imported weights is a new run
+    assert trained.state["decoder"].startswith("simplejpeg")
     after = dict(read_tensors(folder / "checkpoints" / "step_0000002"))
     name = "model.base.trunk.norm.weight"  # in two steps it moves by no more than two learning rates
     assert 0 < (after[name] - tensors[name]).abs().max() < 0.01
