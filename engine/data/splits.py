@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from engine.data.began import as_begun, list_of
 from engine.data.classes import settle_classes
-from engine.data.opening import align_labels, open_source, open_validation
+from engine.data.opening import align_labels, guess_kind, open_source, open_validation
 from engine.data.source import Root, Source
 from engine.data.subset import take_labels
 from engine.distributed.agreement import all_gather
@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.logger import note, warn
 from engine.recipe.load import locate
 from engine.recipe.paths import each, expand, named
-from engine.recipe.sections import Data, LabelledData, Paths, PretrainData
+from engine.recipe.sections import Data, Evaluate, LabelledData, Paths, PretrainData
 
 _LABELLED = {"list": "on each line a label after a tab"}  # how else than by folders
 
@@ -71,6 +71,22 @@ def open_labelled_splits(
     val = train if data.val_root is None else _root(data, list(map(expand, each(data.val_root))), "data.val_root")
     ordered = partial(_as_begun, data, begun)
     return open_labelled(train, val, world, share=data.labels, seed=seed, batch=batch, ordered=ordered)
+
+
+def open_labelled_beside(
+    evaluate: Evaluate, recipe_file: Path, world: World, *, read_only: bool = False
+) -> Splits | None:
+    """The labelled images beside training data that pre-training is measured on: `open_labelled` of evaluate's roots,
+    of the kind that their files are; None where it names none."""
+    train_paths, val_paths = evaluate.train_root, evaluate.val_root
+    if train_paths is None or val_paths is None:
+        return None
+
+    def root(key: str, paths: Paths) -> Root:
+        first, *more = _located(paths, recipe_file)
+        return Root(guess_kind(first), first, key, read_only=read_only, more=tuple(more))
+
+    return open_labelled(root("evaluate.train_root", train_paths), root("evaluate.val_root", val_paths), world)
 
 
 def open_labelled(

@@ -16,7 +16,7 @@ from engine.errors import UserError, one_line, reason
 from engine.recipe.keys import keys_of, read, show, wrong
 from engine.recipe.paths import expand, is_path, typed
 from engine.recipe.plain import parse, unparse
-from engine.recipe.sections import RECIPES, SCHEMA, Data, Finetune, Model, Paths, Pretrain, Recipe
+from engine.recipe.sections import RECIPES, SCHEMA, Data, Evaluate, Finetune, Model, Paths, Pretrain, Recipe
 from engine.recipe.shipped import OF_A_RUN, is_run
 from models.shapes import VIT_KEYS, may_freeze_patches, vit_shape
 
@@ -72,9 +72,16 @@ def dump(recipe: Recipe) -> str:
 
 def located(recipe: AnyRecipe, recipe_file: str | Path) -> AnyRecipe:
     """The recipe with the paths of its data as `place` has them, for a copy of it that lies elsewhere."""
-    written = {key: getattr(recipe.data, key) for key in ("root", "val_root")}
+    sections = {"data": _placed(recipe.data, ("root", "val_root"), recipe_file)}
+    if isinstance(recipe, Pretrain):
+        sections["evaluate"] = _placed(recipe.evaluate, ("train_root", "val_root"), recipe_file)
+    return dataclasses.replace(recipe, **sections)
+
+
+def _placed(section: Data | Evaluate, keys: Iterable[str], recipe_file: str | Path) -> Any:
+    written = {key: getattr(section, key) for key in keys}
     found = {key: place(paths, recipe_file) for key, paths in written.items() if paths is not None}
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **found))
+    return dataclasses.replace(section, **found)
 
 
 def _apply(raw: dict, override: str) -> None:
@@ -152,6 +159,15 @@ def _check_combinations(recipe: Recipe) -> None:
 
 def _check_pretrain(recipe: Pretrain) -> None:
     _check_model(recipe.model)
+    evaluate = recipe.evaluate
+    if (evaluate.train_root is None) != (evaluate.val_root is None):
+        missing, other = ("train_root", "val_root")[:: 1 if evaluate.train_root is None else -1]
+        raise wrong(
+            f"evaluate.{missing}",
+            None,
+            f"given with evaluate.{other}; it may be the same with train and val inside",
+            f"pass evaluate.{missing}=/path/to/labelled",
+        )
     sigma = recipe.augment.blur_sigma
     if sigma[0] > sigma[1]:
         raise wrong("augment.blur_sigma", sigma, "a list of the smallest and the largest sigma, in this order")

@@ -42,6 +42,8 @@ MICRO_BATCH = "images of a process that pass the trunk together, to save memory 
 ON_SPIKE = "gradients over 10 times the median norm of 100 logged steps: said and counted; null: not looked for"
 NAMED = "null: as the named network has it"
 KNN_BANK = "training images of each class that are kNN's neighbours, drawn by run.seed; null: all"
+LABELLED = "labelled images beside the training data, as kNN's neighbours; null: kNN is measured on data.root's"
+QUERIES = "labelled images that are classified by those of evaluate.train_root"
 KEEP_EVERY = "checkpoints at whole multiples of so many epochs are made, and stay beside the newest; null: none"
 ASYNCHRONOUS = "write checkpoints beside the training, from a copy in memory; false: training waits, without a copy"
 MAX_FAILURES = "saves in a row that fail, as on a full disk, before the run ends; fewer are made up for by the next"
@@ -170,6 +172,8 @@ class Log:
 
 @section
 class Evaluate:
+    train_root: Paths | None = key(LABELLED, PATH, since=2, before=None, default=None)
+    val_root: Paths | None = key(QUERIES, PATH, since=2, before=None, default=None)
     knn_every_epochs: int = key("epochs between kNN rows; 0: never", NOT_NEGATIVE, default=10)
     knn_bank: int | None = key(KNN_BANK, AT_LEAST_1, since=2, before=None, default=None)
     crop_fraction: float = key(CROP_FRACTION, CROP, default=0.875)

@@ -1,22 +1,41 @@
 """The monitor of pre-training: how well the base trunk's features tell the classes of labelled images apart."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from engine.data.source import Source
-from engine.data.splits import Splits
+from engine.data.splits import Splits, open_labelled_beside
 from engine.data.subset import take_per_class
 from engine.data.workers import Workers
 from engine.distributed.world import World
+from engine.errors import UserError
 from engine.evaluation.features import AtBatch, unchecked_features
 from engine.evaluation.knn import accuracy, classify, gather_rows
 from engine.evaluation.online_probe import OnlineProbe
+from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.evaluation.subject import Subject
 from engine.recipe.keys import wrong
+from engine.recipe.paths import named
 from engine.recipe.sections import Pretrain
 from engine.training.step import TrainState
 
 K = 20  # neighbours
+
+
+def open_watched(recipe: Pretrain, recipe_file: Path, world: World, splits: Splits, **options: bool) -> Splits:
+    """The images that the monitor looks at: the labelled ones that the recipe names beside training's, else training's.
+
+    options: of `open_labelled_beside`. Raises UserError on every rank.
+    """
+    beside = open_labelled_beside(recipe.evaluate, recipe_file, world, **options)
+    if beside is not None and len(beside.train) < K:
+        raise UserError(
+            f"evaluate.train_root ({named(recipe.evaluate.train_root)}) must hold {K} images or more, kNN's neighbours "
+            f"({len(beside.train)}); give it more"
+        )
+    return beside or splits
 
 
 def has_monitor(splits: Splits) -> bool:
@@ -43,8 +62,8 @@ def open_bank(recipe: Pretrain, splits: Splits) -> Source:
 def make_probe(
     recipe: Pretrain, world: World, splits: Splits, state: TrainState, dtype: torch.dtype
 ) -> OnlineProbe | None:
-    """The recipe's online probe; None where it wants none or there is nothing to monitor with."""
-    if not (recipe.evaluate.online_probe and has_monitor(splits)):
+    """The recipe's online probe; None where it wants none, or training images have none of the monitor's labels."""
+    if not (recipe.evaluate.online_probe and has_monitor(splits) and recipe.evaluate.train_root is None):
         return None
     return OnlineProbe(
         state.moco.width,
@@ -70,7 +89,8 @@ def monitor_row(
     *,
     at_batch: AtBatch | None,
 ) -> dict[str, float]:
-    """Top-1 and top-5 on the validation images, from 0 to 1, by kNN and by the probe; equal on all ranks.
+    """Top-1 and top-5 on the validation images, from 0 to 1, by kNN and by the probe; RankMe of their features. Equal
+    on all ranks.
 
     All ranks call it together. The trunk computes in `dtype`; `at_batch` is called as `features` says. Raises what
     `knn.classify` and `features.extract` raise, on all ranks alike.
@@ -82,4 +102,6 @@ def monitor_row(
     query = gather_rows(queries.to(world.device), world.group)
     found = classify(neighbours, query.feature_ND, classes=len(bank.classes), ks=(K,), group=world.group)
     row = {f"knn_{top}": share for top, share in accuracy(found[K], query.label_N).items()}
+    gram_DD = feature_gram(query.feature_ND, world.group)  # a sum of as many equal ones as there are ranks
+    row["val_rankme"] = rankme_from_gram(gram_DD).item()
     return row if probe is None else row | probe.accuracy(query.feature_ND, query.label_N)

@@ -29,7 +29,7 @@ from engine.recipe.sections import Pretrain
 from engine.runs.changes import begun
 from engine.runs.continuing import find_source
 from engine.runs.log import Row
-from engine.runs.monitor import has_monitor, make_probe, monitor_row, open_bank
+from engine.runs.monitor import K, has_monitor, make_probe, monitor_row, open_bank, open_watched
 from engine.runs.run import run
 from engine.runs.task import Task
 from engine.training.activation_checkpoint import check_activation_checkpoint
@@ -59,7 +59,8 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World, earlier: Path | 
         check_compiler(recipe.parallel, world.device)
     batch, former = recipe.train.global_batch_size, begun(recipe, world)
     splits = open_splits(recipe.data, recipe_file, world, batch=batch, begun=former)
-    run(Pretraining(recipe, recipe_file, world, splits, moco), started, earlier)
+    watched = open_watched(recipe, recipe_file, world, splits)
+    run(Pretraining(recipe, recipe_file, world, splits, watched, moco), started, earlier)
 
 
 def preview(recipe: Pretrain, recipe_file: Path, world: World) -> str:
@@ -74,7 +75,8 @@ def preview(recipe: Pretrain, recipe_file: Path, world: World) -> str:
     try:
         former = begun(recipe, world)
         splits = open_splits(recipe.data, recipe_file, world, batch=batch, read_only=True, begun=former)
-        lines += Pretraining(recipe, recipe_file, world, splits, moco).opening()
+        watched = open_watched(recipe, recipe_file, world, splits, read_only=True)
+        lines += Pretraining(recipe, recipe_file, world, splits, watched, moco).opening()
     except UserError as error:
         if all(locate(root, recipe_file).exists() for root in each(recipe.data.root)):
             raise
@@ -146,12 +148,15 @@ def build_state(
 
 
 class Pretraining(Task):
-    """MoCo v3 on the recipe's images."""
+    """MoCo v3 on the recipe's images.
+
+    watched: what the monitor looks at (engine.runs.monitor).
+    """
 
     monitor = "knn_top1"
     optional = (PREFIX,)
 
-    def __init__(self, recipe: Pretrain, recipe_file: Path, world: World, splits: Splits, moco: MoCo):
+    def __init__(self, recipe: Pretrain, recipe_file: Path, world: World, splits: Splits, watched: Splits, moco: MoCo):
         augment = recipe.augment
         crops = Crops(recipe.model.image_size, augment.crop_min, views=moco.views)
         self.dtype = dtype_of(recipe.parallel)
@@ -160,14 +165,16 @@ class Pretraining(Task):
         self.local_batch = self.order.batch // world.size
         self.micro_batch = recipe.train.micro_batch_size or self.local_batch
         self.schedule = make_schedule(recipe, self.order.steps_per_epoch)
-        self.bank = open_bank(recipe, splits) if has_monitor(splits) else None
+        self.watched = watched
+        self.bank = open_bank(recipe, watched) if has_monitor(watched) else None
 
     def fresh_trunk(self) -> nn.Module:
         model = self.recipe.model
         return declared(model).build(freeze_patch_projection=model.freeze_patch_projection).module
 
     def sources(self) -> list[Source]:
-        return super().sources() + ([] if self.bank is None else [self.bank])
+        watched = [source for source in (self.bank, self.watched.val) if source is not None]
+        return list(dict.fromkeys([*super().sources(), *watched]))
 
     def start(self, *, resumes: bool) -> None:
         self.trained = build_state(self.recipe, self.moco, self.world, self.schedule, resumes=resumes)
@@ -238,10 +245,10 @@ class Pretraining(Task):
 
     @property
     def evaluate_every(self) -> int:
-        return self.recipe.evaluate.knn_every_epochs * self.order.steps_per_epoch if has_monitor(self.splits) else 0
+        return 0 if self.bank is None else self.recipe.evaluate.knn_every_epochs * self.order.steps_per_epoch
 
     def evaluate(self) -> Row | None:
-        trunk, bank, val = self.moco.base.trunk, self.bank, self.splits.val
+        trunk, bank, val = self.moco.base.trunk, self.bank, self.watched.val
         if bank is None or val is None:
             return None
         try:
@@ -263,12 +270,21 @@ class Pretraining(Task):
             f"rates     peak lr {schedule.peak_lr:g}, encoder momentum from {schedule.momentum:g} to 1",
             f"loss      by chance {chance:.2f}: 4 T ln({self.order.batch})",
         ]
-        if not has_monitor(self.splits):
-            needs = "it needs labelled validation images and at least 20 labelled training images"
-            if self.recipe.evaluate.knn_every_epochs:
-                lines.append(f"monitor   kNN is off: {needs}; watch `rankme` instead")
-            if self.recipe.evaluate.online_probe:
-                lines.append(f"probe     the online probe is off: {needs}")
+        return lines + self._monitor_in_words()
+
+    def _monitor_in_words(self) -> list[str]:
+        evaluate, watched = self.recipe.evaluate, self.watched
+        needs = f"it needs labelled validation images and at least {K} labelled training images"
+        own, lines = watched is not self.splits, []
+        if self.bank is None and evaluate.knn_every_epochs:
+            do = "pass evaluate.train_root and evaluate.val_root for labelled images beside these, or watch `rankme`"
+            lines.append(f"monitor   kNN is off: {needs}; {do}")
+        if own and evaluate.knn_every_epochs:
+            found = f"{len(self.bank):,} as neighbours of {len(watched.val):,}, {len(watched.train.classes)} classes"
+            lines.append(f"monitor   kNN on labelled images beside: {found}")
+        if evaluate.online_probe and (self.bank is None or own):
+            why = "training images have none of evaluate.train_root's labels" if own else needs
+            lines.append(f"probe     the online probe is off: {why}")
         return lines
 
     def result(self, monitor_rows: list[Row], last: Row | None) -> str:

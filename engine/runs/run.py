@@ -123,7 +123,7 @@ def _found(directory: RunDirectory, task: Task, earlier: Path | None) -> tuple[P
     with agreement(group):
         if checkpoint is None:
             directory.check_fresh(task.recipe)
-            check_run_directory(directory.path, task.splits)
+            check_run_directory(directory.path, task.sources())
             return None
         manifest = read_manifest(checkpoint)
         state = RunState.read(checkpoint, manifest)

@@ -174,6 +174,8 @@ WRONG = {
     "checkpoint.keep_every_epochs": ["much", "true", ".nan", "0", "-1"],
     "checkpoint.asynchronous": ["1", "yes", "null"],
     "checkpoint.max_failures": ["0", "-1", "1.5", "null"],
+    "evaluate.train_root": ["''", "[]"],
+    "evaluate.val_root": ["''", "[null]"],
     "evaluate.knn_bank": ["0", "ten", "1.5"],
     "evaluate.crop_fraction": [*NUMBER, "0", "1.1"],
     "evaluate.online_probe": ["1", "yes", "null"],
@@ -186,6 +188,11 @@ WRONG = {
 }
 WRONG |= {f"augment.{name}": [*NUMBER, "-0.1"] for name in ("brightness", "contrast", "saturation")}
 WRONG |= {f"augment.{name}_probability": [*NUMBER, "-0.1", "1.1"] for name in ("jitter", "grayscale", "flip")}
+
+
+def test_one_root_of_labelled_images_needs_the_other():
+    for one, other in (("train_root", "val_root"), ("val_root", "train_root")):
+        assert f"evaluate.{other} (null) must be given with evaluate.{one}; " in complaint(f"evaluate.{one}=labelled")
 
 
 def test_every_key_refuses_what_it_cannot_be():
