@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.data.labels import by_number
-from engine.data.listing import Columns, Listing, in_memory
+from engine.data.listing import Columns
 from engine.data.names import Names, first_folders
 from engine.data.survey import Survey, printable
 
@@ -130,11 +130,3 @@ class Collector:
 
 def _new_column() -> SpooledTemporaryFile:
     return SpooledTemporaryFile(_IN_MEMORY)
-
-
-def listing_of(names: Names, sizes_N: np.ndarray, classes_N: Names | None) -> Listing:
-    """Of images that are all known, with the class of each where they have any."""
-    collector, numbering = Collector(), Numbering()
-    collector.add(names, sizes_N)
-    classes = None if classes_N is None else collector.label([numbering.of(classes_N)], numbering.number)
-    return in_memory(*collector.finish(classes, Survey()))

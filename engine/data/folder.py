@@ -2,7 +2,6 @@
 
 import os
 import stat
-import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -12,24 +11,18 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.data.collect import Collector
-from engine.data.contents import spread
 from engine.data.decode import IMAGE_SUFFIXES, is_image_name, is_new_suffix
-from engine.data.listing import SUFFIX, Columns, Listing, is_worth_a_file, open_listing
+from engine.data.listing import SUFFIX, open_listing
 from engine.data.names import Names
 from engine.data.naming import called, is_system_folder, is_tar_name
 from engine.data.outputs import holds_run
 from engine.data.paths import FileSource
-from engine.data.rules import RULES
 from engine.data.source import Root, Source, Split, part_of
 from engine.data.survey import Survey
+from engine.data.unchanged import Timed, Times, append_times, is_unchanged, list_settled, times_of
 from engine.errors import UserError, listed
-from engine.logger import warn
 
 _BATCH = 1 << 14  # images
-_TICK_NS = 2 * 10**9  # of the coarsest clock of a file system
-_LOOKED_AT = 256  # files, spread over the folder: one that is written over changes no folder's time
-
-_File = tuple[bytes, int]
 
 
 class _Parts(NamedTuple):
@@ -130,7 +123,8 @@ class FolderSource(FileSource):
     """All image files below a folder, in the order of their paths."""
 
     def __init__(self, root: Path, *, read_only: bool = False):
-        listing = open_listing(root, partial(_is_as_listed, root), partial(_list, root), read_only=read_only)
+        make = partial(list_settled, root, partial(_list, root))
+        listing = open_listing(root, partial(is_unchanged, root), make, read_only=read_only)
         super().__init__(listing)
         self._root, self.folders = root, (root,)
 
@@ -141,68 +135,21 @@ class FolderSource(FileSource):
 # ---- the listing -----------------------------------------------------------------------------------------------------
 
 
-def _list(root: Path) -> tuple[Columns, dict]:
-    """All images below a folder, and the times of all folders in it.
-
-    Where one was changed just now, all of it is listed again: what is changed in the same tick of a clock changes no
-    time. settled: whether all times are of use.
-    """
-    columns, facts, waits = _list_once(root)
-    if waits and is_worth_a_file(facts):
-        time.sleep(waits / 1e9)
-        columns, facts, waits = _list_once(root)
-        if waits:
-            warn(f"{root} is being changed, or its times are wrong: every rank looks at all its files, at each start")
-    return columns, facts | {"settled": not waits}
-
-
-def _list_once(root: Path) -> tuple[Columns, dict, int]:
-    """A listing; and how many nanoseconds it came too soon, or without times."""
-    began = time.time_ns()
-    survey, collector, folders = Survey(), Collector(), []
-    files = _walk(root, survey, folders)
+def _list(root: Path) -> Timed:
+    """All images below a folder, and the times of all folders in it."""
+    survey, collector, times = Survey(), Collector(), {}
+    files = _walk(root, survey, times)
     while batch := list(islice(files, _BATCH)):
         sizes_N = np.array([size for _, size in batch], np.int64)
         collector.append("lost", np.flatnonzero(sizes_N < 0) + collector.images)
         collector.add(Names.of(name for name, _ in batch), sizes_N)
-    collector.append_names("folder", Names.of(name for name, _ in folders))
-    time_F2 = np.array([times for _, times in folders], np.int64)
-    collector.append("folder_times", time_F2)
-    columns, facts = collector.finish(collector.label_by_folder(), survey, rules=RULES)
-    soon = _TICK_NS - (began - int(time_F2.max())) if time_F2.min() > 0 else _TICK_NS
-    return columns, facts, max(0, min(soon, _TICK_NS))
+    time_F2 = append_times(collector, times)
+    return *collector.finish(collector.label_by_folder(), survey), time_F2
 
 
-def _is_as_listed(root: Path, listing: Listing) -> bool:
-    """Whether no folder has another time; and some of the files, and all that could not be found, are as they were."""
-    facts, arrays = listing.facts, listing.arrays
-    if facts["rules"] != RULES:
-        return False
-    try:
-        for folder, times in zip(listing.names_of("folder"), arrays["folder_times"].reshape(-1, 2), strict=True):
-            if _times((root / os.fsdecode(folder)).stat()) != tuple(times.tolist()):
-                return False
-    except OSError:
-        return False
-    files = [*spread(len(listing), _LOOKED_AT), *arrays["lost"].tolist()]
-    return all(_size(root / os.fsdecode(listing.names[i])) == listing.sizes_N[i] for i in files)
-
-
-def _times(status: os.stat_result) -> tuple[int, int]:
-    """When a folder's entries changed: the second of the two cannot be set back by who copies it."""
-    return status.st_mtime_ns, status.st_ctime_ns
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
-def _walk(root: Path, survey: Survey, folders: list[tuple[bytes, tuple[int, int]]] | None = None) -> Iterator[_File]:
+def _walk(root: Path, survey: Survey, times: dict[bytes, Times] | None = None) -> Iterator[tuple[bytes, int]]:
     """Path below root and size in bytes of every image file except hidden ones, in the order of paths; links are
-    followed. folders: takes the path and the times of every folder, before it is looked into.
+    followed. times: takes those of every folder, before it is looked into.
 
     A link that leads nowhere counts as an image of size -1, so that it is reported when it is read. What else there is
     goes to the survey.
@@ -213,8 +160,8 @@ def _walk(root: Path, survey: Survey, folders: list[tuple[bytes, tuple[int, int]
         identity = (status.st_dev, status.st_ino)
         if identity in above:  # a link to a folder that it lies in would never end
             return
-        if folders is not None:
-            folders.append((name, _times(status)))
+        if times is not None:
+            times[name] = times_of(path)
         prefix = name + b"/" if name else b""
         todo.extend((entry, prefix + entry.name, above | {identity}) for entry in _entries(path, prefix, survey))
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,7 +20,8 @@ class JoinedSource(Source):
     def __init__(self, parts: Sequence[Source], titles: Sequence[str] = ()):
         self._parts, self._ends = parts, np.cumsum([len(part) for part in parts])
         self._leads = [f"{title}:" for title in titles] or [""] * len(parts)
-        self.labels, self.classes = _joined_labels(parts)
+        self._own_labels, self.classes = _joined_labels(parts)
+        self.labels = self._own_labels
         self.fingerprint = hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest()
         ways = {part.by_folder for part in parts}
         self.by_folder = None if None in ways else "deeper" if "deeper" in ways else "directly"
@@ -56,6 +58,18 @@ class JoinedSource(Source):
 
     def groups(self) -> Iterable[tuple[str, int, int]]:
         return ((f"root {k}: {name}", *rest) for k, part in enumerate(self._parts, 1) for name, *rest in part.groups())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy joins the labels of its parts itself: theirs may lie in a file."""
+        own = self.labels is self._own_labels
+        return self.__dict__ | {"_own_labels": None, "labels": None if own else self.labels, "_is_own": own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = state.pop("_is_own")
+        self.__dict__ |= state
+        self._own_labels, _ = _joined_labels(self._parts)
+        if own:
+            self.labels = self._own_labels
 
     def _find(self, i: int) -> tuple[int, int]:
         k = int(np.searchsorted(self._ends, i, side="right"))

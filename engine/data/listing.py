@@ -77,7 +77,7 @@ def open_listing(
             return listing
     columns, facts = make()
     if not is_worth_a_file(facts) or not facts.get("settled", True) or read_only:
-        return in_memory(columns, facts)
+        return _in_memory(columns, facts)
     facts = facts | {"id": secrets.token_hex(8)}
     for place in places(path):
         try:
@@ -89,7 +89,7 @@ def open_listing(
         if listing is not None and listing.facts["id"] == facts["id"]:
             return listing
     warn(f"the index of {path} could not be saved: every rank makes its own, at each start")
-    return in_memory(columns, facts)
+    return _in_memory(columns, facts)
 
 
 def is_worth_a_file(facts: Mapping[str, Any]) -> bool:
@@ -106,7 +106,7 @@ def places(path: Path) -> Iterator[Path]:
     yield cache / (hashlib.sha256(bytes(path.resolve())).hexdigest() + SUFFIX)
 
 
-def in_memory(columns: Columns, facts: dict) -> Listing:
+def _in_memory(columns: Columns, facts: dict) -> Listing:
     """The listing that no other process shares."""
     arrays = {}
     for name, column in columns.items():

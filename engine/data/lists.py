@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data.collect import listing_of
+from engine.data.collect import Collector, Numbering
 from engine.data.decode import IMAGE_SUFFIXES, is_image_name
 from engine.data.labels import read_label
+from engine.data.listing import Listing, open_listing
 from engine.data.names import Names
 from engine.data.paths import FileSource
 from engine.data.source import Root, Source, Split
 from engine.data.survey import Survey, printable
+from engine.data.unchanged import Timed, Times, append_times, is_unchanged, list_settled, times_of
 from engine.errors import UserError
 
 LIST_SUFFIXES = (".txt", ".tsv", ".lst", ".list")  # by which a list is known; it may have others
@@ -31,10 +33,25 @@ def open_list(root: Root, split: Split) -> Source | None:
         raise UserError(
             f"{root} must be a text file of paths; for the images in a folder pass {root.of_source('folder')}"
         )
-    found = _Found(root)
+    make = partial(list_settled, root.path, partial(_list, root))
+    listing = open_listing(root.path, partial(_is_as_listed, root.path), make, read_only=root.read_only)
+    source = ListSource(root.path.parent, listing)
+    source.notes = tuple(f"{root}: {line}" for line in listing.facts["notes"])
+    return source
+
+
+def _list(root: Root) -> Timed:
+    """All that the list names, and the times of the folders of that and of the list itself."""
+    found, stamp = _Found(root), times_of(root.path)
     for line, path, label in _lines(root):
         found.take(line, path, label)
-    return found.source()
+    columns, facts, time_F2 = found.listed()
+    return columns, facts | {"list": stamp}, np.vstack([time_F2, [stamp]])
+
+
+def _is_as_listed(path: Path, listing: Listing) -> bool:
+    same = tuple(listing.facts["list"]) == times_of(path)
+    return same and is_unchanged(path.parent, listing, os.fsencode(listing.facts["shared"]))
 
 
 def _lines(root: Root) -> Iterator[tuple[int, bytes, bytes]]:
@@ -74,11 +91,15 @@ class _Found:
         self.paths: list[bytes] = []
         self.sizes: list[int] = []
         self.labels: list[bytes] = []
+        self.times: dict[bytes, Times] = {}
         self.survey = Survey()
         self.first_lost = ""
 
     def take(self, line: int, path: bytes, label: bytes) -> None:
         """A line's. A file that is not there counts as an image of size -1, so that it is reported when it is read."""
+        inner = path[: path.rfind(b"/") + 1]
+        if inner not in self.times:
+            self.times[inner] = times_of(self.folder / os.fsdecode(inner))
         try:
             status = (self.folder / os.fsdecode(path)).stat()
         except OSError:
@@ -94,7 +115,7 @@ class _Found:
             if status is None and not self.first_lost:
                 self.first_lost = f"line {line}: {printable(path)}"
 
-    def source(self) -> "ListSource":
+    def listed(self) -> Timed:
         """Raises UserError where there is no image, or one under two labels."""
         left_out = self.survey.words()
         if not self.paths:
@@ -109,8 +130,6 @@ class _Found:
                 f"such as {self.first_lost}"
             )
         lacking = self.labels.count(b"")
-        labels = None if lacking else Names.of(self.labels)
-        source = ListSource(self.folder, self.paths, np.array(self.sizes, np.int64), labels)
         again = self._named_again()
         notes = {
             f"left out: {left_out}": left_out,
@@ -119,8 +138,14 @@ class _Found:
             f"{lacking} of {len(self.paths)} images have no label, so none of them is read": any(self.labels)
             and lacking,
         }
-        source.notes = tuple(f"{self.root}: {line}" for line, holds in notes.items() if holds)
-        return source
+        shared, collector, labels = _shared_folder(self.paths), Collector(), Numbering()
+        sizes_N = np.array(self.sizes, np.int64)
+        collector.add(Names.of(path[len(shared) :] for path in self.paths), sizes_N)
+        collector.append("lost", np.flatnonzero(sizes_N < 0))
+        classes = None if lacking else collector.label([labels.of(self.labels)], labels.number)
+        time_F2 = append_times(collector, self.times)
+        facts = {"notes": [line for line, holds in notes.items() if holds], "shared": os.fsdecode(shared)}
+        return *collector.finish(classes, Survey(), **facts), time_F2
 
     def _named_again(self) -> int:
         label_of: dict[bytes, bytes] = {}
@@ -138,9 +163,9 @@ class ListSource(FileSource):
     anew where the images have moved.
     """
 
-    def __init__(self, folder: Path, paths: list[bytes], sizes_N: np.ndarray, labels: Names | None):
-        self._folder, self._shared = folder, _shared_folder(paths)
-        super().__init__(listing_of(Names.of(path[len(self._shared) :] for path in paths), sizes_N, labels))
+    def __init__(self, folder: Path, listing: Listing):
+        super().__init__(listing)
+        self._folder, self._shared = folder, os.fsencode(listing.facts["shared"])
 
     def content(self, i: int) -> bytes:
         return (self._folder / os.fsdecode(self.path(i))).read_bytes()

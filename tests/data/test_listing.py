@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from engine.data import collect, folder, listing, shards
+from engine.data import collect, folder, listing, lists, shards, unchanged
 from engine.data.labels import by_number
 from engine.data.opening import align_labels, open_source
 from engine.data.source import Root
@@ -34,7 +34,7 @@ def many(tmp_path, monkeypatch):
 @pytest.fixture
 def long_ago(monkeypatch):
     """All that happens in a test was an hour ago, so that no tick of a clock has to be waited for."""
-    monkeypatch.setattr(folder, "_TICK_NS", -AN_HOUR * 10**9)
+    monkeypatch.setattr(unchanged, "TICK_NS", -AN_HOUR * 10**9)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_folder_has_the_order_the_labels_and_the_fingerprint_that_it_always_ha
         at.parent.mkdir(parents=True, exist_ok=True)
         at.write_bytes(bytes(size))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folder, "_TICK_NS", -AN_HOUR * 10**9)
+        patch.setattr(unchanged, "TICK_NS", -AN_HOUR * 10**9)
         patch.setattr(folder, "_parts", lambda root, split: folder._Parts(None, None))
         patch.setattr(folder, "_BATCH", chunk)
         patch.setattr(collect, "_CHUNK", chunk)
@@ -299,6 +299,54 @@ def test_a_changed_folder_is_listed_anew(root, monkeypatch, change):
     assert now == facts(opened(root))
 
 
+LIST = "a/1.png\tx\nb/2.png\ty\na/lost.png\tx\nb/2.png\ty\ngone/3.png\tx\n"
+CHANGED_LISTS = {
+    "another label": lambda root: (root / "all.txt").write_text(LIST.replace("x", "z")),
+    "a file less": lambda root: (root / "b/2.png").unlink(),
+    "a file written over": lambda root: write(root / "a/1.png", b"another length"),
+    "a file that was lost": lambda root: write(root / "a/lost.png", b"back"),
+    "what a link leads to": lambda root: write(root.parent / "away.png", b"back"),
+    "a folder that was lost": lambda root: write(root / "gone/3.png", b"back"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED_LISTS.values(), ids=CHANGED_LISTS)
+def test_a_list_and_the_folders_of_its_images_are_watched(root, monkeypatch, change):
+    (root / "a/lost.png").symlink_to(root.parent / "away.png")
+    (root / "all.txt").write_text(LIST)
+    time.sleep(0.02)
+    found = opened(root / "all.txt", "list")
+    before = facts(found)
+    assert before[1] == [0, 1, 0, 1, 0]
+    assert len(before[4]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(lists, "_lines", None)
+        assert facts(opened(root / "all.txt", "list")) == before
+        assert len(pickle.dumps(found)) < 3000
+        assert facts(pickle.loads(pickle.dumps(found))) == before
+    change(root)
+    now = facts(opened(root / "all.txt", "list"))
+    assert now != before
+    monkeypatch.setattr(listing, "places", lambda path: [])
+    assert now == facts(opened(root / "all.txt", "list"))
+
+
+def test_a_copy_of_several_roots_maps_their_files(tmp_path, long_ago):
+    roots = [
+        fill(tmp_path / name, {f"{c}/{'long' * 20}-{k}.png": k for c in cs for k in range(50)})
+        for name, cs in (("one", "ab"), ("two", "bc"))
+    ]
+    source = opened(roots[0], more=(roots[1],))
+    packed = pickle.dumps(source)
+    assert len(packed) < 4000
+    copy = pickle.loads(packed)
+    assert (copy.labels.tolist(), copy.classes) == (source.labels.tolist(), ("a", "b", "c"))
+    assert [copy.name(i) for i in range(200)] == [source.name(i) for i in range(200)]
+    other = align_labels(source, source)
+    other.labels = source.labels[::-1]
+    assert pickle.loads(pickle.dumps(other)).labels.tolist() == source.labels.tolist()[::-1]
+
+
 def test_a_copy_that_sets_times_back_is_noticed(root):
     before = facts(opened(root))
     times = (root / "b").stat()
@@ -310,7 +358,7 @@ def test_a_copy_that_sets_times_back_is_noticed(root):
 def test_a_folder_that_was_changed_just_now_is_listed_twice(tmp_path, monkeypatch, capsys):
     """What comes in the same tick of the clock as the first list changes no time; only a list of later can be kept."""
     root = fill(tmp_path / "root", FILES)
-    monkeypatch.setattr(folder, "_TICK_NS", 3 * 10**8)
+    monkeypatch.setattr(unchanged, "TICK_NS", 3 * 10**8)
     slept = []
 
     def sleep(seconds: float) -> None:
@@ -318,7 +366,7 @@ def test_a_folder_that_was_changed_just_now_is_listed_twice(tmp_path, monkeypatc
         write(root / "a/0.png", png(6))
         os.utime(root / "a", ns=(0, 10**9))
 
-    monkeypatch.setattr(folder.time, "sleep", sleep)
+    monkeypatch.setattr(unchanged.time, "sleep", sleep)
     source = opened(root)
     assert len(source) == len(FILES) + 1
     assert len(slept) == 1

@@ -9,8 +9,8 @@ import socket
 import sys
 from pathlib import Path
 
-import engine.data.folder
 import engine.data.listing
+import engine.data.unchanged
 import engine.distributed.world
 from engine.data.source import Root
 from engine.data.splits import open_unlabelled
@@ -54,7 +54,7 @@ def main() -> None:
         engine.distributed.world._SMALL = 0  # nothing is small enough to be sent
         look_at_all(Path(sys.argv[1]), ["folder"], world)
         engine.data.listing._WORTH_A_FILE = 1
-        engine.data.folder._TICK_NS = 0
+        engine.data.unchanged.TICK_NS = 0
         engine.distributed.world._SMALL = 3000  # images of a file alone are
         look_at_all(Path(sys.argv[1]), ["folder", "tars"], world)
 
