@@ -4,9 +4,11 @@ words and exit codes, the result as JSON; and no process outlives its launcher."
 import argparse
 import json
 import os
+import pwd
 import re
 import signal
 import sys
+import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -45,9 +47,21 @@ ROOTS = {"data.root": "--train", "data.val_root": "--val"}  # of a recipe with l
 
 def enter(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a front door on the command line's arguments and exit: 0 done, 2 user error (one line), else failure."""
+    _name_user()
     end_with_launcher(os.getppid())
     carry_out(lambda arguments: main(take_place(arguments)), sys.argv[1:])
     sys.exit()
+
+
+def _name_user() -> None:
+    """A container's user may have no entry in passwd and no HOME; libraries that ask for a name or a place for caches
+    raise then."""
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        name = f"uid{os.getuid()}"
+        os.environ.setdefault("LOGNAME", name)
+        os.environ.setdefault("HOME", str(Path(tempfile.gettempdir()) / f"mocov3-{name}"))
 
 
 def carry_out(main: Callable[[list[str]], None], arguments: list[str]) -> None:

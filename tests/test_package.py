@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -238,3 +239,35 @@ def test_a_models_that_hides_ours_is_one_line(decoy, tmp_path):
     assert ended.stderr.splitlines()[-1].startswith(f"engine.errors.UserError: {line}")
     ended = python("-P", "-m", "engine.keys", "moco")
     assert ended.returncode == 0, ended.stderr
+
+
+NOBODY = """
+import getpass, os, pathlib, pwd, sys
+
+def unknown(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+pwd.getpwuid = unknown
+for name in ("HOME", "USER", "LOGNAME", "USERNAME", "LNAME", "XDG_CACHE_HOME"):
+    os.environ.pop(name, None)
+from engine.cli import enter
+from engine.embed import main as embed
+
+def main(arguments):
+    embed(arguments)
+    print(getpass.getuser(), pathlib.Path.home())
+
+enter(main)
+"""
+
+
+def test_a_container_s_user_without_a_name_or_home_needs_neither(tmp_path):
+    """As after `docker run --user 12345`: the tar's index and torch's caches find a place."""
+    tar = shutil.copy(ROOT / "recipes/data/fashion_mnist/val.tar", tmp_path / "a.tar")
+    command = [sys.executable, "-c", NOBODY, str(CHECKPOINT), str(tmp_path / "a.npy"), "--data", str(tar)]
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found, named = done.stdout.splitlines()[-2:]
+    assert json.loads(found)["images"] == 1000
+    assert named == f"uid{os.getuid()} {tmp_path}/mocov3-uid{os.getuid()}"

@@ -22,6 +22,7 @@ from engine.files import newest_lines, row_on
 from engine.logger import note, warn
 from engine.recipe.load import loads, task_of
 from engine.recipe.sections import Pretrain
+from engine.weights.hub import unreachable
 from engine.weights.read import own_words, read_weights
 from engine.weights.weights import BASE, About, EncoderName, Weights, base_shapes, check_names, declared, renaming
 from models.architecture import Architecture, by_shape, moco_shapes, trunk_shapes
@@ -191,6 +192,8 @@ def _from_timm(checkpoint: str) -> Weights:
     about = About(architecture, image_size, tuple(config["mean"]), tuple(config["std"]))
 
     def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        if why := unreachable(config):
+            raise _unfetched(checkpoint, why)
         tensors = _create(checkpoint, pretrained=True).state_dict()
         return ((name, tensors[name.removeprefix(BASE)]) for name in names)
 
@@ -201,7 +204,11 @@ def _create(checkpoint: str, pretrained: bool) -> nn.Module:
     try:
         return timm.create_model(checkpoint.removeprefix(TIMM), pretrained=pretrained, num_classes=0)
     except Exception as error:  # whatever the network, the hub or its cache has to say
-        raise UserError(
-            f"CHECKPOINT ({checkpoint}) must have published weights that can be fetched: {one_line(error)[:300]}; "
-            "mend that, or pass --baseline initial for its random weights where a command takes it"
-        ) from error
+        raise _unfetched(checkpoint, one_line(error)[:300]) from error
+
+
+def _unfetched(checkpoint: str, why: str) -> UserError:
+    return UserError(
+        f"CHECKPOINT ({checkpoint}) must have published weights that can be fetched: {why}; mend that, or pass "
+        "--baseline initial for its random weights where a command takes it"
+    )

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from torchvision.transforms import ToTensor
 import engine
 from engine.errors import UserError
 from engine.export import main
+from engine.weights import hub
 from engine.weights.opening import open_weights
 from models.vit import sincos_position
 from tests.weights.files import PUBLISHED, state_dict, trunk_of
@@ -216,3 +218,34 @@ def test_the_stand_in_for_settings_opens_no_other_door(value, tmp_path):
     torch.save({"model": tensors, "args": argparse.Namespace(output=value)}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="its pickle asks for"):
         open_weights(str(tmp_path / "a.pth"))
+
+
+# ---- timm's published weights without a network ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["no such host", "a host that never answers"])
+def test_weights_that_cannot_be_fetched_are_one_line_in_seconds(where, monkeypatch):
+    """Counted by the attempts: libraries would make six, with longer and longer waits between them."""
+    attempts = []
+
+    def connect(address: tuple[str, int], timeout: float):
+        attempts.append(address)
+        if where == "no such host":
+            raise OSError("Name or service not known")
+        threading.Event().wait(5 * hub.SECONDS)
+
+    monkeypatch.setattr(hub, "SECONDS", 0.1)
+    monkeypatch.setattr(hub.socket, "create_connection", connect)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "https://huggingface.co")
+    monkeypatch.setattr(hub, "getproxies", dict)
+    weights = open_weights("timm/test_vit")
+    with pytest.raises(UserError, match=r"huggingface\.co does not answer within 0\.1 seconds") as caught:
+        list(weights.read(list(weights.shapes)))
+    assert "\n" not in str(caught.value)
+    assert attempts == [("huggingface.co", 443)]
+
+    monkeypatch.setattr(hub, "getproxies", lambda: {"https": "http://proxy.here:3128"})
+    with pytest.raises(UserError, match=r"proxy\.here does not answer"):
+        list(weights.read(list(weights.shapes)))
