@@ -18,6 +18,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--format", required=True, choices=NAMES)
     add_encoder(parser, default=None)
     parser.add_argument("--force", action="store_true", help="replace what is at OUT")
+    parser.add_argument("--license", metavar="NAME", help="of the weights, for the model card (default: not stated)")
     options = parser.parse_args(arguments)
 
     from engine.weights.export import export  # takes seconds, and a mistake in the arguments should show before
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> None:
 
     command = shlex.join(["python", "-m", "engine.export", *arguments])
     original = partial(open_weights, options.checkpoint, options.heads)
-    chosen = {"encoder": options.encoder, "force": options.force}
+    chosen = {"encoder": options.encoder, "force": options.force, "licence": options.license}
     result(export(original, options.out, options.format, command=command, **chosen))
 
 

@@ -1,9 +1,12 @@
 """The model card beside a folder export."""
 
+from pathlib import Path
+
 from engine.recipe.identity import flatten
 from engine.recipe.load import loads
+from engine.weights.format import resized_side
 from engine.weights.formats.table import format_page
-from engine.weights.weights import About
+from engine.weights.weights import REFERENCE_LICENCE, About, Weights
 
 SHOWN = (
     "optimizer.name",
@@ -16,12 +19,16 @@ SHOWN = (
 )
 
 
-def model_card(about: About, name: str, encoder: str, command: str) -> str:
-    """Markdown with the front matter that model hubs read. `command`: the one that made the export."""
-    page, arch = format_page(name), about.architecture.name
-    licence, note = "# fill in", ""
+def model_card(weights: Weights, name: str, encoder: str, path: Path, command: str) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    path: the folder beside whose files the card is. command: the one that made the export.
+    """
+    about, page = weights.known(), format_page(name)
+    arch, licence, note = about.architecture.name, "unknown", ""
     if about.licence:
         licence = about.licence.lower()
+    if about.licence == REFERENCE_LICENCE:
         note = (
             f"\nThese weights come from files published under {about.licence}, which binds what is made of them too.\n"
         )
@@ -35,7 +42,7 @@ def model_card(about: About, name: str, encoder: str, command: str) -> str:
         f"---\nlicense: {licence}\ntags: [moco-v3, {learned}, feature-extraction]\n---\n\n"
         f"# {arch}, {how}\n{note}\n"
         f"| | |\n|---|---|\n{table}\n\n"
-        f"## Use\n\n```python\n{page.use.replace('ARCH', arch)}\n```\n\n## Made by\n\n```\n{command}\n```\n{recipes}"
+        f"## Use\n\n```python\n{_use(weights, page.use, path)}\n```\n\n## Made by\n\n```\n{command}\n```\n{recipes}"
     )
 
 
@@ -46,8 +53,9 @@ def _facts(about: About, encoder: str) -> dict[str, object]:
         "images": f"{about.image_size} x {about.image_size}, RGB from 0 to 1",
         "mean, std": f"{list(about.mean)}, {list(about.std)}",
         "steps": "unknown" if about.step is None else about.step,
-        "kNN top-1": "not measured" if about.knn_top1 is None else f"{about.knn_top1:.4f}",
+        "kNN top-1": "not measured" if about.knn_top1 is None else f"{about.knn_top1:.2%}",
         "data": "unknown",
+        "licence": about.licence or "not stated",
     }
     if about.recipe is not None:
         values = flatten(loads(about.recipe, "recipe of the checkpoint"))
@@ -57,6 +65,20 @@ def _facts(about: About, encoder: str) -> dict[str, object]:
     if about.finetuned is not None:
         facts["kNN top-1"] = "not measured after fine-tuning"
     return facts
+
+
+def _use(weights: Weights, use: str, path: Path) -> str:
+    about, crop = weights.known(), weights.crop
+    transform = (
+        "from PIL import Image\nfrom torchvision import transforms\n\n"
+        "transform = transforms.Compose([\n"
+        f"    transforms.Resize({resized_side(crop)}, transforms.InterpolationMode('{crop.interpolation}')),\n"
+        f"    transforms.CenterCrop({crop.size}),\n"
+        "    transforms.ToTensor(),\n"
+        f"    transforms.Normalize({list(about.mean)}, {list(about.std)}),\n"
+        "])\nimage = transform(Image.open('photo.jpg').convert('RGB'))[None]"
+    )
+    return use.replace("ARCH", about.architecture.name).replace("TRANSFORM", transform).replace("PATH", str(path))
 
 
 def _yaml(title: str, recipe: str | None) -> str:

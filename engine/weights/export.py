@@ -19,7 +19,7 @@ from engine.logger import note
 from engine.weights.card import model_card
 from engine.weights.formats.table import NAMES, format_page
 from engine.weights.prove import prove
-from engine.weights.weights import EncoderName, Head, Weights
+from engine.weights.weights import About, EncoderName, Head, Weights
 from models.architecture import Architecture, by_shape
 
 KINDS = {"vit": "a plain ViT", "resnet": "a ResNet", "timm": "a timm model"}
@@ -32,11 +32,13 @@ def export(
     *,
     encoder: EncoderName | None = None,
     force: bool = False,
+    licence: str | None = None,
     command: str = "",
 ) -> dict[str, Any]:
     """Write the weights that `open_original` opens to `out` in the format `name`.
 
-    open_original: picklable, for the proof runs in a process of its own. command: for the model card.
+    open_original: picklable, for the proof runs in a process of its own. licence: of the weights, where they
+    state none. command: for the model card.
     Returns {"files", "max_feature_difference"}: paths, and the largest difference over the largest feature.
     Raises UserError before any work where the request cannot be met; RunFailed where the proof fails, and `out` is as
     it was.
@@ -47,8 +49,9 @@ def export(
         note(line)
     architecture = fitting_architecture(original, name, encoder)
     about = dataclasses.replace(original.known(), architecture=architecture)
+    about = dataclasses.replace(about, licence=_licence(about, licence))
     weights = dataclasses.replace(original if format_page(name).whole else original.trunk(trunk), about=about)
-    card = None if is_file(out) else model_card(about, name, trunk, command)
+    card = None if is_file(out) else model_card(weights, name, trunk, out, command)
     with _folder_beside(out) as folder:
         target = folder / out.name
         _write(weights, target, name, card)
@@ -76,6 +79,16 @@ def export_classifier(weights: Weights, head: Head, out: Path) -> None:
         _write(weights, target, "timm")
         prove(lambda: weights, "base", "timm", target, architecture)
         _publish(folder, out, force=True)
+
+
+def _licence(about: About, asked: str | None) -> str | None:
+    if asked is not None and not (asked.strip() and asked.isprintable()):
+        raise UserError(f"--license ({one_line(asked)}) must be a name such as apache-2.0; pass one, or none")
+    if asked is not None and about.licence not in (None, asked):
+        raise UserError(
+            f"--license ({asked}) must be left out: the weights are under {about.licence}, which binds them"
+        )
+    return asked or about.licence
 
 
 # ---- what can be exported to what ------------------------------------------------------------------------------------

@@ -16,6 +16,12 @@ PICKLES = (".pth.tar", ".pt", ".pth")
 SAFETENSORS = (".safetensors",)
 
 
+BY_US = (
+    "import engine\nfrom PIL import Image\n\nencoder = engine.load('PATH')\n"
+    "features = encoder(encoder.transform(Image.open('photo.jpg'))[None])"
+)
+
+
 def read_by_us(path: Path, architecture: Architecture, images: Tensor) -> None:
     """`Format.features` of a format that no other library loads."""
 
@@ -33,8 +39,9 @@ class Format:
     """A format that weights are written in.
 
     file: their name inside a folder. endings: of OUT as a single file; () where it must be a folder.
-    write: the weights into a file. config: what else a folder holds, but for the model card. use: Python for that card;
-        PATH and ARCH stand for the folder and the network's name.
+    write: the weights into a file. config: what else a folder holds, but for the model card. use: Python for that card,
+        from photo.jpg to `features`; PATH, ARCH and TRANSFORM stand for the folder, the network's name and lines that
+        make `image` [1, 3, S, S].
     features: [B, D] (logits where the weights have a head) of images [B, 3, S, S], by the library that the format is
         for, from the file or folder; None where this project's own reader is the one that loads it.
     images: [1, 3, S, S] of an image file, by that library's own transform and what the export says of it; None where it

@@ -151,8 +151,8 @@ def test_a_finetuned_run_is_a_checkpoint_for_every_front_door(finished, capsys):
     assert about.licence == "CC-BY-NC-4.0"
     assert about.image_size == 64
     assert "task: finetune" in about.finetuned
-    assert "fine-tuned on labels" in model_card(about, "timm", "base", "")
     opened = [open_trunk(run), open_trunk(run, "momentum"), open_trunk(CHECKPOINT)]
+    assert "fine-tuned on labels" in model_card(opened[0], "timm", "base", Path("out"), "")
     images = torch.rand(2, 3, 64, 64)
     features = [fill_trunk(weights)(images) for weights in opened]
     assert not any(torch.allclose(*pair, atol=1e-3) for pair in itertools.combinations(features, 2))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -95,7 +96,8 @@ def test_a_run_exports_to_timm_from_the_command_line(trained, features, tmp_path
 
     card = (out / "README.md").read_text()
     for part in (
-        "license: # fill in",
+        "license: unknown",
+        "| licence | not stated |",
         "| steps | 3 |",
         "shards",
         "engine.export",
@@ -207,6 +209,34 @@ def test_another_transform_is_refused_by_the_proof(name, file, wrong, trained, t
     with pytest.raises(RunFailed, match="own transform"):
         export_here(trained, tmp_path / "out", name)
     assert not (tmp_path / "out").exists()
+
+
+def run_card(folder: Path) -> torch.Tensor:
+    """The `features` that the Python of a model card makes of photo.jpg in this folder."""
+    (code,) = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    found: dict = {}
+    exec(code, found)
+    return torch.as_tensor(found["features"])
+
+
+def test_the_python_of_every_model_card_runs_as_it_stands(trained, other_runs, photograph, tmp_path, monkeypatch, here):
+    monkeypatch.chdir(tmp_path)
+    Image.open(photograph).save("photo.jpg", quality=95)
+    resnet = other_runs("resnet50", 64)
+    for source, format in [(trained, name) for name in NAMES if name != "torchvision"] + [(resnet, "torchvision")]:
+        encoder, out = engine.load(source), Path(f"out-{format}")
+        export_here(source, out, format, licence="apache-2.0")
+        ours = encoder(encoder.transform(Image.open("photo.jpg"))[None])
+        assert torch.cosine_similarity(run_card(out), ours).item() >= 0.9999, format
+        card = (out / "README.md").read_text()
+        assert "license: apache-2.0\n" in card
+        assert not re.search("PATH|ARCH|TRANSFORM|fill in", card)
+
+
+def test_weights_keep_the_licence_that_binds_them(tmp_path, here):
+    with pytest.raises(UserError, match=r"--license \(mit\) must be left out: .* CC-BY-NC-4\.0"):
+        export_here(GOLDEN / "I_vit_small_shape.pth.tar", tmp_path / "out", "timm", licence="mit")
+    assert not list(tmp_path.iterdir())
 
 
 # ---- timm adapts what it loads ---------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from engine.weights.format import PICKLES, Format, collect
+from engine.weights.format import BY_US, PICKLES, Format, collect
 from engine.weights.names import TRUNK
 from engine.weights.weights import MARK, Weights
 from models.architecture import Architecture
@@ -35,5 +35,5 @@ FORMAT = Format(
     features=features,
     namings=(TRUNK,),
     kinds=("vit",),
-    use="import torch\n\ntrunk = torch.load('PATH/model.pt', weights_only=True)['model']",
+    use=f"{BY_US}\n\n# for DeiT's scripts: --finetune PATH/model.pt",
 )

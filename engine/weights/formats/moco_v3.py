@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from engine.weights.format import PICKLES, Format, collect
+from engine.weights.format import BY_US, PICKLES, Format, collect
 from engine.weights.names import Naming
 from engine.weights.weights import MARK, Weights
 
@@ -46,5 +46,5 @@ FORMAT = Format(
     namings=(VIT, RESNET),
     whole=True,
     kinds=("vit", "resnet"),
-    use="import torch\n\nstate_dict = torch.load('PATH/checkpoint.pth.tar', weights_only=True)['state_dict']",
+    use=f"{BY_US}\n\n# for the reference's scripts: --pretrained PATH/checkpoint.pth.tar",
 )

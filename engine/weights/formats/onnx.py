@@ -47,7 +47,7 @@ FORMAT = Format(
     libraries=("onnx", "onnxscript", "onnxruntime"),
     by_shape=False,
     use=(
-        "import onnxruntime\n\nsession = onnxruntime.InferenceSession('PATH/model.onnx')\n"
-        "features = session.run(None, {'images': images})[0]"
+        "import onnxruntime\n\nsession = onnxruntime.InferenceSession('PATH/model.onnx')\n\nTRANSFORM\n"
+        "features = session.run(None, {'images': image.numpy()})[0]"
     ),
 )

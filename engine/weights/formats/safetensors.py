@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from engine.weights.format import SAFETENSORS, Format, collect, metadata
+from engine.weights.format import BY_US, SAFETENSORS, Format, collect, metadata
 from engine.weights.names import Naming
 from engine.weights.weights import Weights
 
@@ -22,5 +22,5 @@ FORMAT = Format(
     namings=(OURS,),
     whole=True,
     by_shape=False,
-    use="from safetensors.torch import load_file\n\ntensors = load_file('PATH/model.safetensors')",
+    use=BY_US,
 )

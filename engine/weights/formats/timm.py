@@ -89,8 +89,8 @@ def write_config(weights: Weights, folder: Path) -> None:
     }
     if head is not None:
         config["label_names"] = list(head.classes)
-        if about.licence is not None:
-            config["license"] = about.licence
+    if about.licence is not None:
+        config["license"] = about.licence
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

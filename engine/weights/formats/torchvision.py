@@ -42,6 +42,7 @@ FORMAT = Format(
     use=(
         "import torch, torchvision\nfrom safetensors.torch import load_file\n\n"
         "model = torchvision.models.ARCH()\nmodel.fc = torch.nn.Identity()\n"
-        "model.load_state_dict(load_file('PATH/model.safetensors'), strict=True)"
+        "model.load_state_dict(load_file('PATH/model.safetensors'), strict=True)\n\nTRANSFORM\n"
+        "with torch.no_grad():\n    features = model.eval()(image)"
     ),
 )
