@@ -31,10 +31,10 @@ def knn(arguments: list[str]) -> None:
     choice, workers = cli.read_choice(options), cli.decoding_workers(options)
 
     with cli.joined(options.checkpoint) as world:
-        from engine.evaluation.measure import knn_table, measure_knn
+        from engine.evaluation.measure import knn_result, knn_table, measure_knn
 
         found = measure_knn(options.checkpoint, *cli.image_roots(options, *SIDES), options.k, world, workers, **choice)
-    cli.result(found[0], knn_table(found) if len(found) > 1 else None)
+    cli.result(knn_result(found), knn_table(found))
 
 
 def rankme(arguments: list[str]) -> None:
@@ -60,7 +60,10 @@ def linear(arguments: list[str]) -> None:
     """
     parser = cli.Parser("engine.evaluate linear", linear.__doc__)
     cli.add_subject(parser, *SIDES, required=False)
-    cli.add_labelled_run(parser, "linear_vit or another of task linear; or pass --fast")
+    cli.add_labelled_run(
+        parser,
+        "linear_vit (the paper's), linear_small (a few thousand images) or another of task linear; or pass --fast",
+    )
     parser.add_argument("--fast", action="store_true", help="minutes, and not the paper's protocol")
     options = parser.parse_intermixed_args(arguments)
     _fast_linear(options) if options.fast else _paper_linear(options)
@@ -68,15 +71,17 @@ def linear(arguments: list[str]) -> None:
 
 def _fast_linear(options: Namespace) -> None:
     where = "with --fast; leave out --fast for the paper's protocol"
-    cli.refuse(options, ["--recipe", "--out", "--labels", cli.OVERRIDES], where)
+    cli.refuse(options, ["--recipe", "--out", cli.OVERRIDES], where)
     cli.require(options, SIDES, f"{cli.IMAGES}; pass --train and --val")
+    share = cli.read_share(options.labels, "--labels") if options.labels else 1.0
     choice, workers = cli.read_choice(options), cli.decoding_workers(options)
 
     with cli.joined(options.checkpoint) as world:
         from engine.evaluation.fast_linear import best, table
         from engine.evaluation.measure import measure_fast_linear
 
-        scores = measure_fast_linear(options.checkpoint, *cli.image_roots(options, *SIDES), world, workers, **choice)
+        roots = cli.image_roots(options, *SIDES)
+        scores = measure_fast_linear(options.checkpoint, *roots, world, workers, share=share, **choice)
     cli.result(best(scores), table(scores))
 
 
@@ -101,7 +106,9 @@ def finetune(arguments: list[str]) -> None:
     parser = cli.Parser("engine.evaluate finetune", finetune.__doc__)
     cli.add_network(parser, "initial")
     cli.add_images(parser, *SIDES, required=False)
-    cli.add_labelled_run(parser, "finetune_vit_b or another of task finetune")
+    cli.add_labelled_run(
+        parser, "finetune_vit_b (the paper's), finetune_small (a few thousand images) or another of task finetune"
+    )
     options = parser.parse_intermixed_args(arguments)
     cli.check_baseline(options)
     recipe = cli.read_labelled_run(options, Finetune)

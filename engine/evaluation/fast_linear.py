@@ -93,14 +93,14 @@ def best(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def table(scores: Sequence[Score]) -> str:
-    """Top-1 in per cent, a row for each learning rate and a column for each weight decay, as text that says so."""
+    """Top-1, a row for each learning rate and a column for each weight decay, as text that says so."""
     top1 = {score.candidate: score.top1 for score in scores}
-    head = "learning rate  " + "".join(f"{f'wd {decay:g}':>9}" for decay in WEIGHT_DECAYS)
+    head = "learning rate  " + "".join(f"{f'wd {decay:g}':>11}" for decay in WEIGHT_DECAYS)
     rows = [
-        f"{rate:<15g}" + "".join(f"{100 * top1[Candidate(rate, decay)]:>9.2f}" for decay in WEIGHT_DECAYS)
+        f"{rate:<15g}" + "".join(f"{top1[Candidate(rate, decay)]:>11.2%}" for decay in WEIGHT_DECAYS)
         for rate in LEARNING_RATES
     ]
-    above = "top-1 on val by learning rate and weight decay (wd), in per cent:"
+    above = "top-1 on val by learning rate and weight decay (wd):"
     below = "This is not the paper's protocol: centre crops alone, and the best of these is chosen on val."
     return "\n".join([above, head, *rows, below])
 

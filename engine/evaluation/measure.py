@@ -8,17 +8,22 @@ What is raised is raised on every rank: UserError for images and CHECKPOINT, Run
 from collections.abc import Sequence
 from typing import Any
 
+from torch.nn import functional as F
+
 from engine.data.source import Root
-from engine.data.splits import open_labelled, open_unlabelled
+from engine.data.splits import Splits, open_labelled, open_unlabelled
 from engine.data.workers import Workers
 from engine.distributed.agreement import all_gather
 from engine.distributed.world import World
 from engine.evaluation import fast_linear
 from engine.evaluation.fast_linear import Score
-from engine.evaluation.features import features, progress
+from engine.evaluation.features import Features, features, progress
 from engine.evaluation.knn import accuracy, check_k, classify, gather_rows
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
-from engine.evaluation.subject import open_subject_together
+from engine.evaluation.subject import Subject, open_subject_together
+from engine.logger import note, warn
+
+SAME = 0.1  # share of val's images that are also train's above which that is said
 
 
 def measure_knn(
@@ -31,19 +36,26 @@ def measure_knn(
     splits = open_labelled(train, val, world)
     with Workers(splits, workers, pin_memory=world.on_gpu) as readers:
         subject = open_subject_together(checkpoint, world, **choice)
+        note(in_words(checkpoint, subject, splits, **choice))
         for k in ks:
             check_k(k, len(splits.train), "--k")
         bank = features(subject, splits.train, "train", world, readers)
         query = gather_rows(features(subject, splits.val, "val", world, readers).to(world.device), world.group)
+    warn_of_same_images(bank, query, world)
     classes = len(splits.train.classes)
     predictions = classify(bank, query.feature_ND, classes=classes, ks=ks, group=world.group)
     return [{**accuracy(predictions[k], query.label_N), "k": k} for k in ks]
 
 
 def knn_table(results: Sequence[dict[str, float | int]]) -> str:
-    """What `measure_knn` found, in per cent, a row for each k."""
-    rows = [f"{r['k']:>6} {100 * r['top1']:>7.2f} {100 * r['top5']:>7.2f}" for r in results]
-    return "\n".join(["     k   top-1   top-5", *rows])
+    """What `measure_knn` found, a row for each k."""
+    rows = [f"{r['k']:>6} {r['top1']:>8.2%} {r['top5']:>8.2%}" for r in results]
+    return "\n".join(["     k    top-1    top-5", *rows])
+
+
+def knn_result(results: Sequence[dict[str, float | int]]) -> dict[str, Any]:
+    """What `measure_knn` found for the first k; of several all of them, as `by_k`."""
+    return dict(results[0]) | ({"by_k": list(results)} if len(results) > 1 else {})
 
 
 def measure_rankme(checkpoint: str, data: Root, world: World, workers: int, **choice: Any) -> float:
@@ -51,21 +63,27 @@ def measure_rankme(checkpoint: str, data: Root, world: World, workers: int, **ch
     source = open_unlabelled(data, world)
     with Workers([source], workers, pin_memory=world.on_gpu) as readers:
         subject = open_subject_together(checkpoint, world, **choice)
+        note(in_words(checkpoint, subject, Splits(source, None), **choice))
         found = features(subject, source, "data", world, readers).to(world.device)
     return round(rankme_from_gram(feature_gram(found.feature_ND, world.group)).item(), 3)
 
 
 def measure_fast_linear(
-    checkpoint: str, train: Root, val: Root, world: World, workers: int, **choice: Any
+    checkpoint: str, train: Root, val: Root, world: World, workers: int, *, share: float = 1.0, **choice: Any
 ) -> list[Score]:
-    """Every candidate's score, in the order of `fast_linear.candidates`, equal on all ranks."""
-    splits = open_labelled(train, val, world)
+    """Every candidate's score, in the order of `fast_linear.candidates`, equal on all ranks.
+
+    share: of the training images, as many of every class.
+    """
+    splits = open_labelled(train, val, world, share=share)
     with Workers(splits, workers, pin_memory=world.on_gpu) as readers:
         subject = open_subject_together(checkpoint, world, **choice)
+        note(in_words(checkpoint, subject, splits, **choice))
         sides = [
             gather_rows(features(subject, source, name, world, readers), world.group)
             for name, source in splits._asdict().items()
         ]
+    warn_of_same_images(*sides, world)
     standard = fast_linear.standardise(*(rows.feature_ND for rows in sides))
     sides = [rows._replace(feature_ND=x).to(world.device) for rows, x in zip(sides, standard, strict=True)]
     mine = []
@@ -74,3 +92,32 @@ def measure_fast_linear(
         mine += fast_linear.train_group(group, *sides, classes=len(splits.train.classes))
     scores = {score.candidate: score for part in all_gather(mine, world.host_group) for score in part}
     return [scores[candidate] for candidate in fast_linear.candidates()]
+
+
+def in_words(
+    checkpoint: str, subject: Subject, splits: Splits, *, encoder: str = "base", baseline: str | None = None, **_: Any
+) -> str:
+    """A line that says what is measured: encoder, images and their size."""
+    network = {"pixels": "the images' pixels", "initial": f"{checkpoint} before training"}
+    who = network.get(baseline or "", f"the {encoder} encoder of {checkpoint}")
+    of = "of train" if splits.val is not None else "of data"
+    counts = f"{len(splits.train):,} images {of}" + (f", {len(splits.val):,} of val" if splits.val is not None else "")
+    return f"{who}, on images of {subject.image_size} pixels: {counts}"
+
+
+def warn_of_same_images(train: Features, val: Features, world: World) -> None:
+    """Says where many images of val are train's too, under whatever paths: their features are.
+
+    train: this rank's rows; val: all rows. All ranks call it together.
+    """
+    mine, wanted = set(_marks(train)), _marks(val)
+    everyones = all_gather([mark in mine for mark in wanted], world.host_group)
+    share = sum(map(any, zip(*everyones, strict=True))) / len(wanted)
+    if share > SAME and world.is_first:
+        warn(f"{share:.0%} of val's images are among train's: the result says little of new ones")
+
+
+def _marks(rows: Features) -> list[bytes]:
+    """What tells features of different images apart, but not those of one image in other batches."""
+    direction_ND = F.normalize(rows.feature_ND[:, :16].double(), dim=1).cpu()
+    return [row_D.tobytes() for row_D in (direction_ND * 1e5).round().int().numpy()]

@@ -289,8 +289,8 @@ class Pretraining(Task):
 
     def result(self, monitor_rows: list[Row], last: Row | None) -> str:
         """null stands in a row for a number that is not finite."""
-        knn = [f"{row['knn_top1']:.1%}" for row in monitor_rows]
-        probe = [f"{row['probe_top1']:.1%}" for row in monitor_rows if "probe_top1" in row]
+        knn = [f"{row['knn_top1']:.2%}" for row in monitor_rows]
+        probe = [f"{row['probe_top1']:.2%}" for row in monitor_rows if "probe_top1" in row]
         words = [f"kNN top-1 {knn[0]} -> {knn[-1]}"] if knn else []
         words += [f"probe top-1 {newest}" for newest in probe[-1:]]
         if last is not None:

@@ -10,6 +10,8 @@ from PIL import Image
 from torch import nn
 
 from engine import evaluate
+from engine.data.opening import open_source
+from engine.data.source import Root
 from engine.errors import RunFailed, UserError
 from engine.evaluation import subject
 from engine.run import main as run_main
@@ -68,13 +70,35 @@ def test_an_architecture_of_timm_with_random_weights(folders, tmp_path, capsys, 
     assert 0 <= result(capsys, *arguments, *more)["top1"] <= 1
 
 
-def test_several_k_are_a_table_and_the_first_is_the_result(folders, capsys):
+def test_several_k_are_a_table_and_all_in_the_result(folders, capsys):
     evaluate.main(["knn", CHECKPOINT, *images(folders), "--k", "3,24", "--workers", "0"])
-    *_, head, three, all_of_them, last = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    *_, head, three, all_of_them, last = said.out.splitlines()
+    assert f"the base encoder of {CHECKPOINT}, on images of 64 pixels: 24 images of train, " in said.err
     assert head.split() == ["k", "top-1", "top-5"]
     assert three.split()[0] == "3"
     assert all_of_them.split()[0] == "24"
-    assert json.loads(last)["k"] == 3
+    found = json.loads(last)
+    assert found["k"] == 3
+    assert [each["k"] for each in found["by_k"]] == [3, 24]
+    assert found["by_k"][0] == {key: found[key] for key in ("top1", "top5", "k")}
+    assert three.split()[1] == f"{found['top1']:.2%}"
+
+
+def test_images_on_both_sides_are_said_under_whatever_paths(tmp_path, capsys):
+    """A copy under other names, in another order, as a tar beside a folder: the same images all the same."""
+    source = open_source(Root("shards", DATA / "val.tar"), "all")
+    for i in range(240):
+        name = source.classes[source.labels[i]]
+        for side in ("one", "two") if i < 120 else ("three",):
+            (tmp_path / side / name).mkdir(parents=True, exist_ok=True)
+            source.read(i).save(tmp_path / side / name / (f"copy-{-i}.png" if side == "two" else f"{i}.png"))
+    roots = ["--train", str(tmp_path / "one"), "--val", str(tmp_path / "two")]
+    for command in (["knn"], ["linear", "--fast"]):
+        evaluate.main([*command, CHECKPOINT, *roots, "--workers", "0"])
+        assert "of val's images are among train's" in capsys.readouterr().err
+    evaluate.main(["knn", CHECKPOINT, "--train", str(tmp_path / "three"), *roots[2:], "--workers", "0"])
+    assert "among train's" not in capsys.readouterr().err
 
 
 def test_a_root_with_train_and_val_serves_both_sides(folders, capsys):
@@ -118,10 +142,26 @@ def test_fast_prints_the_whole_table_and_what_it_is_not(folders, capsys):
     out = capsys.readouterr().out
     assert "not the paper's protocol" in out
     assert "chosen on val" in out
-    assert len(re.findall(r"^[\d.]+ +(?:[\d.]+ *){4}$", out, re.MULTILINE)) == 8
+    assert len(re.findall(r"^[\d.]+ +(?:[\d.]+% *){4}$", out, re.MULTILINE)) == 8
+    (head,) = re.findall(r"^learning rate .*$", out, re.MULTILINE)
+    assert re.split("  +", head) == ["learning rate", "wd 0", "wd 0.0001", "wd 0.001", "wd 0.01"]
     found = json.loads(out.splitlines()[-1])
     assert found.keys() == {"top1", "top5", "learning_rate", "weight_decay"}
     assert found["top1"] == 1
+
+
+def test_fast_takes_a_share_of_the_labels(capsys):
+    found = {}
+    for share in ("1%", "100%"):
+        evaluate.main(["linear", CHECKPOINT, *roots_of_fashion(), "--fast", "--labels", share, "--workers", "0"])
+        said = capsys.readouterr()
+        found[share] = json.loads(said.out.splitlines()[-1])["top1"]
+        assert f"{50 if share == '1%' else '5,000'} images of train, 1,000 of val" in said.err
+    assert 0.2 < found["1%"] < found["100%"]
+
+
+def roots_of_fashion() -> list[str]:
+    return ["--train", str(DATA), "--val", str(DATA)]
 
 
 def test_linear_takes_roots_and_overrides_from_the_command_line(folders, tmp_path, capsys):
@@ -189,8 +229,8 @@ def test_arguments_that_do_not_suit(folders):
     assert "--workers (-1) must be >= 0" in complaint("knn", CHECKPOINT, *roots, "--workers", "-1")
     both = complaint("knn", CHECKPOINT, *roots, "--baseline", "initial", "--encoder", "momentum")
     assert "--encoder (momentum) must be left out" in both
-    assert "--recipe (missing)" in complaint("linear", CHECKPOINT, *roots)
-    assert "--recipe (missing)" in complaint("finetune", CHECKPOINT, *roots)
+    assert "linear_small (a few thousand images)" in complaint("linear", CHECKPOINT, *roots)
+    assert "finetune_small (a few thousand images)" in complaint("finetune", CHECKPOINT, *roots)
     assert "--train (missing)" in complaint("linear", CHECKPOINT, "--fast")
     assert "--val (missing) must be given with --train" in complaint(
         "finetune", CHECKPOINT, "--recipe", FINETUNE, *roots[:2]
