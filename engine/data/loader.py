@@ -20,7 +20,7 @@ from engine.data.bad_images import Bad
 from engine.data.decode import CenterCrop, Crops
 from engine.data.jpeg import Jpeg
 from engine.data.order import REPEAT, Order
-from engine.data.parts import Draft, delivered, joined
+from engine.data.parts import Draft, in_parts
 from engine.data.source import Source
 from engine.data.workers import Workers
 from engine.errors import UserError, one_line
@@ -74,9 +74,7 @@ def train_batches(
             f"and a multiple of the number of ranks ({world_size}); change it"
         )
     shares = _Shares(order, steps, rank, world_size)
-    return delivered(
-        joined(source, _CutCrops(order.seed, crops), shares, (crops.views, crops.size), _train_batch, workers)
-    )
+    return in_parts(source, _CutCrops(order.seed, crops), shares, (crops.views, crops.size), _train_batch, workers)
 
 
 def eval_batches(
@@ -100,7 +98,7 @@ def eval_batches(
     padded.flat[: len(ids)] = ids
     finish = partial(_eval_batch, source)
     rows = [(None, row_B) for row_B in padded]
-    return delivered(joined(source, _CutCentre(crop), rows, (1, crop.size), finish, workers))
+    return in_parts(source, _CutCentre(crop), rows, (1, crop.size), finish, workers)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -147,8 +145,8 @@ class _CutCrops:
         return shown_P, found
 
 
-def _train_batch(draft: Draft) -> Batch:
-    (step, epoch), (shown, bad) = draft.about, zip(*draft.replies, strict=True)
+def _train_batch(draft: Draft, replies: list) -> Batch:
+    (step, epoch), (shown, bad) = draft.about, zip(*replies, strict=True)
     shown_B = torch.tensor([*chain(*shown)], dtype=torch.int64)
     return Batch(step, epoch, draft.pixels, torch.from_numpy(draft.image_B), shown_B, [*chain(*bad)])
 
@@ -180,9 +178,9 @@ class _CutCentre:
         return _read(source, i, lambda image: np.copyto(out_3SS, self.crop(image))) if i >= 0 else None
 
 
-def _eval_batch(source: Source, draft: Draft) -> EvalBatch:
+def _eval_batch(source: Source, draft: Draft, replies: list) -> EvalBatch:
     """What cannot be read makes room, so that the batch begins with what can."""
-    bad_B = [*chain(*draft.replies)]
+    bad_B = [*chain(*replies)]
     real_B = np.array([i >= 0 and bad is None for i, bad in zip(draft.image_B, bad_B, strict=True)])
     order_B, valid = np.argsort(~real_B, kind="stable"), int(real_B.sum())
     ids_B, images = draft.image_B[order_B], draft.pixels[0]

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import mmap
 import multiprocessing
 import os
@@ -9,8 +10,10 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,12 +24,15 @@ from engine.data.source import Source
 from engine.errors import RunFailed, UserError, one_line, reason
 from engine.logger import warn
 
-ROOM = 2**26  # bytes of address space for the pixels of one part; only what is written to takes memory
+ROOM = 2**26  # bytes of address space for the pixels of one part; on Linux only what is written to takes memory
 SAY_SECONDS = 60.0  # between two lines about images that do not come
 TIMEOUT = 300.0  # seconds
+END_SECONDS = 5.0  # at most, for the end of processes that were killed
 _TICK = 0.5
 _PR_SET_PDEATHSIG = 1
 _ON_LINUX = sys.platform == "linux"
+# What a whole process group gets: it asks the parent to stop in good order, for which it may still need batches.
+_NOT_THEIRS = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1} | ({signal.SIGTERM} if _ON_LINUX else set())
 
 # Reads images of a source, which ones the argument says, writes their pixels, and returns what else there is to say.
 Work = Callable[[Source, Any, np.ndarray], Any]
@@ -51,16 +57,21 @@ class Workers:
 
     Args:
         timeout: seconds of silence, of which each minute is said, after which a read fails.
-        pin_memory: batches are assembled in memory from which a GPU can copy by itself.
+        device: where batches go. For a GPU they are put together in memory from which it can copy by itself.
     """
 
     def __init__(
-        self, sources: Sequence[Source], count: int = 0, *, timeout: float = TIMEOUT, pin_memory: bool = False
+        self,
+        sources: Sequence[Source],
+        count: int = 0,
+        *,
+        timeout: float = TIMEOUT,
+        device: torch.device | None = None,
     ):
-        self.sources, self.count, self.timeout, self.pin_memory = tuple(sources), count, timeout, pin_memory
+        self.sources, self.count, self.device = tuple(sources), count, device or torch.device("cpu")
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._silence = _Silence(timeout)
-        self._failed: LoadingFailed | None = None  # what ended one read ends all: another worker would wait for it
+        self._failed = ""  # why; what ends one read ends all, which would wait for the same disk or process
         self._all: list[_Worker] = []
         try:
             for _ in range(count):
@@ -72,6 +83,9 @@ class Workers:
                 f"data.workers or --workers ({count}) must be as many as the system allows, which refused number "
                 f"{len(self._all) + 1} ({reason(error)}); lower it, or raise the limit (ulimit -n, ulimit -u)"
             ) from error
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> "Workers":
         return self
@@ -80,11 +94,13 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """End the processes, whatever they are doing."""
+        """End the processes, whatever they are doing; one that waits for a disk that does not answer ends after it."""
+        self._failed = self._failed or "the loading processes have ended"
         for worker in self._all:
             worker.process.kill()
+        deadline = time.monotonic() + END_SECONDS
         for worker in self._all:
-            worker.process.join()
+            worker.process.join(max(0.0, deadline - time.monotonic()))
 
     def read(self, source: Source, work: Work, argument: Any, out: np.ndarray) -> Any:
         """work(source, argument, out), by the first process that is free.
@@ -92,23 +108,30 @@ class Workers:
         Raises UserError and RunFailed as `work` does, and LoadingFailed where the process dies or is silent for too
         long.
         """
-        if not self._all:
+        number = next((number for number, each in enumerate(self.sources) if each is source), None)
+        if number is None and self.sources:
+            raise KeyError(f"{source} is none of the sources that these processes have")
+        if not self._all or number is None:
             return work(source, argument, out)
         worker = self._idle.get()
         try:
-            if self._failed is not None:
-                raise self._failed
-            worker.ask(self.sources.index(source), work, argument, out.shape)
-            self._silence.wait_for(worker.connection)
-            reply = worker.answer(out)
-        except LoadingFailed as failure:
-            self._failed = failure
-            raise
+            reply = self._reply(worker, number, work, argument, out)
         finally:
             self._idle.put(worker)
         if isinstance(reply, UserError | RunFailed):
             raise reply
         return reply
+
+    def _reply(self, worker: "_Worker", source: int, work: Work, argument: Any, out: np.ndarray) -> Any:
+        if self._failed:
+            raise LoadingFailed(self._failed)
+        try:
+            worker.ask(source, work, argument, out.shape)
+            self._silence.wait_for(worker.connection)
+            return worker.answer(out)
+        except BaseException as error:  # this worker may still answer, and what comes next would take it for its own
+            self._failed = self._failed or one_line(error)
+            raise
 
 
 class _Worker:
@@ -122,9 +145,11 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         arguments = theirs, memory, sources, os.getpid()
         self.process = context.Process(target=_serve, args=arguments, name="worker", daemon=True)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_THEIRS)  # it inherits that
         try:
             self.process.start()
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()  # where this process holds it too, the other's death goes unnoticed
 
     def ask(self, source: int, work: Work, argument: Any, shape: tuple[int, ...]) -> None:
@@ -142,10 +167,11 @@ class _Worker:
         return reply
 
     def _death(self) -> LoadingFailed:
-        self.process.join(10)
+        self.process.join(END_SECONDS)
         code = self.process.exitcode
-        how = f"exit code {code}" if code is None or code >= 0 else f"killed by {signal.Signals(-code).name}"
-        return LoadingFailed(f"a loading process died ({how}): memory may be short")
+        how = f"exit code {code}" if code is None or code >= 0 else signal.strsignal(-code) or f"signal {-code}"
+        likely = ": memory may be short" if code == -signal.SIGKILL else ""
+        return LoadingFailed(f"a loading process died ({how}){likely}")
 
 
 class _Silence:
@@ -168,13 +194,14 @@ class _Silence:
             self._arrivals, self._said = self._arrivals + 1, 0
 
     def _heed(self, seconds: float) -> None:
+        silence = f"no image came from the loading processes for {min(seconds, self.timeout) / 60:.2g} minutes"
+        if seconds >= self.timeout:
+            raise LoadingFailed(f"{silence}: the disk that holds the images may not answer")
         with self._lock:
-            silence = f"no image came from the loading processes for {min(seconds, self.timeout) / 60:.2g} minutes"
-            if seconds >= self.timeout:
-                raise LoadingFailed(f"{silence}: the disk that holds the images may not answer")
-            if seconds >= (self._said + 1) * SAY_SECONDS:  # of all threads that wait one says it
-                self._said += 1
-                warn(f"{silence}; after {self.timeout / 60:g} that ends the run")
+            is_due = seconds >= (self._said + 1) * SAY_SECONDS
+            self._said += is_due
+        if is_due:  # of all threads that wait one says it
+            warn(f"{silence}; after {self.timeout / 60:g} that ends the run")
 
 
 # ---- in a worker -----------------------------------------------------------------------------------------------------
@@ -183,12 +210,10 @@ class _Silence:
 def _serve(connection: Connection, memory: Any, sources: Sequence[Source], parent: int) -> None:
     _start(parent)
     pixels = np.frombuffer(memory, np.uint8)
-    while True:
-        try:
+    with suppress(EOFError, OSError):  # nobody asks any more
+        while True:
             source, work, argument, shape = connection.recv()
-        except EOFError:
-            return
-        connection.send(_reply(work, sources[source], argument, pixels[: int(np.prod(shape))].reshape(shape)))
+            connection.send(_reply(work, sources[source], argument, pixels[: math.prod(shape)].reshape(shape)))
 
 
 def _reply(work: Work, source: Source, argument: Any, out: np.ndarray) -> Any:
@@ -197,9 +222,9 @@ def _reply(work: Work, source: Source, argument: Any, out: np.ndarray) -> Any:
     except (UserError, RunFailed) as error:
         return error
     except MemoryError as error:
-        return RunFailed(f"a loading process had no memory left ({one_line(error)}); lower data.workers", alone=True)
+        return LoadingFailed(f"a loading process had no memory left ({one_line(error)}); lower data.workers")
     except Exception:  # a bug, to be reported with all that is known of it
-        return RunFailed(f"a loading process failed:\n{traceback.format_exc()}", alone=True)
+        return LoadingFailed(f"a loading process failed:\n{traceback.format_exc()}")
 
 
 def _start(parent: int) -> None:
@@ -208,10 +233,7 @@ def _start(parent: int) -> None:
     # pages shared.
     gc.freeze()
     torch.set_num_threads(1)
-    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(signum, signal.SIG_IGN)
     if _ON_LINUX:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey, args=(parent,), daemon=True).start()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the line above took hold
@@ -219,8 +241,7 @@ def _start(parent: int) -> None:
 
 
 def _obey(parent: int) -> None:
-    """End this worker when its parent says so, and at nobody else's word: a SIGTERM to the whole process group asks the
-    parent to stop in good order, for which it may still need batches."""
+    """End this worker when its parent says so, and at nobody else's word."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

@@ -51,12 +51,8 @@ class World:
         return self.rank == 0
 
     @property
-    def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
     def device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.on_gpu else "CPU"
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def made_by(self) -> dict[str, str]:
         """The versions and hardware that compute here, for whoever finds the results later."""

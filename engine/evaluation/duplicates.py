@@ -41,7 +41,7 @@ def find_duplicates(
     Returns {"groups", "images", "file"}; images: those in groups. Raises UserError and RunFailed.
     """
     source = open_all(data, world)
-    with Workers([source], workers, pin_memory=world.on_gpu) as readers:
+    with Workers([source], workers, device=world.device) as readers:
         subject = open_subject_together(checkpoint, world, **choice)
         rows = gather_rows(features(subject, source, "data", world, readers).to(world.device), world.group)
     mine = pairs_of_rank(rows.feature_ND, least, world)

@@ -37,7 +37,7 @@ def embed(
     Raises UserError and RunFailed; then no file is there that was not before.
     """
     source = open_all(data, world)
-    with Workers([source], workers, pin_memory=world.on_gpu) as readers:
+    with Workers([source], workers, device=world.device) as readers:
         subject = open_subject_together(checkpoint, world, **choice)
         width = subject.width(world.device)
         with written(world, *files) as places:

@@ -34,7 +34,7 @@ def measure_knn(
     The bank stays spread over the ranks. Raises UserError for a k larger than the bank, before any computing.
     """
     splits = open_labelled(train, val, world)
-    with Workers(splits, workers, pin_memory=world.on_gpu) as readers:
+    with Workers(splits, workers, device=world.device) as readers:
         subject = open_subject_together(checkpoint, world, **choice)
         note(in_words(checkpoint, subject, splits, **choice))
         for k in ks:
@@ -61,7 +61,7 @@ def knn_result(results: Sequence[dict[str, float | int]]) -> dict[str, Any]:
 def measure_rankme(checkpoint: str, data: Root, world: World, workers: int, **choice: Any) -> float:
     """The effective rank of the features, to three decimals: more would depend on the number of ranks."""
     source = open_unlabelled(data, world)
-    with Workers([source], workers, pin_memory=world.on_gpu) as readers:
+    with Workers([source], workers, device=world.device) as readers:
         subject = open_subject_together(checkpoint, world, **choice)
         note(in_words(checkpoint, subject, Splits(source, None), **choice))
         found = features(subject, source, "data", world, readers).to(world.device)
@@ -76,7 +76,7 @@ def measure_fast_linear(
     share: of the training images, as many of every class.
     """
     splits = open_labelled(train, val, world, share=share)
-    with Workers(splits, workers, pin_memory=world.on_gpu) as readers:
+    with Workers(splits, workers, device=world.device) as readers:
         subject = open_subject_together(checkpoint, world, **choice)
         note(in_words(checkpoint, subject, splits, **choice))
         sides = [

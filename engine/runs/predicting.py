@@ -37,7 +37,7 @@ def predict(
     Returns {"images", "file"}. Raises UserError and RunFailed; then OUT is as it was.
     """
     source = open_all(data, world)
-    with Workers([source], workers, pin_memory=world.on_gpu) as readers:
+    with Workers([source], workers, device=world.device) as readers:
         subject, classes = in_turn(world, lambda: open_classifier(run, checkpoint, world.device))
         with written(world, out) as (place,):
             sinks = [Predictions(place, source, classes)] if world.is_first else []

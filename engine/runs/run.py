@@ -46,7 +46,7 @@ def run(task: Task, started: float, earlier: Path | None = None) -> Row:
     recipe, world = task.recipe, task.world
     path = expand(recipe.run.dir)
     with (
-        task.reading(),  # first: before this process has threads
+        task.reading(),  # first: before this run starts threads
         StopSignal(world, path / STOP) as stop,
         RunDirectory(path, world) as directory,
         failures_in_words(task, directory.checkpoints),

@@ -214,7 +214,7 @@ class Task(ABC):
     def reading(self) -> Workers:
         """Start the loading processes; a context manager, which ends them."""
         count = self.recipe.data.workers
-        self.workers = Workers(self.sources(), count, timeout=self.timeout, pin_memory=self.world.on_gpu)
+        self.workers = Workers(self.sources(), count, timeout=self.timeout, device=self.world.device)
         return self.workers
 
     def batches(self, last_step: int) -> Iterator[Batch]:

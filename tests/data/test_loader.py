@@ -7,15 +7,16 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchdata.nodes import Prefetcher
 
 from engine.data import workers
 from engine.data.bad_images import Bad, BadImages, report
@@ -23,9 +24,9 @@ from engine.data.decode import CenterCrop, Crops, crop_draws
 from engine.data.loader import eval_batches, train_batches
 from engine.data.opening import open_source
 from engine.data.order import Order
-from engine.data.parts import joined
+from engine.data.parts import _Read, in_parts
 from engine.data.source import Root, Source
-from engine.data.workers import Workers
+from engine.data.workers import LoadingFailed, Workers
 from engine.errors import RunFailed, UserError
 from tests.data.images import encoded, picture
 
@@ -384,7 +385,7 @@ def test_no_more_is_read_ahead_than_three_batches(tmp_path):
         time.sleep(0.2)
         if reads.stat().st_size == before:
             break
-    assert 8 * 2 <= reads.stat().st_size <= 8 * (1 + 3)  # one is given, one joined, two lie in parts of four images
+    assert 8 * 2 <= reads.stat().st_size <= 8 * (1 + 3)  # one is given, one waits, two lie in parts of four images
     iterator.close()
 
 
@@ -402,19 +403,89 @@ def test_training_and_evaluation_share_workers(source, broken):
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_the_state_of_the_nodes_is_where_the_order_goes_on(source, count):
-    shares, shape = [((0, 0), np.arange(k, k + 5)) for k in range(6)], (2, SIZE)
-    with Workers([source], count) as readers:
-        node, other = (joined(source, draw_nothing, shares, shape, attrgetter("image_B"), readers) for _ in range(2))
-        for given in range(1, 5):
-            next(node)
-            assert json.loads(json.dumps(node.state_dict())) == node.state_dict()
-            other.reset(node.state_dict())
-            assert [row_B.tolist() for row_B in other] == [row_B.tolist() for _, row_B in shares[given:]]
+def test_the_state_of_the_node_is_where_the_order_goes_on(count):
+    shares = [((0, 0), np.arange(k, k + 5)) for k in range(6)]
+    with Workers((), count) as readers:
+
+        def node():
+            read = _Read(draw_nothing, shares, (2, SIZE), lambda draft, replies: draft.image_B.tolist(), readers)
+            return Prefetcher(read, prefetch_factor=1) if count else read
+
+        given = node()
+        for number in range(1, 5):
+            assert next(given) == shares[number - 1][1].tolist()
+            other = node()
+            other.reset(json.loads(json.dumps(given.state_dict())))
+            assert list(other) == [row_B.tolist() for _, row_B in shares[number:]]
 
 
-def draw_nothing(source, at, out):
+def draw_nothing(at, out):
     out[...] = 0
+
+
+def read_sizes(source, at, out):
+    return out.shape[1]
+
+
+def test_parts_are_as_large_after_a_partial_batch_as_before_it(source):
+    shares = [(0, np.zeros(size, np.int64)) for size in (1, 90, 0, 90)]
+    with Workers([source], 2) as readers:
+        found = list(in_parts(source, read_sizes, shares, (2, SIZE), lambda draft, replies: replies, readers))
+    assert found == [[1], [32, 32, 26], [0], [32, 32, 26]]
+
+
+def test_a_source_that_processes_do_not_have_is_an_error(source, broken):
+    for count in (0, 1):
+        with Workers([source], count) as readers, pytest.raises(KeyError, match="none of the sources that these"):
+            list(eval_batches(broken, [1], CenterCrop(SIZE), batch_size=1, workers=readers))
+
+
+def test_an_error_of_the_order_or_of_what_joins_parts_arrives_as_it_is(source):
+    def fail(draft, replies):
+        raise ZeroDivisionError("of mine")
+
+    with Workers([source], 1) as readers:
+        for batches, error in (([(0, np.arange(3))], ZeroDivisionError), ([(0, None)], TypeError)):
+            with pytest.raises(error) as found:
+                list(in_parts(source, read_sizes, batches, (2, SIZE), fail, readers))
+            assert len(str(found.value).splitlines()) == 1
+    assert [thread.name for thread in threading.enumerate() if "Prefetcher" in thread.name] == []
+
+
+def test_a_process_whose_reply_nobody_took_is_asked_no_more(source, monkeypatch):
+    """Else its reply would be taken for the next one's."""
+
+    def fail(silence, connection):
+        raise BrokenPipeError("no stderr to warn on")
+
+    with Workers([source], 1) as readers:
+        monkeypatch.setattr(workers._Silence, "wait_for", fail)
+        for error in (BrokenPipeError, LoadingFailed):
+            with pytest.raises(error, match="no stderr"):
+                list(eval_batches(source, [1], CenterCrop(SIZE), batch_size=1, workers=readers))
+            monkeypatch.undo()
+
+
+def test_processes_that_cannot_be_killed_are_not_waited_for(monkeypatch):
+    """As those are that wait for a network disk."""
+    monkeypatch.setattr(workers, "END_SECONDS", 0.1)
+    readers = Workers([Slow(lambda: None)], 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing.process.BaseProcess, "kill", lambda process: None)
+        readers.close()
+        assert len(workers_now()) == 2
+    readers.close()
+    assert workers_now() == []
+    with pytest.raises(LoadingFailed, match=r"^the loading processes have ended$"):
+        list(eval_batches(readers.sources[0], [1], CenterCrop(SIZE), batch_size=1, workers=readers))
+
+
+def test_a_signal_without_a_name_is_said_by_its_number():
+    iterator = batches(Slow(lambda: time.sleep(0.05)), workers=1)
+    next(iterator)
+    os.kill(workers_now()[0], signal.SIGRTMIN + 1)
+    with pytest.raises(RunFailed, match=rf"^a loading process died \(.*{signal.SIGRTMIN + 1}\)$|Real-time signal"):
+        list(iterator)
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_a_rank_whose_loading_fails_says_why(tmp_path):
         os.kill(worker, signal.SIGKILL)
         ended = command.end()
     assert ended.code == 1
-    assert failures(ended)[0].startswith("a loading process died (killed by SIGKILL"), ended.err
+    assert failures(ended)[0].startswith("a loading process died (Killed"), ended.err
     assert "Traceback" not in ended.err
 
 
