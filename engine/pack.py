@@ -87,7 +87,9 @@ def _gains(packing: "Packing", split: str) -> str:
     size, images = sum(tar.bytes for tar in tars), sum(tar.images for tar in tars)
     before = "" if source.files() is None else f", before {_readable(bytes_of(source))}"
     sooner = f"decoded in {_milliseconds(packed):.2f} ms of CPU time each, before in {_milliseconds(source):.2f}"
-    return f"{split}: {images:,} images in {len(tars):,} tars of {_readable(size)}{before}; {sooner}"
+    return (
+        f"{split}: {images:,} images in {len(tars):,} tar{'s' * (len(tars) > 1)} of {_readable(size)}{before}; {sooner}"
+    )
 
 
 def _readable(size: int) -> str:
@@ -99,12 +101,13 @@ def _milliseconds(source: "Source") -> float:
     from engine.data.contents import spread
     from engine.data.decode import to_rgb
 
-    count, began = 0, time.process_time()
-    for i in spread(len(source), _SAMPLED):
+    seconds = []
+    for i in [0, *spread(len(source), _SAMPLED)]:  # the first time, Pillow loads what it needs
+        began = time.process_time()
         with suppress(Exception):  # one that cannot be read, in either
             to_rgb(source.read(i)).load()
-            count += 1
-    return 1e3 * (time.process_time() - began) / max(1, count)
+            seconds.append(time.process_time() - began)
+    return 1e3 * sum(seconds[1:]) / max(1, len(seconds) - 1)
 
 
 def _progress(items: Iterable[T], total: int, what: str) -> Iterable[T]:

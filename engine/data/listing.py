@@ -30,6 +30,7 @@ _WORTH_A_FILE = 10_000  # images; fewer are found again at each start
 _CHECKED = 1 << 28  # bytes of a file that are compared with their checksum; of a larger one the header alone
 _CHUNK = 1 << 24
 _ALIGNED = 64  # bytes
+_BEGIN = b'{"__metadata__": {"facts":'  # of the header
 _TYPES = {"U8": np.dtype(np.uint8), "I64": np.dtype("<i8")}
 
 
@@ -81,6 +82,8 @@ def open_listing(
     facts = facts | {"id": secrets.token_hex(8)}
     for place in places(path):
         try:
+            if not _may_be_written(place):
+                continue
             place.parent.mkdir(parents=True, exist_ok=True)
             _write(place, columns, facts)
         except OSError:  # the second place may do
@@ -117,6 +120,14 @@ def _in_memory(columns: Columns, facts: dict) -> Listing:
 
 def _type(name: str) -> str:
     return "U8" if name.endswith("_text") else "I64"
+
+
+def _may_be_written(place: Path) -> bool:
+    """Whether nothing lies there but a listing: a file of the user's may have such a name. Raises OSError."""
+    if not place.exists():
+        return True
+    with place.open("rb") as file:
+        return file.read(8 + len(_BEGIN))[8:] == _BEGIN
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------

@@ -252,6 +252,15 @@ def test_where_the_place_beside_it_cannot_be_written_the_cache_serves(root, tmp_
     assert "could not be saved: every rank makes its own, at each start" in capsys.readouterr().err
 
 
+def test_a_file_of_the_users_is_not_written_over(root, tmp_path, monkeypatch):
+    for mine in (b"", b"an index of mine", bytes(100)):
+        (tmp_path / "root.index").write_bytes(mine)
+        found = facts(opened(root))
+        assert (tmp_path / "root.index").read_bytes() == mine
+        assert facts(from_the_file(monkeypatch, root)) == found
+    assert len(list((tmp_path / "cache/moco-v3-engine").iterdir())) == 1
+
+
 def test_nothing_is_saved_where_nothing_may_be(root, tmp_path):
     tars(tmp_path / "tars", {"a/1.png": png(1)})
     before = sorted(tmp_path.rglob("*"))
