@@ -54,7 +54,8 @@ def open_folder(root: Root, split: Split) -> Source | None:
 
 
 def _no_images(root: Root, folder: Path, survey: Survey) -> UserError:
-    do = f"; pass {root.of_source('shards')}" if survey.left_out[".tar"] else ""
+    others = {".tar": "shards", ".parquet": "hf", ".arrow": "hf"}
+    do = next((f"; pass {root.of_source(kind)}" for suffix, kind in others.items() if survey.left_out[suffix]), "")
     found = survey.words()
     return UserError(
         f"{root} must hold images ({' '.join(IMAGE_SUFFIXES)}); {folder} has none{f', but {found}' if found else ''}"

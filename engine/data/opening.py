@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.data.folder import open_folder
+from engine.data.hf import is_hf, open_hf
 from engine.data.joined import JoinedSource
 from engine.data.lists import LIST_SUFFIXES, open_list
 from engine.data.naming import is_tar_name
@@ -19,6 +20,7 @@ OPENERS: dict[str, Callable[[Root, Split], Source | None]] = {
     "shards": open_shards,
     "torchvision": open_torchvision,
     "list": open_list,
+    "hf": open_hf,
 }
 
 
@@ -69,9 +71,12 @@ def _open(root: Root, split: Split) -> Source | None:
 
 
 def guess_kind(root: Path) -> str:
-    """`shards` for a tar or a folder with tars in it, `list` for a file that is named as a text, else `folder`."""
+    """`shards` for a tar or a folder with tars in it, `list` for a file that is named as a text, `hf` where there are
+    tables, else `folder`."""
     if root.is_file() and root.suffix.lower() in LIST_SUFFIXES:
         return "list"
+    if root.exists() and is_hf(root):
+        return "hf"
     has_tars = root.is_file() or (root.is_dir() and any(is_tar_name(path.name) for path in root.iterdir()))
     return "shards" if has_tars else "folder"
 

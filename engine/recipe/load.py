@@ -189,7 +189,11 @@ def _check_data(data: Data) -> None:
         return
     if data.dataset is not None:
         raise wrong("data.dataset", data.dataset, f"null under data.source {data.source}")
-    if data.dataset_options:
+    if data.source == "hf":
+        if not set(data.dataset_options) <= {"image", "label"}:
+            columns = "names of columns under image and label, under data.source hf"
+            raise wrong("data.dataset_options", data.dataset_options, columns)
+    elif data.dataset_options:
         raise wrong("data.dataset_options", data.dataset_options, f"{{}} under data.source {data.source}")
 
 

@@ -115,16 +115,18 @@ class Train:
 
 Paths = str | tuple[str, ...]
 Classes = Literal["auto", "folders", "none"]
-Source = Literal["folder", "shards", "torchvision", "list"]
+Source = Literal["folder", "shards", "torchvision", "list", "hf"]
 
 
 @section
 class Data:
-    source: Source = key("image files, tar files, a dataset of torchvision, or a text file of paths")
+    source: Source = key("image files, tar files, a dataset of torchvision, a text file of paths, or tables")
     root: Paths = key("where the images are; may hold `train` and `val`; several roots are one set", PATH)
     val_root: Paths | None = key("where the validation images are; null: `val` inside root", PATH, default=None)
     dataset: str | None = key("class in torchvision.datasets, under source torchvision", TEXT, default=None)
-    dataset_options: dict = key("what that class is called with", ARGUMENTS, default_factory=dict)
+    dataset_options: dict = key(
+        "what that class is called with; under source hf the columns {image, label}", ARGUMENTS, default_factory=dict
+    )
     workers: int = key("loading processes beside each training process; 0: none", NOT_NEGATIVE)
     max_bad_fraction: float = key("share of images that may be unreadable before the run ends", FRACTION, default=0.001)
     accept_changes: bool = key(ACCEPT_CHANGES, since=2, before=False, default=False)
