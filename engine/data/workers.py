@@ -163,7 +163,7 @@ class _Worker:
             reply = self.connection.recv()
         except (OSError, EOFError) as error:
             raise self._death() from error
-        np.copyto(out, self.pixels[: out.size].reshape(out.shape))
+        np.copyto(out, _shaped(self.pixels, out.shape))
         return reply
 
     def _death(self) -> LoadingFailed:
@@ -172,6 +172,12 @@ class _Worker:
         how = f"exit code {code}" if code is None or code >= 0 else signal.strsignal(-code) or f"signal {-code}"
         likely = ": memory may be short" if code == -signal.SIGKILL else ""
         return LoadingFailed(f"a loading process died ({how}){likely}")
+
+
+def _shaped(memory: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The beginning of the memory as pixels [..., 3, S, S], the three of a pixel side by side (engine.data.parts)."""
+    *images, channels, height, width = shape
+    return np.moveaxis(memory[: math.prod(shape)].reshape(*images, height, width, channels), -1, -3)
 
 
 class _Silence:
@@ -213,7 +219,7 @@ def _serve(connection: Connection, memory: Any, sources: Sequence[Source], paren
     with suppress(EOFError, OSError):  # nobody asks any more
         while True:
             source, work, argument, shape = connection.recv()
-            connection.send(_reply(work, sources[source], argument, pixels[: math.prod(shape)].reshape(shape)))
+            connection.send(_reply(work, sources[source], argument, _shaped(pixels, shape)))
 
 
 def _reply(work: Work, source: Source, argument: Any, out: np.ndarray) -> Any:

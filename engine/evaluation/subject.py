@@ -42,7 +42,8 @@ class Subject:
         mean_311, std_311 = (
             torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1) for v in (self.mean, self.std)
         )
-        pixels = image_B3SS.to(device, non_blocking=True).float().div_(255)
+        # Convolutions compute by the layout of what they get, and round accordingly.
+        pixels = image_B3SS.to(device, non_blocking=True).contiguous().float().div_(255)
         return pixels.sub_(mean_311).div_(std_311).to(self.dtype)
 
     @torch.no_grad()

@@ -103,6 +103,7 @@ def test_a_batch_is_what_sampler_and_decode_say(source):
     assert batch.sample_B.tolist() == samples.tolist()
     assert batch.crops.shape == (2, 8, 3, SIZE, SIZE)
     assert batch.crops.dtype == torch.uint8
+    assert batch.crops.permute(0, 1, 3, 4, 2).is_contiguous()  # as decoders have pixels
     assert batch.bad == []
     assert batch.sample_B.dtype == torch.int64
     for b, sample in enumerate(samples):
