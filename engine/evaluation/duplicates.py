@@ -16,6 +16,7 @@ from engine.data.source import Root, Source
 from engine.data.workers import Workers
 from engine.distributed.agreement import agreement, all_gather
 from engine.distributed.world import World
+from engine.errors import UserError
 from engine.evaluation.features import Features, features, progress
 from engine.evaluation.knn import gather_rows
 from engine.evaluation.rows import open_all
@@ -23,6 +24,7 @@ from engine.evaluation.subject import open_subject_together
 from engine.files import replace_file
 
 TILE = 1024  # rows and columns of the similarities that are there at a time
+MOST = 10_000_000  # pairs, above which groups say nothing and memory may end
 
 
 class Pairs(NamedTuple):
@@ -44,8 +46,9 @@ def find_duplicates(
     with Workers([source], workers, device=world.device) as readers:
         subject = open_subject_together(checkpoint, world, **choice)
         rows = gather_rows(features(subject, source, "data", world, readers).to(world.device), world.group)
-    mine = pairs_of_rank(rows.feature_ND, least, world)
-    parts = all_gather(mine, world.host_group)
+    parts = all_gather(pairs_of_rank(rows.feature_ND, least, world), world.host_group)
+    if sum(len(part.cosine) for part in parts) > MOST:
+        raise UserError(f"--least ({least:g}) must be higher: over {MOST:,} pairs of images are alike; raise it")
     pairs = Pairs(*(torch.cat(column) for column in zip(*parts, strict=True)))
     group_of = groups(pairs)
     with agreement(world.host_group):
@@ -57,13 +60,16 @@ def find_duplicates(
 def pairs_of_rank(feature_ND: Tensor, least: float, world: World) -> Pairs:
     """The alike among tiles of all rows, which are dealt out to the ranks.
 
-    Tiles are the same for any number of ranks, and with them the bits of their products.
+    Tiles are the same for any number of ranks, and with them the bits of their products. Above MOST no more are sought.
     """
     tiles = F.normalize(feature_ND.double(), dim=1).float().split(TILE)
     places = [(i, j) for i in range(len(tiles)) for j in range(i, len(tiles))][world.rank :: world.size]
-    found = [_alike(tiles[i], tiles[j], i, j, least) for i, j in progress(places, len(places), "pairs", "tile", world)]
     empty = torch.zeros(0, dtype=torch.int64)
-    found.append(Pairs(empty, empty, torch.zeros(0)))
+    found, count = [Pairs(empty, empty, torch.zeros(0))], 0
+    for i, j in progress(places, len(places), "pairs", "tile", world):
+        if count <= MOST:
+            found.append(_alike(tiles[i], tiles[j], i, j, least))
+            count += len(found[-1].cosine)
     return Pairs(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 

@@ -149,7 +149,7 @@ def _reference(found: Found, naming: Naming, about: About | None) -> Weights:
     left = [key for key in ("optimizer", "scaler") if said.get(key) is not None]
     notes = (f"ignored in {found.origin}: {listed(left)}",) if left else ()
     return dataclasses.replace(
-        weights, about=about, notes=notes if stated is None else (*notes, *_notes_on_images(found))
+        weights, about=about, notes=notes if stated is None else (*notes, *_notes_on_images(found, about))
     )
 
 
@@ -184,7 +184,7 @@ def _trunk(found: Found, about: About | None) -> Weights:
         weights = dataclasses.replace(weights, about=about, shapes=expected)
     left += dropped
     notes = (f"ignored in {found.origin}, for no trunk has it: {listed(left, most=5)}",) if left else ()
-    return dataclasses.replace(weights, notes=(*notes, *_notes_on_images(found)))
+    return dataclasses.replace(weights, notes=(*notes, *_notes_on_images(found, weights.about)))
 
 
 def _shown(weights: Weights, found: Found) -> tuple[About | None, str]:
@@ -221,12 +221,16 @@ def _heads_of_positions(weights: Weights, shapes: Mapping[str, torch.Size]) -> i
     return REFERENCE_HEADS if is_sincos(position) else None
 
 
-def _notes_on_images(found: Found) -> tuple[str, ...]:
+def _notes_on_images(found: Found, about: About | None) -> tuple[str, ...]:
     """Files of others, and bare ones of ours, cannot say what images they take."""
     config = found.config
     if MARK in found.said or (config is not None and config.mean is not None and config.std is not None):
         return ()
-    return (f"{found.origin} does not say the mean and std of its images: ImageNet's are assumed",)
+    if about is not None and about.architecture.kind == "resnet" and config is None:  # a ViT's positions show the size
+        assumed = f"the size, mean and std of its images: {about.image_size} pixels and ImageNet's are assumed"
+    else:
+        assumed = "the mean and std of its images: ImageNet's are assumed"
+    return (f"{found.origin} does not say {assumed}",)
 
 
 def _about_published(architecture: Architecture) -> About:

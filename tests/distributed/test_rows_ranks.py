@@ -89,7 +89,7 @@ def test_a_parquet_file_holds_all_of_it(images, tmp_path):
     assert [content["name"], content["label"]] == [[line[key] for line in listed] for key in ("name", "label")]
 
 
-def test_duplicates_are_grouped_by_the_name_of_their_first(images, tmp_path, capsys):
+def test_duplicates_are_grouped_by_the_name_of_their_first(images, tmp_path, capsys, monkeypatch):
     out = tmp_path / "d.csv"
     duplicates.main([CHECKPOINT, str(out), "--data", str(images), "--least", "0.995", "--workers", "0"])
     found, listed = last_json(capsys.readouterr().out), table(out)
@@ -102,6 +102,10 @@ def test_duplicates_are_grouped_by_the_name_of_their_first(images, tmp_path, cap
     assert all(any(pair <= group for group in groups.values()) for pair in pairs)
     assert all(Path(group).name in members for group, members in groups.items())
 
+    monkeypatch.setattr("engine.evaluation.duplicates.MOST", 50)
+    many = [CHECKPOINT, str(tmp_path / "many.csv"), "--data", str(images), "--least", "0.1", "--workers", "0"]
+    with pytest.raises(UserError, match=r"--least \(0\.1\) must be higher: over 50 pairs"):
+        duplicates.main(many)
     done = torchrun(2, "engine.duplicates", CHECKPOINT, tmp_path / "two.csv", "--data", images, "--least", 0.995)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "two.csv").read_bytes() == out.read_bytes()

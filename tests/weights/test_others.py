@@ -72,7 +72,10 @@ def test_a_resnet_of_every_family_gives_its_features(family, resnet, tmp_path):
     torch.save(content, tmp_path / "a.pth.tar")
     images = torch.randn(2, 3, 64, 64)
     assert close(trunk_of(tmp_path / "a.pth.tar")(images), resnet(images))
-    assert "mean and std of its images: ImageNet's are assumed" in open_weights(str(tmp_path / "a.pth.tar")).notes[-1]
+    assert (
+        "size, mean and std of its images: 224 pixels and ImageNet's are assumed"
+        in open_weights(str(tmp_path / "a.pth.tar")).notes[-1]
+    )
 
 
 def test_dinov2_is_timm_s_network(tmp_path):
