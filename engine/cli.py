@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from engine.distributed.launcher import end_with_launcher, own_cores, ranks, take_place
+from engine.distributed.launcher import end_with_launcher, ranks, spare_cores, take_place
 from engine.errors import Interrupted, RunFailed, UserError, one_line
 from engine.logger import complain, complain_once, note, rank, say
 from engine.own_models import exit_if_hidden
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from engine.data.source import Root
     from engine.distributed.world import World
 
-WORKERS_AT_MOST = 12  # processes per rank that decode, where --workers does not say
 SOURCES = get_args(Source)
 OVERRIDES = "dotted.key=value"
 WORDS = {"import_weights": "import"}  # of doors whose word for `mocov3` is a keyword, which can name no module
@@ -312,7 +311,7 @@ def decoding_workers(options: Namespace) -> int:
     """Processes per rank that decode: as asked for, else the cores that the ranks of this machine leave."""
     if options.workers is not None:
         return options.workers
-    return max(0, min(WORKERS_AT_MOST, own_cores() - 1))
+    return spare_cores()
 
 
 # ---- a recipe

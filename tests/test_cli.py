@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from engine.cli import (
-    WORKERS_AT_MOST,
     Parser,
     add_images,
     decoding_workers,
@@ -15,6 +14,7 @@ from engine.cli import (
     image_roots,
     result,
 )
+from engine.distributed.launcher import MOST_DECODERS
 from engine.errors import UserError
 
 
@@ -66,7 +66,7 @@ def test_workers_are_what_is_given_or_the_cores_that_ranks_leave(monkeypatch):
         parsed("--workers", "-1")
     with pytest.raises(UserError, match=r"^argument --workers: invalid integer value: 'many'; see"):
         parsed("--workers", "many")
-    for cores, ranks, expected in ((64, 2, WORKERS_AT_MOST), (16, 2, 7), (1, 1, 0), (2, 4, 0)):
+    for cores, ranks, expected in ((64, 2, MOST_DECODERS), (16, 2, 7), (1, 1, 0), (2, 4, 0)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         assert decoding_workers(parsed()) == expected

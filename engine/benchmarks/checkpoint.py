@@ -16,6 +16,7 @@ from engine.distributed.world import World
 from engine.recipe.identity import fingerprint
 from engine.recipe.load import dump
 from engine.recipe.sections import Pretrain
+from engine.runs.auto import settled
 from engine.training.determinism import deterministic
 
 STEPS = {"cuda": 10, "cpu": 3}  # before anything counts, and then again
@@ -31,6 +32,7 @@ def measure_checkpoint(recipe: Pretrain, world: World) -> dict[str, Any]:
     written.
     """
     steps = STEPS[world.device.type]
+    recipe = settled(recipe, world, of_run=False)
     with deterministic(recipe.parallel.deterministic):
         subject = Subject(recipe, world, 2 * steps)
         subject.run(steps)

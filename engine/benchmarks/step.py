@@ -24,6 +24,7 @@ from engine.distributed.agreement import agreement
 from engine.distributed.world import World
 from engine.errors import UserError
 from engine.recipe.sections import Pretrain
+from engine.runs.auto import settled
 from engine.runs.pretrain import build_state, make_augment, make_moco, make_schedule
 from engine.torch_internals import graph_breaks, graphs_compiled
 from engine.training.determinism import deterministic
@@ -108,6 +109,7 @@ def measure_step(recipe: Pretrain, world: World, versus: str, trace: Path | None
     Raises:
         UserError: the recipe's network cannot be; a reference has no ranks; the profile cannot be written.
     """
+    recipe = settled(recipe, world, of_run=False)
     with deterministic(recipe.parallel.deterministic):
         return _measure_step(recipe, world, versus, trace)
 

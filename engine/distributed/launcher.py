@@ -20,6 +20,7 @@ from engine.logger import FIRST_WORD_SECONDS
 ORPHAN_CHECK_SECONDS = 1.0
 RESTARTS = "MOCOV3_RESTARTS"  # how often engine.launch has started its ranks again, for them to read
 MOST_PORTS = 65_536  # more than there are ports, or ranks
+MOST_DECODERS = 12  # processes per rank
 MOST_COMPILERS = 32  # of one process; torch's own bound
 
 
@@ -94,6 +95,11 @@ def own_cores() -> int:
     """This rank's share of them. torchrun's ranks share those of its node; srun may have dealt them out."""
     dealt = None if "TORCHELASTIC_RUN_ID" in os.environ else os.environ.get("SLURM_CPUS_PER_TASK")
     return min(cores(), int(dealt)) if dealt else cores() // local_ranks()
+
+
+def spare_cores() -> int:
+    """How many processes of a rank may decode images beside it."""
+    return max(0, min(MOST_DECODERS, own_cores() - 1))
 
 
 def share_compilers(ranks: int) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from engine.errors import UserError, one_line
 
@@ -96,7 +96,7 @@ def _read_value(name: str, field: dataclasses.Field, raw: Any) -> Any:
 
 def _convert(kind: Any, raw: Any) -> Any:
     """`raw` as a field of type `kind` holds it; TypeError if it is something else. No text is taken for a number."""
-    if isinstance(kind, UnionType):
+    if _is_union(kind):
         return _convert_to_one(get_args(kind), raw)
     if get_origin(kind) is tuple and isinstance(raw, list) and raw:
         inner = _entries(kind, len(raw))
@@ -111,6 +111,10 @@ def _convert(kind: Any, raw: Any) -> Any:
     if (kind in (bool, str) and type(raw) is kind) or (kind is dict and isinstance(raw, dict) and _is_finite(raw)):
         return raw
     raise TypeError
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, UnionType)  # `int | Literal[...]` is the former
 
 
 def _convert_to_one(kinds: Sequence[Any], raw: Any) -> Any:
@@ -148,10 +152,12 @@ _WORDS = {
 def describe(field: dataclasses.Field) -> str:
     """What a field must be, in words: `an integer >= 1 or null`."""
     kind, rule = field.type, field.metadata["key"].rule.text
-    if isinstance(kind, UnionType):
+    if _is_union(kind):
         first, *others = get_args(kind)
         several = ", or a list of such" if any(get_origin(other) is tuple for other in others) else ""
-        return f"{_WORDS[first]}{rule}{several}{' or null' if NoneType in others else ''}"
+        words = [word for other in others if get_origin(other) is Literal for word in get_args(other)]
+        words += ["null"] * (NoneType in others)
+        return f"{_WORDS[first]}{rule}{several}{''.join(f' or {word}' for word in words)}"
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:

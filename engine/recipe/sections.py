@@ -30,6 +30,7 @@ RANDAUGMENT = Rule(
     " in timm's words, such as rand-m9-mstd0.5-inc1",
     lambda value: re.fullmatch(r"rand(-(m|n|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-inc[01]|-tweights)*", value) is not None,
 )
+WORKERS = Rule(" >= 0", lambda value: value == "auto" or value >= 0)
 MINUTES = Rule(" > 0 and <= 1e6", lambda value: 0 < value <= 1e6)
 WARN = Rule(": warn", lambda value: value == "warn")
 ARGUMENTS = Rule(", each a keyword argument", lambda value: all(name.isidentifier() for name in value))
@@ -114,6 +115,7 @@ class Train:
 
 
 Paths = str | tuple[str, ...]
+Auto = Literal["auto"]  # what suits the machine (engine.runs.auto)
 Classes = Literal["auto", "folders", "none"]
 Source = Literal["folder", "shards", "torchvision", "list", "hf"]
 
@@ -127,7 +129,7 @@ class Data:
     dataset_options: dict = key(
         "what that class is called with; under source hf the columns {image, label}", ARGUMENTS, default_factory=dict
     )
-    workers: int = key("loading processes beside each training process; 0: none", NOT_NEGATIVE)
+    workers: int | Auto = key("loading processes beside each training process; 0: none; auto: by cores", WORKERS)
     max_bad_fraction: float = key("share of images that may be unreadable before the run ends", FRACTION, default=0.001)
     accept_changes: bool = key(ACCEPT_CHANGES, since=2, before=False, default=False)
 
@@ -183,9 +185,10 @@ class Evaluate:
 
 
 Interpolation = Literal["bilinear", "bicubic"]
-Precision = Literal["bf16", "float32", "float64"]
+Precision = Literal["bf16", "float32", "float64", "auto"]
 Shard = Literal["full", "grad_op", "hybrid", "replicate"]
 ActivationCheckpoint = Literal["none", "selective", "full"]
+PRECISION = "arithmetic of the trunk; under bf16 heads, BatchNorm, loss stay in float32; auto: bf16 where a GPU has it"
 SHARDED = "what is split over processes: all state; gradients and optimizer state; all within each replica; nothing"
 
 DETERMINISTIC = "the same bits from every run of one command on the same machines; false: faster, and to rounding alone"
@@ -194,8 +197,8 @@ RECOMPUTED = "what the backward pass computes again of a trunk's blocks, to save
 
 @section
 class Parallel:
-    compile: bool = key("run the network through torch.compile")
-    precision: Precision = key("arithmetic of the trunk; under bf16 heads, BatchNorm and loss stay in float32")
+    compile: bool | Auto = key("run the network through torch.compile; auto: on GPUs, with a C compiler")
+    precision: Precision = key(PRECISION)
     shard: Shard = key(SHARDED, default="full")
     replicate: int = key("number of replicas under shard hybrid; 1 in the other modes", AT_LEAST_1, default=1)
     deterministic: bool = key(DETERMINISTIC, since=2, before=True, default=True)

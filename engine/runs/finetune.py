@@ -32,6 +32,7 @@ from engine.evaluation.subject import Subject
 from engine.recipe.keys import wrong
 from engine.recipe.load import dump
 from engine.recipe.sections import Finetune
+from engine.runs.auto import settled
 from engine.runs.changes import begun
 from engine.runs.log import Row
 from engine.runs.run import run
@@ -66,7 +67,8 @@ def finetune(
     Raises:
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
     """
-    started = time.perf_counter()
+    started, written = time.perf_counter(), recipe
+    recipe = settled(written, world)
     batch, former = recipe.train.global_batch_size, begun(recipe, world)
     splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed, batch=batch, begun=former)
     weights = in_turn(world, lambda: open_fetched(checkpoint, encoder, untrained=baseline == "initial", heads=heads))
@@ -74,7 +76,9 @@ def finetune(
         check_randaugment(recipe)
         networks = make_classifiers(recipe, weights, len(splits.train.classes))
         check_compiler(recipe.parallel, world.device)
-    row = run(Finetuning(recipe, world, splits, weights, *networks), started)
+    task = Finetuning(recipe, world, splits, weights, *networks)
+    task.written = written
+    row = run(task, started)
     return {key.removeprefix("finetune_"): value for key, value in row.items() if key.endswith(("top1", "top5"))}
 
 

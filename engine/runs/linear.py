@@ -19,6 +19,7 @@ from engine.errors import RunFailed
 from engine.evaluation.linear import LinearClassifier, linear_step
 from engine.evaluation.subject import Subject, open_subject_together
 from engine.recipe.sections import Linear
+from engine.runs.auto import settled
 from engine.runs.changes import begun
 from engine.runs.log import Row
 from engine.runs.run import run
@@ -39,12 +40,14 @@ def linear(
     Raises:
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
     """
-    started = time.perf_counter()
+    started, written = time.perf_counter(), recipe
+    recipe = settled(written, world)
     splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed, begun=begun(recipe, world))
     fraction = recipe.evaluate.crop_fraction
     subject = open_subject_together(checkpoint, world, encoder=encoder, crop_fraction=fraction, heads=heads)
     frozen = {"checkpoint": _lasting(checkpoint), "encoder": encoder} | ({"heads": str(heads)} if heads else {})
     task = LinearClassification(recipe, world, splits, subject, frozen)
+    task.written = written
     row = run(task, started)
     return {"top1": row["linear_top1"], "top5": row["linear_top5"], "learning_rate": task.classifier.peak_lr}
 

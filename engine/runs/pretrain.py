@@ -26,6 +26,7 @@ from engine.recipe.keys import wrong
 from engine.recipe.load import dump, locate, located
 from engine.recipe.paths import each
 from engine.recipe.sections import Pretrain
+from engine.runs.auto import on_this_machine, settled
 from engine.runs.changes import begun
 from engine.runs.continuing import find_source
 from engine.runs.log import Row
@@ -53,14 +54,17 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World, earlier: Path | 
     Raises:
         UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
     """
-    started = time.perf_counter()
+    started, written = time.perf_counter(), recipe
+    recipe = settled(written, world)
     with agreement(world.host_group):
         moco = make_moco(recipe)
         check_compiler(recipe.parallel, world.device)
     batch, former = recipe.train.global_batch_size, begun(recipe, world)
     splits = open_splits(recipe.data, recipe_file, world, batch=batch, begun=former)
     watched = open_watched(recipe, recipe_file, world, splits)
-    run(Pretraining(recipe, recipe_file, world, splits, watched, moco), started, earlier)
+    task = Pretraining(recipe, recipe_file, world, splits, watched, moco)
+    task.written = written
+    run(task, started, earlier)
 
 
 def preview(recipe: Pretrain, recipe_file: Path, world: World) -> str:
@@ -69,8 +73,9 @@ def preview(recipe: Pretrain, recipe_file: Path, world: World) -> str:
     Writes and fetches nothing; where images are missing, a comment says so. Raises UserError for what a run would
     refuse.
     """
+    written, recipe = recipe, settled(recipe, world)
     moco = make_moco(recipe)
-    lines = [_sizes(moco)]
+    lines = [_sizes(moco), *on_this_machine(written, recipe, world)]
     batch = recipe.train.global_batch_size
     try:
         former = begun(recipe, world)
@@ -82,7 +87,7 @@ def preview(recipe: Pretrain, recipe_file: Path, world: World) -> str:
             raise
         lines.append(f"data      {error}")
         lines.append(f"schedule  {recipe.train.epochs} epochs, whose steps follow from the images")
-    return "\n".join([dump(located(recipe, recipe_file)), *(f"# {line}" for line in lines)])
+    return "\n".join([dump(located(written, recipe_file)), *(f"# {line}" for line in lines)])
 
 
 def _sizes(moco: MoCo) -> str:

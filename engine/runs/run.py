@@ -22,6 +22,7 @@ from engine.recipe.keys import show
 from engine.recipe.load import loads, located
 from engine.recipe.paths import expand
 from engine.recipe.sections import Linear, Pretrain, Recipe
+from engine.runs.auto import on_this_machine
 from engine.runs.back import find_earlier, go_back
 from engine.runs.changes import accept, check_images, find_changes, list_images
 from engine.runs.directory import STOP, RunDirectory, check_same_task
@@ -65,7 +66,7 @@ def run(task: Task, started: float, earlier: Path | None = None) -> Row:
         elif source is not None:
             task.begin_with(*source)
         _say_decoder(task, found[2] if found else None)
-        directory.write_recipe(located(recipe, task.recipe_file), task.made_by())
+        directory.write_recipe(located(task.written, task.recipe_file), task.made_by())
         list_images(task, directory.path)
         with agreement(world.host_group):
             resume_step = task.step if found else -1
@@ -187,7 +188,8 @@ def _continues(differences: list[str]) -> bool:
 def _say_opening(task: Task) -> None:
     world, parallel = task.world, task.parallel
     how = f", {parallel.precision}, shard {parallel.shard}, compile {parallel.compile}" if parallel else ""
-    say("\n".join([f"ranks     {world.size} on {world.device_name}{how}", *_lost_bits(task), *task.opening()]))
+    lines = [f"ranks     {world.size} on {world.device_name}{how}", *on_this_machine(task.written, task.recipe, world)]
+    say("\n".join([*lines, *_lost_bits(task), *task.opening()]))
 
 
 def _lost_bits(task: Task) -> list[str]:

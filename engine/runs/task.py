@@ -33,6 +33,7 @@ from engine.evaluation.features import AtBatch
 from engine.recipe.load import dump
 from engine.recipe.paths import named
 from engine.recipe.sections import Parallel, Recipe
+from engine.runs.auto import taken
 from engine.runs.log import Row
 from engine.runs.plan import Plan
 from engine.training.activation_checkpoint import stronger
@@ -83,6 +84,7 @@ class Task(ABC):
         keep_partial: bool = False,
         repeats: int = 1,
     ):
+        self.written: Recipe = recipe  # with what it leaves to the machine (engine.runs.auto), which `recipe` has not
         self.recipe, self.world, self.splits, self.crops, self.augment = recipe, world, splits, crops, augment
         self.mean, self.std = mean, std
         batch = recipe.train.global_batch_size
@@ -214,6 +216,7 @@ class Task(ABC):
     def reading(self) -> Workers:
         """Start the loading processes; a context manager, which ends them."""
         count = self.recipe.data.workers
+        assert count != "auto"
         self.workers = Workers(self.sources(), count, timeout=self.timeout, device=self.world.device)
         return self.workers
 
@@ -282,15 +285,16 @@ class Task(ABC):
 
     def made_by(self) -> dict[str, str]:
         """What computes here, and how far the same bits come of it again."""
+        made_by = self.world.made_by() | taken(self.written, self.recipe)
         if self.parallel is None:
-            return self.world.made_by()
+            return made_by
         found = f"in part: not {self.refused}" if self.refused else str(self.parallel.deterministic).lower()
-        return self.world.made_by() | {"deterministic": found}
+        return made_by | {"deterministic": found}
 
     def state(self) -> RunState:
         return RunState(
             step=self.step,
-            recipe=dump(self.recipe),
+            recipe=dump(self.written),
             images={split: source.fingerprint for split, (source, _) in self.images_bound().items()}
             | self.began_with[0],
             contents=self.contents | self.began_with[1],

@@ -207,6 +207,7 @@ def compiled(function: Callable[P, T], kept: float = 1.0) -> Callable[P, T]:
 def check_compiler(parallel: Parallel, device: torch.device) -> None:
     """Raises UserError where code is to be compiled and cannot be: for a CPU it is C++, and Triton's launchers of
     what runs on a GPU are C."""
+    assert "auto" not in (parallel.compile, parallel.precision)  # what it stands for is settled before
     if parallel.compile and device.type == "cpu" and not has_cpp_compiler():
         raise UserError(
             "parallel.compile (true) needs a C++ compiler on a CPU, and neither $CXX nor g++ is one; "

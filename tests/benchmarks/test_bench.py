@@ -19,6 +19,7 @@ from engine.data.decode import decode, to_rgb
 from engine.distributed.world import process_group
 from engine.errors import UserError
 from engine.recipe.load import load
+from engine.runs.auto import settled
 from engine.training.loss import contrastive_loss
 from tests.distributed.launch import results
 
@@ -69,7 +70,7 @@ def test_the_counted_steps_cross_the_end_of_an_epoch_and_end_with_the_schedule()
     for epochs, per_epoch in ((1, 15), (2, 8), (30, 8)):
         recipe = load(RECIPE, [f"train.epochs={epochs}", "train.warmup_epochs=0", "train.global_batch_size=2"])
         with process_group() as world:
-            schedule = Subject(recipe, world, 15).schedule
+            schedule = Subject(settled(recipe, world), world, 15).schedule
         assert schedule.steps_per_epoch == per_epoch
         assert schedule.total_steps >= 15
     assert schedule.learning_rate_at(7) != schedule.learning_rate_at(8)

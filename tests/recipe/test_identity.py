@@ -66,7 +66,7 @@ def any_recipe(draw):
             val_root=draw(st.none() | paths),
             dataset=draw(texts) if torchvision else None,
             dataset_options=draw(options) if torchvision else {},
-            workers=draw(st.integers(0, 99)),
+            workers=draw(st.integers(0, 99) | st.just("auto")),
             max_bad_fraction=draw(fractions),
             classes=draw(st.sampled_from(["auto", "folders", "none"])),
         ),
