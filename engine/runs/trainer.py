@@ -17,7 +17,7 @@ from engine.distributed.agreement import agreement, broadcast
 from engine.distributed.roll import wait_at_most
 from engine.distributed.signals import StopSignal
 from engine.distributed.world import TIMEOUT
-from engine.errors import Interrupted, RunFailed
+from engine.errors import Interrupted, RunFailed, UserError
 from engine.logger import say
 from engine.runs.failures import kept
 from engine.runs.log import MetricsLog
@@ -89,10 +89,11 @@ class Trainer:
         """The task's. Where none comes any more, the state is whole as long as no other rank is in the next step."""
         try:
             yield from self.task.batches(self.plan.last_step)
-        except RunFailed as failure:
+        except (RunFailed, UserError) as failure:
             if self.world.size == 1 and self.task.step:
-                self._save(must=True)
-            raise RunFailed(f"{failure}; {kept(self.saves.checkpoints)}", alone=True) from failure
+                self.saves.secure()
+            words = f"{failure}; {kept(self.saves.checkpoints)}"
+            raise (UserError(words) if isinstance(failure, UserError) else RunFailed(words, alone=True)) from failure
 
     def _log_if_due(self, output: Any, batch: Any) -> None:
         step = self.task.step

@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.data.order import Order
 from engine.errors import RunFailed, UserError
 from engine.recipe.load import load
 from engine.runs.pretrain import Pretraining, pretrain
+from tests.data.images import png
 from tests.distributed.trajectories import KINDS, RECIPE, SMALL
 from tests.training.trunks import Unpooled
 
@@ -140,6 +142,22 @@ def test_unreadable_images_are_borne_up_to_their_share(world, tmp_path):
     assert losses(train(world, tmp_path / "not_borne", *few, "data.max_bad_fraction=0.03")) == losses(rows)
 
 
+def test_a_run_whose_images_all_break_is_saved_before_it_ends(world, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    first = Order(0, 1000, 8).share(0, 0, 1)[1].tolist()
+    for number in range(1000):
+        (images / f"{number:03}.png").write_bytes(png(number % 256) if number in first else b"")
+    folder = ["data.source=folder", f"data.root={images}", "data.dataset=null", "data.dataset_options={}"]
+    words = "data.root must hold readable images; .* and the 100 after it are not; repair them; checkpoint step_0000001"
+    with pytest.raises(UserError, match=f"^{words} is kept, and the same command goes on$"):
+        train(world, tmp_path / "run", *folder, "data.max_bad_fraction=1", "checkpoint.every_steps=100")
+    for number in set(range(1000)) - set(first):
+        (images / f"{number:03}.png").write_bytes(png(number % 256))
+    again = ["data.accept_changes=true", "train.max_steps=2", "data.max_bad_fraction=1"]
+    assert [row["step"] for row in train(world, tmp_path / "run", *folder, *again) if "loss" in row][-1] == 2
+
+
 def test_best_names_the_checkpoint_with_the_highest_knn_and_is_spared(world, tmp_path):
     """Saved before every evaluation, whatever checkpoint.every_steps says."""
     rows = train(world, tmp_path, "evaluate.knn_every_epochs=1", "checkpoint.every_steps=100", "checkpoint.keep=1")
@@ -182,7 +200,7 @@ def test_the_online_probe_is_told_of_and_may_come_and_go(world, tmp_path, capfd)
     (loss, monitor), said = train_to(3, "true")
     assert 0 <= loss["probe_loss"] < 9
     assert 0 <= monitor["probe_top1"] <= monitor["probe_top5"] == 1
-    assert f"probe top-1 {monitor['probe_top1']:.1%}, loss " in said
+    assert f"probe top-1 {monitor['probe_top1']:.2%}, loss " in said
     assert "fresh" not in said
     for step, on, fresh in ((5, "true", False), (6, "false", False), (8, "true", True)):
         (loss, monitor), said = train_to(step, on)
