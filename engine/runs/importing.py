@@ -37,7 +37,7 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
     if checkpoint_folders(checkpoints):
         raise UserError(f"RUN_DIR ({recipe.run.dir}) must hold no checkpoint yet; pass another folder")
     moco = make_moco(recipe)
-    original = open_weights(str(file))
+    original = _opened(str(file), recipe)
     weights = _fitted(original, recipe, interpolate)
     # One process needs no replicas; what it saves loads into any sharding.
     alone = dataclasses.replace(recipe.parallel, shard="full", replicate=1, compile=False)
@@ -55,6 +55,19 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
         saved = RunState(0, dump(recipe), images={}, licence=licence, made_by=world.made_by(), **laws)
         path = save(checkpoints, tensors, saved, recipe_sha256=fingerprint(recipe), group=world.host_group)
     return {"checkpoint": str(path), "fresh": fresh}
+
+
+def _opened(file: str, recipe: Pretrain) -> Weights:
+    """The weights of a file; where positions alone tell its heads, the recipe may say another number of them."""
+    original, heads = open_weights(file), declared(recipe.model).arguments.get("heads")
+    if original.about is None or heads in (None, original.about.architecture.arguments.get("heads")):
+        return original
+    try:
+        other = open_weights(file, heads)
+    except UserError:  # the file itself says how many
+        return original
+    note(f"{file} has MoCo v3's positions, and with them 12 heads; the recipe's model.heads ({heads}) are taken")
+    return other
 
 
 def _fitted(original: Weights, recipe: Pretrain, interpolate: bool) -> Weights:

@@ -149,7 +149,8 @@ class LinearClassification(Supervised):
         return []
 
     def opening(self) -> list[str]:
-        classifier, size, network = self.classifier, self.subject.image_size, self.frozen["checkpoint"]
+        classifier, size = self.classifier, self.subject.image_size
+        network = f"{self.frozen['encoder']} encoder of {self.frozen['checkpoint']}"
         return [
             f"network   {network}, frozen: {classifier.weight_CD.shape[1]} features, images of {size}",
             self.data_line(),

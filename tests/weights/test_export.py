@@ -186,6 +186,42 @@ def test_an_image_file_has_the_evaluation_s_features_by_the_other_library_s_own_
     assert torch.cosine_similarity(by_transformers, ours).item() >= 0.9999
 
 
+ALONE = """
+import sys
+sys.modules.update(engine=None, models=None)  # importing them is an error
+import timm, torch
+from PIL import Image
+from transformers import AutoImageProcessor, ViTModel
+
+by_timm, by_transformers, file, out = sys.argv[1:]
+photo = Image.open(file)
+found = {}
+with torch.no_grad():
+    for name, wanted in (("plain", {}), ("head", {"num_classes": 10}), ("grey", {"in_chans": 1})):
+        model = timm.create_model(f"local-dir:{by_timm}", pretrained=True, **wanted).eval()
+        images = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(photo.convert("RGB"))[None]
+        found[name] = model(images[:, :1] if name == "grey" else images)
+    inputs = AutoImageProcessor.from_pretrained(by_transformers)(photo, return_tensors="pt")
+    vit = ViTModel.from_pretrained(by_transformers, add_pooling_layer=False).eval()
+    found["transformers"] = vit(**inputs).last_hidden_state[:, 0]
+torch.save(found, out)
+"""
+
+
+def test_exports_are_used_where_this_project_is_not(trained, photograph, tmp_path, here):
+    folders = [tmp_path / name for name in ("timm", "transformers")]
+    for folder in folders:
+        export_here(trained, folder, folder.name)
+    command = [sys.executable, "-c", ALONE, *map(str, folders), str(photograph), str(tmp_path / "found.pt")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    encoder, found = engine.load(trained), torch.load(tmp_path / "found.pt", weights_only=True)
+    ours = encoder(encoder.transform(Image.open(photograph))[None])
+    for name in ("plain", "transformers"):
+        assert torch.cosine_similarity(found[name], ours).item() >= 0.9999
+    assert (found["head"].shape, found["grey"].shape) == ((1, 10), ours.shape)
+
+
 @pytest.mark.parametrize(
     ("name", "file", "wrong"),
     [

@@ -112,8 +112,7 @@ def test_trunks_of_others_start_fresh_heads(form, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "fresh: base.projector" in said
     assert ("ignored in" in said) == (form != "dino")
-    if form not in ("mae",):  # {"model": trunk} alone has the 12 heads of the reference's DeiT form
-        assert "how many heads" in said
+    assert "how many heads" in said
     tensors = tensors_of(tmp_path / "run")
     for name, tensor in trunk.items():
         assert torch.equal(tensors[f"model.base.trunk.{name}"], tensor), name
@@ -174,3 +173,17 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"predictor\.0\.weight is not"):
         import_weights(tmp_path / "a.pth.tar", recipe(tmp_path / "run"))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_bare_trunk_with_this_method_s_positions_takes_the_recipe_s_heads(tmp_path, capsys):
+    """As the quickstarts have 4: nothing but the recipe can say so."""
+    trunk = {n.removeprefix("base.trunk."): t for n, t in tensors_of_trunk(PUBLISHED).items()}
+    torch.save(trunk, tmp_path / "bare.pth")
+    import_weights(tmp_path / "bare.pth", recipe(tmp_path / "run", "model.heads=6"))
+    assert "the recipe's model.heads (6) are taken" in capsys.readouterr().err
+    assert open_weights(str(tmp_path / "run")).about.architecture.arguments["heads"] == 6
+
+
+def tensors_of_trunk(file: Path) -> dict[str, torch.Tensor]:
+    weights = open_weights(str(file)).trunk("base")
+    return dict(weights.read(list(weights.shapes)))
