@@ -45,6 +45,8 @@ from engine.weights.weights import declared
 from models.moco import MoCo
 from models.norm import has_batch_norm
 
+FEW_STEPS = 10  # of an epoch: fewer are said
+
 
 def pretrain(recipe: Pretrain, recipe_file: Path, world: World, earlier: Path | None = None) -> None:
     """Run a recipe to its end, from its newest checkpoint where there is one, or from an `earlier` one of its own.
@@ -275,7 +277,17 @@ class Pretraining(Task):
             f"rates     peak lr {schedule.peak_lr:g}, encoder momentum from {schedule.momentum:g} to 1",
             f"loss      by chance {chance:.2f}: 4 T ln({self.order.batch})",
         ]
-        return lines + self._monitor_in_words()
+        return lines + self._short_epochs() + self._monitor_in_words()
+
+    def _short_epochs(self) -> list[str]:
+        """A line where an epoch has few steps, as it must to leave out a tenth of the images."""
+        images, batch, steps = len(self.splits.train), self.order.batch, self.order.steps_per_epoch
+        if steps >= FEW_STEPS:
+            return []
+        fits = images // FEW_STEPS // self.world.size * self.world.size
+        do = f"pass train.global_batch_size={fits} for {images // fits} steps" if fits > 1 else "give it more images"
+        left_out = f"{images - steps * batch:,} of {images:,} images, others each time"
+        return [f"warning   an epoch has {steps} step{'s' * (steps > 1)} and leaves out {left_out}: {do}"]
 
     def _monitor_in_words(self) -> list[str]:
         evaluate, watched = self.recipe.evaluate, self.watched

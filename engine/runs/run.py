@@ -28,7 +28,6 @@ from engine.runs.changes import accept, check_images, find_changes, list_images
 from engine.runs.directory import STOP, RunDirectory, check_same_task
 from engine.runs.failures import failures_in_words, lost_ranks_in_words
 from engine.runs.log import MetricsLog, Row
-from engine.runs.plan import Plan
 from engine.runs.saves import Saves
 from engine.runs.task import Task
 from engine.runs.trainer import Trainer
@@ -62,7 +61,7 @@ def run(task: Task, started: float, earlier: Path | None = None) -> Row:
         if found is not None:
             task.resume(*found)
             accept(task, found[2])
-            _say_resumed(found[0], task.step, task.plan())
+            _say_resumed(found[0], task)
         elif source is not None:
             task.begin_with(*source)
         _say_decoder(task, found[2] if found else None)
@@ -203,9 +202,10 @@ def _lost_bits(task: Task) -> list[str]:
     return [f"bits      two runs of this command may differ in rounding, and a resumed run from an unbroken one: {how}"]
 
 
-def _say_resumed(checkpoint: Path, step: int, plan: Plan) -> None:
-    done = ": the run is finished" if step >= plan.last_step else f" of {plan.last_step:,}"
-    say(f"resumed   {checkpoint} at step {step:,}{done}")
+def _say_resumed(checkpoint: Path, task: Task) -> None:
+    step, last = task.step, task.plan().last_step
+    done = ": the run is finished" if step >= task.total_steps else ": stopped by train.max_steps"
+    say(f"resumed   {checkpoint} at step {step:,}{done if step >= last else f' of {last:,}'}")
 
 
 def _say_decoder(task: Task, state: RunState | None) -> None:
@@ -228,6 +228,11 @@ def _closing(task: Task, directory: RunDirectory, trainer: Trainer, log: Metrics
                 counts = f"{trainer.saves.failures} saves and {trainer.log.failures} other writes"
                 say(f"disk      {counts} failed; later ones made up for them")
             say(f"files     {directory.path}: {', '.join(_files(directory))}")
+            if task.step < task.total_steps:
+                most = (
+                    f"train.max_steps ({task.recipe.train.max_steps}) after step {task.step:,} of {task.total_steps:,}"
+                )
+                left = [f"          stopped by {most}; the same command with train.max_steps=null goes on", *left]
             say("\n".join([f"next      tensorboard --logdir {directory.path}", *left]))
     return broadcast(row, task.world.host_group)
 

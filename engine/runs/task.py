@@ -198,13 +198,18 @@ class Task(ABC):
         return f"{self.recipe.train.epochs} epochs of {self.order.steps_per_epoch:,} steps"
 
     @property
+    def total_steps(self) -> int:
+        """Of all epochs, whatever ends the run earlier."""
+        return self.recipe.train.epochs * self.order.steps_per_epoch
+
+    @property
     def epoch(self) -> float:
         return self.step / self.order.steps_per_epoch
 
     def plan(self) -> Plan:
-        recipe, total = self.recipe, self.recipe.train.epochs * self.order.steps_per_epoch
+        recipe = self.recipe
         return Plan(
-            last_step=min(total, recipe.train.max_steps or total),
+            last_step=min(self.total_steps, recipe.train.max_steps or self.total_steps),
             log_every=recipe.log.every_steps,
             checkpoint_every=recipe.checkpoint.every_steps,
             keep=recipe.checkpoint.keep,

@@ -130,10 +130,10 @@ def test_a_fresh_run_leaves_what_is_promised(stories):
     assert yaml.safe_load((stories.unbroken / "recipe.yaml").read_text())["model"]["dim"] == SMALL["model.dim"]
 
 
-def test_the_same_command_finds_the_run_finished_and_changes_nothing(stories):
+def test_the_same_command_finds_the_run_at_its_end_and_changes_nothing(stories):
     after, again = stories.before_more[1], stories.commands[1]
     assert again.code == 0, again
-    assert f"step_{stories.last:07d} at step {stories.last}: the run is finished" in again.out
+    assert f"step_{stories.last:07d} at step {stories.last}: stopped by train.max_steps\n" in again.out
     assert after == stories.before_more[0]
 
 
