@@ -173,6 +173,7 @@ class Pretraining(Task):
         self.micro_batch = recipe.train.micro_batch_size or self.local_batch
         self.schedule = make_schedule(recipe, self.order.steps_per_epoch)
         self.watched = watched
+        self.most_rankme = min(moco.width, moco.views * self.order.batch)
         self.bank = open_bank(recipe, watched) if has_monitor(watched) else None
 
     def fresh_trunk(self) -> nn.Module:

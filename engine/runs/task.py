@@ -69,6 +69,7 @@ class Task(ABC):
     monitor: ClassVar[str]  # the key by which a row of the monitor is known
     # How tensors begin that a checkpoint may have where the run has not, or the other way round.
     optional: ClassVar[tuple[str, ...]] = ()
+    most_rankme = 0  # that `rankme` of a row can be; of tasks whose rows have it
     recipe_file = Path()  # a relative path of its data that is not in the working directory lies beside this
 
     def __init__(

@@ -25,6 +25,7 @@ from engine.runs.news import News
 from engine.runs.saves import Saves
 from engine.runs.spikes import SpikeAlarm
 from engine.runs.task import Task
+from engine.runs.watching import Watch
 
 ASK_EVERY = 4  # batches of an evaluation; the ranks' answers travel during the next ones
 
@@ -41,6 +42,8 @@ class Trainer:
         self.seconds: Counter[str] = Counter()  # where the wall time went
         self.patience = TIMEOUT  # how long ranks wait for each other
         watched = getattr(task.recipe.train, "on_spike", None) == "warn" and self.world.is_first
+        self.watch = Watch(task, self.plan.last_step, log.recent[0] if log.recent else None)
+        self.epochs_said = task.step // task.order.steps_per_epoch
         self.alarm = SpikeAlarm(log.recent) if watched else None  # of the rank that writes the log
 
     def run(self) -> None:
@@ -56,6 +59,8 @@ class Trainer:
             self._evaluate_if_due()
             self._restart_clock()
             what = "first step"  # in which compiled blocks are compiled
+            if self.task.parallel is not None and self.task.parallel.compile and self.task.step < self.plan.last_step:
+                say("compiling the network, which may take minutes: the first step is said when it is done")
             for batch in self._timed("data", self._batches()):
                 self.task.bad_images.meet(batch.bad)
                 with self._time(what):
@@ -103,6 +108,7 @@ class Trainer:
         row = self.task.describe(output)
         now = time.perf_counter()
         row["images_per_second"] = (step - self.clock[0]) * self.task.order.batch / (now - self.clock[1])
+        row |= self.watch.measure()
         self._restart_clock()
         if self.alarm is not None:
             self.alarm.judge(step, row["grad_norm"])
@@ -110,10 +116,11 @@ class Trainer:
         self.log.loss_row(step, row)
         if step == 1:
             self.log.picture("views", self.task.picture(batch), step)
-        speed = f"{row['images_per_second']:,.0f} images/s"
-        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}")
-        if self.bar.disable:
-            say(f"step {step}/{self.plan.last_step}  loss {row['loss']:.4f}  {speed}")
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['images_per_second']:,.0f} images/s")
+        line, ended = self.watch.epoch_line(step, row), step // self.task.order.steps_per_epoch
+        if self.bar.disable or ended > self.epochs_said:  # beside a bar a line for each epoch is enough
+            say(line)
+            self.epochs_said = ended
 
     def _check_bad_images(self) -> None:
         """Where they are counted, which all ranks do together. Raises RunFailed; the state is saved."""

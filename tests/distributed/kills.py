@@ -30,6 +30,7 @@ from engine.checkpoint.manifest import read_manifest, verify
 from engine.errors import UserError
 from tests.distributed.commands import ONE_PROCESS, QUICKSTART, TORCHRUN, Command, children_of, ranks_of, torchrun_ranks
 from tests.distributed.launch import TIMEOUT, environment
+from tests.machine import MACHINE
 
 LAST = 40
 LOOK_SECONDS = 0.02
@@ -186,7 +187,7 @@ def left(folder: Path) -> tuple[dict, list[dict]]:
     manifest = read_manifest(newest)
     verify(newest, manifest)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return manifest.files, [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+    return manifest.files, [{k: v for k, v in row.items() if k not in MACHINE} for row in rows]
 
 
 def undisturbed(folder: Path, ranks: int) -> float:

@@ -11,6 +11,7 @@ import torch
 
 from engine.checkpoint.load import read_tensors
 from tests.distributed.launch import torchrun
+from tests.machine import MACHINE
 
 WITHOUT = "evaluate.online_probe=false"
 MONITORED = ["train.max_steps=1", "evaluate.knn_every_epochs=1", "evaluate.knn_bank=6"]
@@ -55,7 +56,7 @@ def assert_bitwise(run: Path, other: Path, probe: bool = True) -> None:
     """Every tensor and every row, of the online probe too unless `probe` is false."""
 
     def kept(named: dict) -> dict:
-        return {n: v for n, v in named.items() if n != "images_per_second" and (probe or not n.startswith("probe"))}
+        return {n: v for n, v in named.items() if n not in MACHINE and (probe or not n.startswith("probe"))}
 
     mine, yours = kept(tensors(run)), kept(tensors(other))
     assert mine.keys() == yours.keys()

@@ -9,6 +9,7 @@ from engine.errors import UserError
 from engine.recipe.load import load
 from engine.runs.pretrain import pretrain
 from tests.distributed.trajectories import RECIPE, SMALL
+from tests.machine import MACHINE
 
 
 def train(world, run, *overrides, earlier=None):
@@ -20,7 +21,7 @@ def train(world, run, *overrides, earlier=None):
 
 def rows(run) -> list[dict]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in found]
+    return [{key: value for key, value in row.items() if key not in MACHINE} for row in found]
 
 
 def names(run) -> list[str]:

@@ -14,6 +14,7 @@ from engine.recipe.load import load
 from engine.runs.linear import linear
 from engine.runs.pretrain import Pretraining, pretrain
 from tests.distributed.trajectories import KINDS, RECIPE, SMALL
+from tests.machine import MACHINE
 from tests.runs.small import CHECKPOINT as PUBLISHED
 from tests.runs.small import linear_recipe
 
@@ -24,7 +25,7 @@ def train(world, run, *overrides) -> list[dict]:
     values = [*SMALL, "model.dim=16", "model.heads=2", "data.workers=0", f"run.dir={run}", "train.max_steps=4"]
     pretrain(load(RECIPE, [*values, *overrides]), RECIPE, world)
     found = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in found]
+    return [{key: value for key, value in row.items() if key not in MACHINE} for row in found]
 
 
 @pytest.fixture(scope="module")

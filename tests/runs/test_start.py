@@ -12,6 +12,7 @@ from engine.runs.pretrain import build_state, make_moco, make_schedule, pretrain
 from engine.training.parallelize import local
 from models import initial
 from tests.distributed.trajectories import KINDS, RECIPE, SMALL
+from tests.machine import MACHINE
 from tests.runs.small import finetune_recipe, run_finetune
 
 EVA = ["model.name=timm/eva02_tiny_patch14_224", "model.image_size=28", "model.freeze_patch_projection=false"]
@@ -46,7 +47,7 @@ def drawn(monkeypatch) -> list[str]:
 
 def rows(directory) -> list[dict]:
     found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in found]
+    return [{key: value for key, value in row.items() if key not in MACHINE} for row in found]
 
 
 @pytest.mark.parametrize("kind", ["vit", "vit_conv"])
