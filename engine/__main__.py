@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import NoReturn
 
 import engine
-from engine.cli import WORDS, enter, show
+from engine.cli import WORDS
+from engine.door import enter, show
 from engine.errors import UserError, did_you_mean, one_line
 
 DOORS = {

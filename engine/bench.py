@@ -12,7 +12,7 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-from engine import cli
+from engine import cli, door
 from engine.distributed.launcher import ranks
 from engine.errors import UserError
 from engine.recipe.load import check_world, load
@@ -48,11 +48,11 @@ def step(arguments: list[str]) -> None:
     if trace is not None and (trace.is_dir() or not os.access(trace.parent, os.W_OK)):
         raise UserError(f"--profile ({trace}) must be a file in a folder that exists and may be written; name another")
 
-    with cli.joined(str(options.recipe)) as world:
+    with door.joined(str(options.recipe)) as world:
         from engine.benchmarks.step import measure_step
 
         found = measure_step(recipe, world, options.vs, trace)
-    cli.result(found)
+    door.result(found)
 
 
 def loss(arguments: list[str]) -> None:
@@ -68,11 +68,11 @@ def loss(arguments: list[str]) -> None:
     parser.add_argument("--dim", type=dim, default=256, help="their width (default: 256)")
     options = parser.parse_args(arguments)
 
-    with cli.joined("loss") as world:
+    with door.joined("loss") as world:
         from engine.benchmarks.loss import measure_loss
 
         found = measure_loss(options.global_batch, options.local_batch, options.dim, world.device)
-    cli.result(found)
+    door.result(found)
 
 
 def checkpoint(arguments: list[str]) -> None:
@@ -83,11 +83,11 @@ def checkpoint(arguments: list[str]) -> None:
     parser = cli.Parser("engine.bench checkpoint", checkpoint.__doc__)
     options, recipe = _read_recipe(parser, arguments)
 
-    with cli.joined(str(options.recipe)) as world:
+    with door.joined(str(options.recipe)) as world:
         from engine.benchmarks.checkpoint import measure_checkpoint
 
         found = measure_checkpoint(recipe, world)
-    cli.result(found)
+    door.result(found)
 
 
 def data(arguments: list[str]) -> None:
@@ -101,7 +101,7 @@ def data(arguments: list[str]) -> None:
     cli.Parser("engine.bench data", data.__doc__).parse_args(arguments)
     from engine.benchmarks.data import measure_data
 
-    cli.result(measure_data())
+    door.result(measure_data())
 
 
 def _read_recipe(parser: cli.Parser, arguments: list[str]) -> tuple[Namespace, Pretrain]:
@@ -120,4 +120,4 @@ def _read_recipe(parser: cli.Parser, arguments: list[str]) -> tuple[Namespace, P
 COMMANDS = {"step": step, "loss": loss, "checkpoint": checkpoint, "data": data}
 
 if __name__ == "__main__":
-    cli.enter(main)
+    door.enter(main)

@@ -7,7 +7,8 @@ replaced if it is there. The table is printed too, as Markdown.
 
 from pathlib import Path
 
-from engine.cli import Parser, enter, result
+from engine.cli import Parser
+from engine.door import enter, result
 from engine.errors import UserError
 from engine.pictures.curves import AXES, METRICS, alone, by_recipe, check_metrics, read_runs
 

@@ -7,7 +7,7 @@ the most similar one of the group. How near is near depends on the network: look
 
 from pathlib import Path
 
-from engine import cli
+from engine import cli, door
 from engine.errors import UserError
 
 
@@ -19,14 +19,14 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     choice, workers = cli.read_choice(options), cli.decoding_workers(options)
 
-    with cli.joined(options.checkpoint) as world:
+    with door.joined(options.checkpoint) as world:
         from engine.evaluation.duplicates import find_duplicates
         from engine.evaluation.rows import check_new
 
         check_new([out := Path(options.out)], options.force)
         (root,) = cli.image_roots(options, "--data")
         found = find_duplicates(options.checkpoint, root, out, options.least, world, workers, **choice)
-    cli.result(found)
+    door.result(found)
 
 
 def _read_cosine(text: str) -> float:
@@ -36,4 +36,4 @@ def _read_cosine(text: str) -> float:
 
 
 if __name__ == "__main__":
-    cli.enter(main)
+    door.enter(main)

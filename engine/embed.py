@@ -6,7 +6,7 @@ OUT.parquet holds all of it, where pyarrow is installed. Every image of ROOT has
 
 from pathlib import Path
 
-from engine import cli
+from engine import cli, door
 
 
 def main(arguments: list[str]) -> None:
@@ -16,14 +16,14 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     choice, workers = cli.read_choice(options), cli.decoding_workers(options)
 
-    with cli.joined(options.checkpoint) as world:
+    with door.joined(options.checkpoint) as world:
         from engine.evaluation.embedding import check_embedding_out, embed
 
         files = check_embedding_out(Path(options.out), options.force)
         (root,) = cli.image_roots(options, "--data")
         found = embed(options.checkpoint, root, files, world, workers, **choice)
-    cli.result(found)
+    door.result(found)
 
 
 if __name__ == "__main__":
-    cli.enter(main)
+    door.enter(main)

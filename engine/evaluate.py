@@ -10,7 +10,7 @@ Each command says more with --help. The last line on stdout is the result as JSO
 
 from argparse import Namespace
 
-from engine import cli
+from engine import cli, door
 from engine.recipe.sections import Finetune, Linear
 
 SIDES = ("--train", "--val")
@@ -30,11 +30,11 @@ def knn(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     choice, workers = cli.read_choice(options), cli.decoding_workers(options)
 
-    with cli.joined(options.checkpoint) as world:
+    with door.joined(options.checkpoint) as world:
         from engine.evaluation.measure import knn_result, knn_table, measure_knn
 
         found = measure_knn(options.checkpoint, *cli.image_roots(options, *SIDES), options.k, world, workers, **choice)
-    cli.result(knn_result(found), knn_table(found))
+    door.result(knn_result(found), knn_table(found))
 
 
 def rankme(arguments: list[str]) -> None:
@@ -44,11 +44,11 @@ def rankme(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     choice, workers = cli.read_choice(options), cli.decoding_workers(options)
 
-    with cli.joined(options.checkpoint) as world:
+    with door.joined(options.checkpoint) as world:
         from engine.evaluation.measure import measure_rankme
 
         found = measure_rankme(options.checkpoint, *cli.image_roots(options, "--data"), world, workers, **choice)
-    cli.result({"rankme": found})
+    door.result({"rankme": found})
 
 
 def linear(arguments: list[str]) -> None:
@@ -76,13 +76,13 @@ def _fast_linear(options: Namespace) -> None:
     share = cli.read_share(options.labels, "--labels") if options.labels else 1.0
     choice, workers = cli.read_choice(options), cli.decoding_workers(options)
 
-    with cli.joined(options.checkpoint) as world:
+    with door.joined(options.checkpoint) as world:
         from engine.evaluation.fast_linear import best, table
         from engine.evaluation.measure import measure_fast_linear
 
         roots = cli.image_roots(options, *SIDES)
         scores = measure_fast_linear(options.checkpoint, *roots, world, workers, share=share, **choice)
-    cli.result(best(scores), table(scores))
+    door.result(best(scores), table(scores))
 
 
 def _paper_linear(options: Namespace) -> None:
@@ -90,11 +90,11 @@ def _paper_linear(options: Namespace) -> None:
     cli.refuse(options, ["--crop-fraction"], "without --fast; the recipe's evaluate.crop_fraction is the crop")
     recipe = cli.read_labelled_run(options, Linear)
 
-    with cli.joined(options.checkpoint) as world:
+    with door.joined(options.checkpoint) as world:
         from engine.runs.linear import linear as run
 
         found = run(recipe, options.checkpoint, options.encoder, world, options.heads)
-    cli.result(found)
+    door.result(found)
 
 
 def finetune(arguments: list[str]) -> None:
@@ -113,14 +113,14 @@ def finetune(arguments: list[str]) -> None:
     cli.check_baseline(options)
     recipe = cli.read_labelled_run(options, Finetune)
 
-    with cli.joined(options.checkpoint) as world:
+    with door.joined(options.checkpoint) as world:
         from engine.runs.finetune import finetune as run
 
         found = run(recipe, options.checkpoint, options.encoder, options.baseline, world, options.heads)
-    cli.result(found)
+    door.result(found)
 
 
 COMMANDS = {"knn": knn, "rankme": rankme, "linear": linear, "finetune": finetune}
 
 if __name__ == "__main__":
-    cli.enter(main)
+    door.enter(main)

@@ -7,7 +7,8 @@ import shlex
 from functools import partial
 from pathlib import Path
 
-from engine.cli import Parser, add_checkpoint, add_encoder, enter, result
+from engine.cli import Parser, add_checkpoint, add_encoder
+from engine.door import enter, result
 from engine.weights.formats.table import NAMES
 
 

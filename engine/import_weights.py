@@ -7,7 +7,8 @@ Then `mocov3 run RECIPE run.dir=RUN_DIR [key=value ...]` goes on from it. The op
 import json
 from pathlib import Path
 
-from engine.cli import Parser, add_overrides, add_recipe, enter, result
+from engine.cli import Parser, add_overrides, add_recipe
+from engine.door import enter, result
 from engine.recipe.load import load
 
 

@@ -10,7 +10,8 @@ A resume may change the keys that are marked with *.
 
 import textwrap
 
-from engine.cli import Parser, enter, show
+from engine.cli import Parser
+from engine.door import enter, show
 from engine.errors import UserError, did_you_mean, one_line
 from engine.recipe.describe import KeyDoc, describe_keys
 from engine.recipe.sections import RECIPES

@@ -18,8 +18,8 @@ from importlib import import_module
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
-from engine.cli import carry_out
 from engine.distributed.launcher import RESTARTS, cores, end_with_launcher, is_launched, share_compilers
+from engine.door import carry_out
 from engine.errors import RunFailed, UserError
 from engine.logger import warn
 

@@ -1,7 +1,7 @@
 """One voice: what a command says to its user, through Python's logger `engine`.
 
 On a terminal a line is plain; in a log file it begins with the time and the rank that speaks. A program that has given
-the logger `engine` a handler of its own gets the lines there instead. Results are no part of this: engine.cli prints
+the logger `engine` a handler of its own gets the lines there instead. Results are no part of this: engine.door prints
 them bare, as `complain` does the one line of an error.
 """
 

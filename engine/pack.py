@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
-from engine import cli
+from engine import cli, door
 from engine.errors import UserError, listed
 from engine.logger import note, warn
 
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
     found["left_out"] = sum(len(tar.lost) for tar in tars)
     if stayed := sum(tar.as_they_were for tar in tars):
         note(f"{stayed:,} images could not be made smaller and are as they were")
-    cli.result(found)
+    door.result(found)
 
 
 def read_size(text: str) -> int:
@@ -116,4 +116,4 @@ def _progress(items: Iterable[T], total: int, what: str) -> Iterable[T]:
 
 
 if __name__ == "__main__":
-    cli.enter(main)
+    door.enter(main)

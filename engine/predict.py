@@ -6,7 +6,7 @@ cropped as in its own evaluation. OUT.csv has a row for each image of ROOT: name
 
 from pathlib import Path
 
-from engine import cli
+from engine import cli, door
 
 
 def main(arguments: list[str]) -> None:
@@ -18,15 +18,15 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     workers = cli.decoding_workers(options)
 
-    with cli.joined(str(options.run)) as world:
+    with door.joined(str(options.run)) as world:
         from engine.evaluation.rows import check_new
         from engine.runs.predicting import predict
 
         check_new([out := Path(options.out)], options.force)
         (root,) = cli.image_roots(options, "--data")
         found = predict(options.run, out, root, world, workers, options.checkpoint)
-    cli.result(found)
+    door.result(found)
 
 
 if __name__ == "__main__":
-    cli.enter(main)
+    door.enter(main)

@@ -6,7 +6,8 @@ mocov3 recipes copy NAME [FOLDER]   one of them to edit: `mocov3 recipes copy vi
 
 from pathlib import Path
 
-from engine.cli import Parser, enter, result, show
+from engine.cli import Parser
+from engine.door import enter, result, show
 from engine.errors import UserError, did_you_mean, one_line, reason
 from engine.recipe.shipped import copy_text, names, summary
 

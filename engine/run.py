@@ -7,8 +7,9 @@ The same command again resumes the run from its newest checkpoint, or says that 
 
 from pathlib import Path
 
-from engine.cli import Parser, add_overrides, add_recipe, enter, joined, refuse, show
+from engine.cli import Parser, add_overrides, add_recipe, refuse
 from engine.distributed.launcher import ranks
+from engine.door import enter, joined, show
 from engine.launch import launch, read_ranks, read_restarts
 from engine.logger import note, say
 from engine.recipe.load import check_world, load

@@ -24,10 +24,9 @@ from engine.cli import (
     add_recipe,
     at_least,
     decoding_workers,
-    enter,
     image_roots,
-    result,
 )
+from engine.door import enter, result
 from engine.logger import note
 from engine.recipe.load import load
 

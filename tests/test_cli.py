@@ -6,15 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.cli import (
-    Parser,
-    add_images,
-    decoding_workers,
-    given_source,
-    image_roots,
-    result,
-)
+from engine.cli import Parser, add_images, decoding_workers, given_source, image_roots
 from engine.distributed.launcher import MOST_DECODERS
+from engine.door import result
 from engine.errors import UserError
 
 

@@ -18,7 +18,7 @@ TOPS = ("engine", "models", "tests")
 # files there are doors.
 ROOMS = (
     *("errors", "torch_internals", "logger", "files", "recipe", "distributed", "own_models", "data", "checkpoint"),
-    *("training", "weights", "evaluation", "pictures", "runs", "benchmarks", "cli", "launch", "doors"),
+    *("training", "weights", "evaluation", "pictures", "runs", "benchmarks", "door", "cli", "launch", "doors"),
 )
 
 

@@ -250,7 +250,7 @@ def unknown(uid):
 pwd.getpwuid = unknown
 for name in ("HOME", "USER", "LOGNAME", "USERNAME", "LNAME", "XDG_CACHE_HOME"):
     os.environ.pop(name, None)
-from engine.cli import enter
+from engine.door import enter
 from engine.embed import main as embed
 
 def main(arguments):

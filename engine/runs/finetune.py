@@ -65,7 +65,7 @@ def finetune(
         heads: of a ViT whose file does not tell its number of them.
 
     Raises:
-        UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
+        UserError, RunFailed, Interrupted: engine.door turns them into words and exit codes.
     """
     started, written = time.perf_counter(), recipe
     recipe = settled(written, world)

@@ -38,7 +38,7 @@ def linear(
     All ranks call it together. Returns {"top1", "top5", "learning_rate"}: the best epoch's, and the first epoch's rate.
 
     Raises:
-        UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
+        UserError, RunFailed, Interrupted: engine.door turns them into words and exit codes.
     """
     started, written = time.perf_counter(), recipe
     recipe = settled(written, world)

@@ -54,7 +54,7 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World, earlier: Path | 
     All ranks call it together.
 
     Raises:
-        UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
+        UserError, RunFailed, Interrupted: engine.door turns them into words and exit codes.
     """
     started, written = time.perf_counter(), recipe
     recipe = settled(written, world)

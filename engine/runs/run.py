@@ -41,7 +41,7 @@ def run(task: Task, started: float, earlier: Path | None = None) -> Row:
     it goes on; None: the newest. Returns the monitor's row that counts, on every rank; {} where there is none.
 
     Raises:
-        UserError, RunFailed, Interrupted: engine.cli turns them into words and exit codes.
+        UserError, RunFailed, Interrupted: engine.door turns them into words and exit codes.
     """
     recipe, world = task.recipe, task.world
     path = expand(recipe.run.dir)

@@ -1,0 +1,105 @@
+"""The life of every front door: it is entered with its arguments, its ranks meet, and it ends with a result as JSON or
+with words and an exit code; and no process outlives its launcher."""
+
+import json
+import os
+import pwd
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from engine.distributed.launcher import end_with_launcher, take_place
+from engine.errors import Interrupted, RunFailed, UserError
+from engine.logger import complain, complain_once, note, rank, say
+
+if TYPE_CHECKING:
+    from engine.distributed.world import World
+
+
+def enter(main: Callable[[list[str]], None]) -> NoReturn:
+    """Run a front door on the command line's arguments and exit: 0 done, 2 user error (one line), else failure."""
+    _name_user()
+    end_with_launcher(os.getppid())
+    carry_out(lambda arguments: main(take_place(arguments)), sys.argv[1:])
+    sys.exit()
+
+
+def _name_user() -> None:
+    """A container's user may have no entry in passwd and no HOME; libraries that ask for a name or a place for caches
+    raise then."""
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        name = f"uid{os.getuid()}"
+        os.environ.setdefault("LOGNAME", name)
+        os.environ.setdefault("HOME", str(Path(tempfile.gettempdir()) / f"mocov3-{name}"))
+
+
+def carry_out(main: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Run a front door. What ends it early is said, and ends this process at once with its status."""
+    if status := _status(main, arguments):
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
+        sys.stderr.flush()
+        # At once: Python's own way out would wait for what a failed run left at work.
+        os._exit(status)
+
+
+def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
+    """Of a door: 0 where it came to its end, or was asked to stop by a file."""
+    try:
+        main(arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        complain_once(f"error: {error}")
+        return 2
+    except RunFailed as failure:
+        complain(f"failed: {failure}", at_once=failure.alone)
+        return 1
+    except Interrupted as stop:
+        by = signal.Signals(stop.signum).name if stop.signum else "the file STOP"
+        say(f"stopped by {by} {stop.where}; the same command goes on")
+        return stop.status
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _has_lost_its_reader():
+            return 128 + signal.SIGPIPE
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+def _has_lost_its_reader() -> bool:
+    """Whether nobody reads stdout any more, as after `| head`."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
+
+
+@contextmanager
+def joined(what: str) -> Iterator["World"]:
+    """The ranks of this launch. PyTorch takes seconds to load, so mistakes in arguments should show before."""
+    note(f"{what}: loading PyTorch")
+    from engine.distributed.world import process_group
+
+    with process_group() as world:
+        yield world
+
+
+def show(text: str) -> None:
+    """What a door was asked to print, from rank 0 alone."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def result(found: dict[str, Any], table: str | None = None) -> None:
+    """What a door ends with, from rank 0 alone: a table for people where there is one, then the result as one line of
+    JSON."""
+    show("\n".join([*([table] if table else []), json.dumps(found)]))
