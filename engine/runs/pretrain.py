@@ -26,6 +26,7 @@ from engine.recipe.keys import wrong
 from engine.recipe.load import dump, locate, located
 from engine.recipe.paths import each
 from engine.recipe.sections import Pretrain
+from engine.recipe.shipped import FOLDER
 from engine.runs.auto import on_this_machine, settled
 from engine.runs.changes import begun
 from engine.runs.continuing import find_source
@@ -318,5 +319,8 @@ class Pretraining(Task):
         return ", ".join(words) or "unknown: metrics.jsonl has no rows"
 
     def finish(self, directory: Path) -> list[str]:
-        own = "run.dir=..., data.source=folder and data.root=/path/to/your/images"
-        return [f"          on your own images the same command with {own}"]
+        """After a run on images that come with the engine, what to do with others."""
+        if not locate(each(self.recipe.data.root)[0], self.recipe_file).absolute().is_relative_to(FOLDER):
+            return []
+        run = "mocov3 run own_photos_small data.root=/path/to/images"
+        return [f"          images of your own: {run}; the README's table has more"]

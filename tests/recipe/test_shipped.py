@@ -27,6 +27,12 @@ PUBLISHED = {
     "quickstart": ("vit", "adamw", 4e-3, 0.1, 128, 30, 3, 0.95, 0.2, 0.5, True),
     "quickstart_conv": ("vit_conv", "adamw", 4e-3, 0.1, 128, 22, 2.2, 0.95, 0.2, 0.5, False),
 }
+OWN = {"own_photos_small", "own_photos", "own_photos_node"}  # for any photographs, on any machine
+PUBLISHED |= {
+    "own_photos_small": ("vit_conv", "adamw", 2e-3, 0.1, 128, 200, 10, 0.97, 0.2, 0.2, False),
+    "own_photos": ("vit_small", "adamw", 1.5e-4, 0.1, 512, 300, 40, 0.99, 0.2, 0.08, True),
+    "own_photos_node": ("vit_small", "adamw", 1.5e-4, 0.1, 1024, 300, 40, 0.99, 0.2, 0.08, True),
+}
 TOP_1 = {
     "resnet50_100ep": "68.9",
     "resnet50_300ep": "72.8",
@@ -45,6 +51,9 @@ SHAPES = {
     "vit_h": (14, 1280, 32, 16, False),
     "vit_conv_s": (16, 384, 11, 12, True),
     "vit_conv_b": (16, 768, 11, 12, True),
+    "own_photos_small": (16, 192, 6, 6, True),
+    "own_photos": (16, 384, 12, 12, False),
+    "own_photos_node": (16, 384, 12, 12, False),
     "quickstart": (7, 96, 2, 4, False),
     "quickstart_conv": (8, 96, 2, 4, True),
 }
@@ -71,7 +80,7 @@ def test_shipped_recipe_says_what_the_paper_says(name):
     assert (f"Published: {TOP_1[name]} % top-1" if name in TOP_1 else "Published: none") in " ".join(header.split())
 
 
-@pytest.mark.parametrize("name", sorted(set(PRETRAIN) - {"quickstart", "quickstart_conv"}))
+@pytest.mark.parametrize("name", sorted(set(PRETRAIN) - {"quickstart", "quickstart_conv"} - OWN))
 def test_imagenet_recipes_share_the_augmentation_of_the_paper(name):
     recipe = shipped(name)
     augment = dataclasses.asdict(recipe.augment)
@@ -95,7 +104,7 @@ def test_imagenet_recipes_share_the_augmentation_of_the_paper(name):
     assert recipe.parallel.compile
 
 
-@pytest.mark.parametrize("name", sorted(set(PRETRAIN) - {"quickstart", "quickstart_conv"}))
+@pytest.mark.parametrize("name", sorted(set(PRETRAIN) - {"quickstart", "quickstart_conv"} - OWN))
 def test_monitoring_reads_less_than_one_per_cent_of_the_images(name):
     """Of ImageNet's 1000 classes, with its 50,000 validation images. A trained image costs no less than one that is
     looked at: it is read as well, and goes eight times forward or as much."""
@@ -103,6 +112,12 @@ def test_monitoring_reads_less_than_one_per_cent_of_the_images(name):
     epochs, every, bank = recipe.train.epochs, recipe.evaluate.knn_every_epochs, recipe.evaluate.knn_bank
     rows = epochs // every + 1  # and at the start
     assert rows * (1000 * bank + 50_000) < 0.01 * epochs * 1_281_167
+
+
+@pytest.mark.parametrize("name", sorted({"quickstart", "quickstart_conv", *OWN}))
+def test_recipes_for_any_machine_leave_it_to_the_machine(name):
+    recipe = shipped(name)
+    assert (recipe.data.workers, recipe.parallel.compile, recipe.parallel.precision) == ("auto", "auto", "auto")
 
 
 @pytest.mark.parametrize("name", FILES)

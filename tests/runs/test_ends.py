@@ -13,6 +13,7 @@ def test_a_run_says_by_what_it_ended(world, tmp_path, capfd):
         values = [*SMALL, images, "model.dim=16", "model.heads=2", "data.workers=0", f"run.dir={tmp_path}"]
         pretrain(load(RECIPE, [*values, f"train.max_steps={most}"]), RECIPE, world)
         found = [line.partition("r0  ")[2] for line in capfd.readouterr().out.splitlines()]
+        assert "images of your own: mocov3 run own_photos_small " in found[-1]  # after those that come with the engine
         return [line for line in found if "stopped" in line or line.startswith(("resumed", "warning"))]
 
     warning = "warning   an epoch has 2 steps and leaves out 4 of 20 images, others each time: pass "

@@ -58,6 +58,7 @@ def test_knn_is_measured_from_step_0_and_the_run_is_the_same(world, tmp_path, re
     assert all(row["knn_top1"] == 1 and 1 < row["val_rankme"] <= 6 and "probe_top1" not in row for row in monitor)
     said = capfd.readouterr().out
     assert "monitor   kNN on labelled images beside: 24 as neighbours of 6, 2 classes\n" in said
+    assert "own_photos" not in said
     assert "probe     the online probe is off: training images have none of evaluate.train_root's labels\n" in said
     assert f"train_root: {tmp_path / 'labelled'}\n" in (tmp_path / "run/recipe.yaml").read_text()
 
