@@ -1,6 +1,7 @@
 """timm's networks as trunks, where they can be trained on any ranks."""
 
 import copy
+import difflib
 import math
 from functools import partial
 from typing import Any
@@ -26,7 +27,9 @@ def build_timm(name: str, image_size: int) -> Trunk:
         ValueError: timm does not know the name, or the network cannot be a trunk here.
     """
     if not timm.is_model(name):
-        raise ValueError(f"model.name ({TIMM}{name}) must be a timm model; do `timm.list_models()` to see them")
+        nearest = [f"did you mean {TIMM}{known}?" for known in difflib.get_close_matches(name, timm.list_models(), 1)]
+        do = (nearest or ["do `timm.list_models()` to see them"])[0]
+        raise ValueError(f"model.name ({TIMM}{name}) must be a timm model; {do}")
     module = _create(name, image_size)
     try:
         replace_batch_norm(module)

@@ -39,7 +39,7 @@ def open_folder(root: Root, split: Split) -> Source | None:
     if root.path.is_file() and is_tar_name(root.path.name):
         raise UserError(f"{root} must be a folder of images, and is a tar; pass {root.of_source('shards')}")
     if root.path.is_file():
-        raise UserError(f"{root} must be a folder of images; for a text file of paths pass {root.of_source('list')}")
+        raise UserError(f"{root} must be a folder of images; {_instead(root)}")
     parts = _parts(root, split)
     folder = part_of(root, split, parts.train, parts.val, root.path)
     if folder is None:
@@ -51,6 +51,15 @@ def open_folder(root: Root, split: Split) -> Source | None:
     source.notes = (*parts.notes, *([f"{root}: left out in {folder}: {found}"] if found else []))
     source.otherwise = parts.otherwise or source.otherwise
     return source
+
+
+def _instead(root: Root) -> str:
+    """What to do where the root is a file."""
+    if is_image_name(bytes(root.path)):
+        return f"this is one of them: pass the folder that it lies in, {root.path.parent}"
+    if root.path.suffix.lower() in (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"):
+        return "unpack the archive, and pass the folder that comes of it"
+    return f"for a text file of paths pass {root.of_source('list')}"
 
 
 def _no_images(root: Root, folder: Path, survey: Survey) -> UserError:

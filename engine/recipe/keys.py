@@ -4,6 +4,7 @@ It knows no key of any recipe. Every complaint is a `UserError`: one line that s
 """
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,10 +17,14 @@ from engine.errors import UserError, one_line
 
 
 class Rule(NamedTuple):
-    """A range: how it reads after the type's name, and whether a value (each entry of a list) is in it."""
+    """A range: how it reads after the type's name, and whether a value (each entry of a list) is in it.
+
+    words: some that are in it, the nearest of which a wrong one may have been meant for.
+    """
 
     text: str
     holds: Callable[[Any], bool]
+    words: Sequence[str] = ()
 
 
 ANY = Rule("", lambda value: True)
@@ -89,9 +94,16 @@ def _read_value(name: str, field: dataclasses.Field, raw: Any) -> Any:
     except (TypeError, OverflowError):
         raise wrong(name, raw, describe(field)) from None
     entries = value if isinstance(value, tuple) else (value,)
-    if value is not None and not all(field.metadata["key"].rule.holds(entry) for entry in entries):
-        raise wrong(name, raw, describe(field))
+    rule = field.metadata["key"].rule
+    if value is not None and not all(rule.holds(entry) for entry in entries):
+        raise wrong(name, raw, describe(field), _nearest(show(raw), rule.words))
     return value
+
+
+def _nearest(text: str, words: Sequence[str]) -> str:
+    """Only of what is nearly the same: vit_tiny is no vit_conv."""
+    nearest = difflib.get_close_matches(text, words, 1, cutoff=0.8)
+    return f"did you mean {nearest[0]}?" if nearest else ""
 
 
 def _convert(kind: Any, raw: Any) -> Any:

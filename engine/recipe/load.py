@@ -114,7 +114,11 @@ def _check_task(raw: dict, kind: type[Recipe]) -> None:
         raise UserError(f"task ({found}) must be one of {', '.join(RECIPES)}; set it at the top of the recipe")
     if RECIPES[task] is not kind:
         wanted = next(name for name, other in RECIPES.items() if other is kind)
-        raise UserError(f"task ({task}) must be {wanted} for this command; pass a recipe of that task")
+        door = "run RECIPE" if task == "pretrain" else f"evaluate {task} CHECKPOINT --recipe RECIPE"
+        raise UserError(
+            f"task ({task}) must be {wanted} for this command; pass a recipe of that task, or this one to "
+            f"`mocov3 {door}`"
+        )
 
 
 def _check_names(raw: dict, known: list[str]) -> None:

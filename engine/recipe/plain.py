@@ -70,7 +70,9 @@ def parse(text: str | bytes, origin: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         where = f" on line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{origin} must be plain YAML; found{where}: {one_line(error.problem)}") from None
+        problem = one_line(error.problem)
+        problem = "a tab; indent with spaces" if r"'\t'" in problem else problem
+        raise UserError(f"{origin} must be plain YAML; found{where}: {problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{origin} must be plain YAML; found: {one_line(error)}") from None
     except RecursionError:

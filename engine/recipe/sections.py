@@ -25,7 +25,8 @@ BELOW_1 = Rule(" >= 0 and < 1", lambda value: 0 <= value < 1)
 REPEATS = Rule(" from 1 to 100", lambda value: 1 <= value <= 100)
 PATH = Rule(", in quotes if it looks like a number", lambda value: bool(value) and value.isprintable())
 TEXT = Rule(PATH.text, PATH.holds)
-NETWORK = Rule(f": {', '.join((*PLAIN_VITS, *CONV_VITS, *RESNET_SHAPES))} or timm/<name>", is_network)
+NAMES = (*PLAIN_VITS, *CONV_VITS, *RESNET_SHAPES)
+NETWORK = Rule(f": {', '.join(NAMES)} or timm/<name>", is_network, NAMES)
 RANDAUGMENT = Rule(
     " in timm's words, such as rand-m9-mstd0.5-inc1",
     lambda value: re.fullmatch(r"rand(-(m|n|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-inc[01]|-tweights)*", value) is not None,

@@ -1,4 +1,5 @@
 import os
+import re
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -186,3 +187,16 @@ def test_data_that_cannot_be_used_is_one_line(tmp_path, kind, prepare, text):
 
 def test_there_is_an_opener_for_each_source_that_a_recipe_may_name():
     assert get_args(get_type_hints(Data)["source"]) == tuple(OPENERS)
+
+
+def test_a_file_in_the_place_of_a_folder_is_told_what_it_is(tmp_path):
+    cases = {
+        "a.zip": "unpack the archive, and pass the folder that comes of it",
+        "a.JPG": f"this is one of them: pass the folder that it lies in, {tmp_path}",
+        "a.csv": "for a text file of paths pass data.source=list",
+        "a.tar": "pass data.source=shards",
+    }
+    for name, do in cases.items():
+        (tmp_path / name).touch()
+        with pytest.raises(UserError, match=f"must be a folder of images.*; {re.escape(do)}$"):
+            open_source(Root("folder", tmp_path / name), "train")

@@ -105,7 +105,13 @@ def test_every_key_is_described(task):
         ("", "override () must be of the form dotted.key=value"),
         ("train.epochs=[", "override (train.epochs=[) must be plain YAML"),
         ("train.epochs={a: 1, a: 2}", "the key a twice"),
-        ("task=linear", "task (linear) must be pretrain for this command; pass a recipe of that task"),
+        (
+            "task=linear",
+            "pass a recipe of that task, or this one to `mocov3 evaluate linear CHECKPOINT --recipe RECIPE`",
+        ),
+        ("model.name=vit_smal", "or timm/<name>; did you mean vit_small?"),
+        ("model.name=resnet5", "or timm/<name>; did you mean resnet50?"),
+        ("model.name=vit_tiny", "or timm/<name>; change the recipe or pass model.name=VALUE"),
     ],
 )
 def test_refused_override(override, words):
@@ -373,3 +379,8 @@ def test_reading_a_recipe_imports_nothing_slow():
     slow = {"torch", "timm", "numpy", "torchvision"}
     check = f"import sys, engine.recipe.load, engine.recipe.describe; assert not {slow} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=FOLDER.parent)
+
+
+def test_a_tab_that_indents_is_named(tmp_path):
+    (tmp_path / "tab.yaml").write_text("run:\n\tdir: x\n")
+    assert complaint(path=tmp_path / "tab.yaml").endswith("found on line 2: a tab; indent with spaces")
