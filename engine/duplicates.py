@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> None:
     parser = cli.Parser("engine.duplicates", __doc__)
     cli.add_subject(parser, "--data")
     cli.add_out(parser, ".csv")
-    parser.add_argument("--least", type=_read_cosine, default=0.999, help="cosine of images that are alike (0.999)")
+    parser.add_argument("--least", type=cosine, default=0.999, help="cosine of images that are alike (0.999)")
     options = parser.parse_args(arguments)
     choice, workers = cli.read_choice(options), cli.decoding_workers(options)
 
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     door.result(found)
 
 
-def _read_cosine(text: str) -> float:
+def cosine(text: str) -> float:
     if not 0 < float(text) <= 1:
         raise UserError(f"--least ({text}) must be > 0 and <= 1; 0.999 is a start")
     return float(text)

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from engine.data.source import Root, Source
 from engine.data.workers import Workers
-from engine.distributed.agreement import agreement, all_gather
+from engine.distributed.agreement import all_gather
 from engine.distributed.world import World
 from engine.errors import UserError
 from engine.evaluation.features import Features, features, progress
 from engine.evaluation.knn import gather_rows
-from engine.evaluation.rows import open_all
+from engine.evaluation.rows import open_all, writing
 from engine.evaluation.subject import open_subject_together
 from engine.files import replace_file
 
@@ -51,7 +51,7 @@ def find_duplicates(
         raise UserError(f"--least ({least:g}) must be higher: over {MOST:,} pairs of images are alike; raise it")
     pairs = Pairs(*(torch.cat(column) for column in zip(*parts, strict=True)))
     group_of = groups(pairs)
-    with agreement(world.host_group):
+    with writing(world):
         if world.is_first:
             replace_file(out, as_csv(rows, source, pairs, group_of))
     return {"groups": len(set(group_of.values())), "images": len(group_of), "file": str(out)}

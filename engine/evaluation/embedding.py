@@ -1,5 +1,6 @@
 """Features of any images, written to a file with a list of the images beside it."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,8 @@ def embed(
         subject = open_subject_together(checkpoint, world, **choice)
         width = subject.width(world.device)
         with written(world, *files) as places:
-            sinks = _sinks(places, files[0].suffix, source, width) if world.is_first else []
+            sinks = partial(_sinks, places, files[0].suffix, source, width)
             count = write_rows(subject, source, "features of data", world, readers, sinks)
-            for sink in sinks:
-                sink.close()
     return {"images": count, "width": width, "file": str(files[0])}
 
 

@@ -118,6 +118,9 @@ def warn_of_same_images(train: Features, val: Features, world: World) -> None:
 
 
 def _marks(rows: Features) -> list[bytes]:
-    """What tells features of different images apart, but not those of one image in other batches."""
-    direction_ND = F.normalize(rows.feature_ND[:, :16].double(), dim=1).cpu()
+    """What tells features of different images apart, but not those of one image in other batches.
+
+    All features count: of the pixels of different images the first may well be of one colour.
+    """
+    direction_ND = F.normalize(F.adaptive_avg_pool1d(rows.feature_ND.double(), 16), dim=1).cpu()
     return [row_D.tobytes() for row_D in (direction_ND * 1e5).round().int().numpy()]

@@ -5,7 +5,7 @@ Shapes: N rows, B rows of a batch of all ranks, D outputs.
 """
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -67,19 +67,23 @@ def batches_of_rows(subject: Subject, source: Source, what: str, world: World, r
 
 
 def write_rows(
-    subject: Subject, source: Source, what: str, world: World, readers: Workers, sinks: Sequence[Sink]
+    subject: Subject, source: Source, what: str, world: World, readers: Workers, open_sinks: Callable[[], list[Sink]]
 ) -> int:
-    """Give all rows to rank 0's sinks; returns how many there are, on every rank.
+    """Give all rows to the sinks that rank 0 opens; returns how many there are, on every rank.
 
     Raises RunFailed, on every rank, where no image can be read or a file cannot be written.
     """
+    with writing(world):
+        sinks = open_sinks() if world.is_first else []
     count = 0
     for rows in batches_of_rows(subject, source, what, world, readers):
-        with agreement(world.host_group):
-            for sink in sinks if world.is_first else ():
-                with _refusals_in_words():
-                    sink.write(rows)
+        with writing(world):
+            for sink in sinks:
+                sink.write(rows)
         count += len(rows.id_N)
+    with writing(world):
+        for sink in sinks:
+            sink.close()
     count = broadcast(count, world.host_group)
     if not count:
         raise RunFailed(f"none of {len(source)} images could be read, {source.name(0)} and others; mend them")
@@ -89,11 +93,13 @@ def write_rows(
 
 
 @contextmanager
-def _refusals_in_words() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunFailed(f"a row could not be written: {reason(error)}; nothing was left") from error
+def writing(world: World) -> Iterator[None]:
+    """What rank 0 alone writes: where the system refuses it, every rank raises RunFailed."""
+    with agreement(world.host_group):
+        try:
+            yield
+        except OSError as error:
+            raise RunFailed(f"OUT could not be written: {reason(error)}; nothing was left of it") from error
 
 
 @contextmanager
@@ -102,7 +108,7 @@ def written(world: World, *files: Path) -> Iterator[list[Path]]:
     with ExitStack() as stack:
         places = [stack.enter_context(draft(file)) for file in files]
         yield places
-        with agreement(world.host_group):
+        with writing(world):
             if world.is_first:
                 for place, file in zip(places, files, strict=True):
                     publish(place, file)
@@ -115,6 +121,13 @@ def check_new(files: Sequence[Path], force: bool) -> None:
             raise UserError(f"OUT ({file}) must lie in a folder that exists; make {file.absolute().parent}")
         if file.is_dir() or (file.exists() and not force):
             raise UserError(f"OUT ({file}) must not exist; pass another name, or --force to replace a file")
+        try:
+            with draft(file) as place:
+                place.touch()
+        except OSError as error:
+            raise UserError(
+                f"OUT ({file}) must lie in a folder that can be written: {reason(error)}; pass another"
+            ) from None
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from engine.runs.linear import own_tensors
 from engine.runs.supervised import digest
 from engine.weights.opening import checkpoint_folder, open_trunk
 from engine.weights.weights import fill_trunk
+from models.shapes import TIMM
 
 HEADER = ("name", "class", "probability")
 
@@ -40,10 +41,9 @@ def predict(
     with Workers([source], workers, device=world.device) as readers:
         subject, classes = in_turn(world, lambda: open_classifier(run, checkpoint, world.device))
         with written(world, out) as (place,):
-            sinks = [Predictions(place, source, classes)] if world.is_first else []
-            count = write_rows(subject, source, "classes of data", world, readers, sinks)
-            for sink in sinks:
-                sink.close()
+            count = write_rows(
+                subject, source, "classes of data", world, readers, lambda: [Predictions(place, source, classes)]
+            )
     return {"images": count, "file": str(out)}
 
 
@@ -93,6 +93,8 @@ def _of_linear(folder: Path, state: RunState, checkpoint: str | None, device: to
     checkpoint, frozen = checkpoint or state.frozen.get("checkpoint"), state.frozen
     if checkpoint is None:
         raise UserError(f"--checkpoint (missing) must be given for {folder}, which does not say what it was made on")
+    if not (checkpoint.startswith(TIMM) or Path(checkpoint).exists()):
+        raise UserError(f"--checkpoint ({checkpoint}) must be where the network of {folder} lies now; pass its path")
     fraction = loads(state.recipe, f"recipe of {folder}", kind=Linear).evaluate.crop_fraction
     heads = int(frozen["heads"]) if "heads" in frozen else None
     encoder = "momentum" if frozen.get("encoder") == "momentum" else "base"

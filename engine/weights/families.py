@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 
-KNOWN = "MoCo v1 to v3, SimSiam, BYOL, SwAV, DINO, DINOv2, MAE, DeiT, timm, torchvision and transformers' ViT"
+KNOWN = (
+    "MoCo v1 to v3, SimSiam, BYOL, SwAV, DINO, DINOv2, MAE, DeiT, timm, torchvision and transformers' ViT; ResNets "
+    "with blocks of three convolutions, as in ResNet-50"
+)
 
 # DataParallel's "module." may come first. MoCo v1 and v2; SimSiam; BYOL; DINO and others; transformers; a bare trunk.
 _PREFIXES = (

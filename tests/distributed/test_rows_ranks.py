@@ -1,7 +1,9 @@
 """`embed`, `predict` and `duplicates` as users call them: files with a row for each image, the same by any ranks."""
 
 import csv
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +141,8 @@ def test_predict_gives_the_classes_that_the_run_s_own_evaluation_gives(kind, tmp
         arguments = [str(directory), str(out), "--data", str(VAL), "--workers", "0", "--force"]
         with pytest.raises(UserError, match="what the run was made on"):
             predict.main([*arguments, "--checkpoint", str(other)])
+        with pytest.raises(UserError, match=r"--checkpoint \(moved\.pth\) must be where the network of .*run.* lies"):
+            predict.main([*arguments, "--checkpoint", "moved.pth"])
 
 
 @pytest.mark.parametrize(
@@ -148,6 +152,7 @@ def test_predict_gives_the_classes_that_the_run_s_own_evaluation_gives(kind, tmp
         (embed, [CHECKPOINT, "none/a.npy"], "folder that exists"),
         (embed, [CHECKPOINT, "there.npy"], "--force"),
         (duplicates, [CHECKPOINT, "a.csv", "--least", "1.5"], "--least"),
+        (duplicates, [CHECKPOINT, "a.csv", "--least", "much"], "--least: invalid cosine value: 'much'"),
         (duplicates, [CHECKPOINT, "there.csv"], "--force"),
         (predict, ["nothing", "a.csv"], "must be a run of"),
         (predict, [CHECKPOINT, "a.csv"], "must be a run of"),
@@ -171,3 +176,29 @@ def test_weights_that_have_diverged_leave_no_file(tmp_path):
     with pytest.raises(RunFailed, match="not finite"):
         embed.main([str(tmp_path / "a.pth.tar"), str(tmp_path / "out.npy"), "--data", str(VAL), "--workers", "0"])
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth.tar"]
+
+
+@pytest.mark.parametrize(("door", "name"), [(embed, "a.npy"), (embed, "a.parquet"), (duplicates, "a.csv")])
+def test_a_full_disk_is_a_line_and_leaves_nothing(images, door, name, tmp_path, monkeypatch):
+    """Rows of few images lie in a buffer until the file is closed."""
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / "few").mkdir()
+    for i in range(3):
+        shutil.copy(images / f"train/dog, large/{2 * i:03}.png", tmp_path / "few")
+    numbers, out = itertools.count(), tmp_path / name
+    monkeypatch.setattr("engine.files.secrets.token_hex", lambda _: str(next(numbers)))
+    for number in range(8):  # whatever is asked for beside OUT lies on a full disk
+        for file in (out, out.with_suffix(".csv")):
+            file.with_name(f"{file.name}.tmp-{number}").unlink(missing_ok=True)
+            file.with_name(f"{file.name}.tmp-{number}").symlink_to("/dev/full")
+    with pytest.raises(RunFailed, match=r"OUT could not be written: .*(?i:no space left on device)"):
+        door.main([CHECKPOINT, str(out), "--data", str(tmp_path / "few"), "--workers", "0"])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("door", [embed, duplicates, predict])
+def test_out_where_nothing_can_be_written_is_told_first(door, images):
+    name = "/proc/a.npy" if door is embed else "/proc/a.csv"
+    with pytest.raises(UserError, match=rf"OUT \({name}\) must lie in a folder that can be written"):
+        door.main(["no such checkpoint", name, "--data", str(images), "--workers", "0"])

@@ -99,6 +99,9 @@ def test_images_on_both_sides_are_said_under_whatever_paths(tmp_path, capsys):
         assert "of val's images are among train's" in capsys.readouterr().err
     evaluate.main(["knn", CHECKPOINT, "--train", str(tmp_path / "three"), *roots[2:], "--workers", "0"])
     assert "among train's" not in capsys.readouterr().err
+    pixels = ["--baseline", "pixels", "--workers", "0"]  # of which the first, of the margin, are all black
+    evaluate.main(["knn", CHECKPOINT, "--train", str(tmp_path / "three"), *roots[2:], *pixels])
+    assert "among train's" not in capsys.readouterr().err
 
 
 def test_a_root_with_train_and_val_serves_both_sides(folders, capsys):

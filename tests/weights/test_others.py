@@ -93,7 +93,9 @@ def test_dinov2_is_timm_s_network(tmp_path):
 def test_an_unknown_family_is_told_by_its_first_names(tmp_path):
     tensors = {f"trunk.{name}": torch.zeros(1) for name in "abcde"}
     torch.save(tensors, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"trunk\.a, trunk\.b, trunk\.c and 2 more.*MoCo v1 to v3, SimSiam, BYOL"):
+    with pytest.raises(
+        UserError, match=r"trunk\.a, trunk\.b, trunk\.c and 2 more.*MoCo v1 to v3, SimSiam, BYOL.*as in ResNet-50"
+    ):
         trunk_of(tmp_path / "a.pth")
 
 
