@@ -1,6 +1,7 @@
 """Where each image lies in a tar, so that it can be read in any order without unpacking.
 
-The index is kept next to the tar as `<tar>.index`, or in the user's cache folder if that place cannot be written.
+The index is kept next to the tar as `<tar>.index`, or in the user's cache folder if that place cannot be written
+or holds another file.
 It holds arrays only (npz, no pickle) and is built again whenever the tar's size or its time has changed, or one of the
 images' headers, of which some are compared.
 
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.data.contents import spread
-from engine.data.listing import places
+from engine.data.listing import may_be_written, places
 from engine.data.members import find_images
 from engine.data.names import Names
 from engine.data.survey import Survey
@@ -29,6 +30,7 @@ from engine.files import draft, publish
 from engine.logger import warn
 
 _FORMAT = 3
+_BEGIN = b"PK\3\4"  # of an npz file
 _HEADERS = 16  # that a saved index is compared with, spread over the tar: another one may have its size and time
 _BLOCK = 512
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -149,6 +151,8 @@ def _save(index: TarIndex, tar: Path, stamp: np.ndarray) -> None:
         arrays |= {f"{what}_text": texts.text_U, f"{what}_ends": texts.ends_N}
     for path in places(tar):
         try:
+            if not may_be_written(path, _BEGIN):
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
             with draft(path) as place:
                 with place.open("xb") as file:

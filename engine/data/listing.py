@@ -71,7 +71,8 @@ def open_listing(
     path: Path, fits: Callable[[Listing], bool], make: Callable[[], tuple[Columns, dict]], *, read_only: bool
 ) -> Listing:
     """The listing of what lies at `path`: the saved one if it still fits, else what `make` gives, which is saved unless
-    it is short, not `settled` or `read_only`. Saving is atomic; two who do it at once do it twice."""
+    it is short, not `settled` or `read_only`; never beside it where it is `apart`, as a file there would give a folder
+    of its images another time. Saving is atomic; two who do it at once do it twice."""
     for place in places(path):
         listing = _mapped(place)
         if listing is not None and fits(listing):
@@ -80,9 +81,9 @@ def open_listing(
     if not is_worth_a_file(facts) or not facts.get("settled", True) or read_only:
         return _in_memory(columns, facts)
     facts = facts | {"id": secrets.token_hex(8)}
-    for place in places(path):
+    for place in places(path, beside=not facts.get("apart", False)):
         try:
-            if not _may_be_written(place):
+            if not may_be_written(place, _BEGIN, 8):
                 continue
             place.parent.mkdir(parents=True, exist_ok=True)
             _write(place, columns, facts)
@@ -99,11 +100,11 @@ def is_worth_a_file(facts: Mapping[str, Any]) -> bool:
     return facts["images"] >= _WORTH_A_FILE
 
 
-def places(path: Path) -> Iterator[Path]:
+def places(path: Path, *, beside: bool = True) -> Iterator[Path]:
     """Where an index may be kept: beside what it is of, else in the user's cache folder."""
     if path.name in ("", ".."):
         path = path.resolve()
-    if path.name:
+    if beside and path.name:
         yield path.with_name(path.name + SUFFIX)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moco-v3-engine"
     yield cache / (hashlib.sha256(bytes(path.resolve())).hexdigest() + SUFFIX)
@@ -122,12 +123,13 @@ def _type(name: str) -> str:
     return "U8" if name.endswith("_text") else "I64"
 
 
-def _may_be_written(place: Path) -> bool:
-    """Whether nothing lies there but a listing: a file of the user's may have such a name. Raises OSError."""
+def may_be_written(place: Path, begin: bytes, at: int = 0) -> bool:
+    """Whether nothing lies there but an index, known by what it has from byte `at` on: a file of the user's may have
+    such a name. Raises OSError."""
     if not place.exists():
         return True
     with place.open("rb") as file:
-        return file.read(8 + len(_BEGIN))[8:] == _BEGIN
+        return file.read(at + len(begin))[at:] == begin
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------

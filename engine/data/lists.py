@@ -50,7 +50,7 @@ def _list(root: Root) -> Timed:
 
 
 def _is_as_listed(path: Path, listing: Listing) -> bool:
-    same = tuple(listing.facts["list"]) == times_of(path)
+    same = listing.facts.get("list") == [*times_of(path)]
     return same and is_unchanged(path.parent, listing, os.fsencode(listing.facts["shared"]))
 
 
@@ -145,11 +145,16 @@ class _Found:
         classes = None if lacking else collector.label([labels.of(self.labels)], labels.number)
         time_F2 = append_times(collector, self.times)
         facts = {"notes": [line for line, holds in notes.items() if holds], "shared": os.fsdecode(shared)}
+        facts["apart"] = self._lies_among_images()
         return *collector.finish(classes, Survey(), **facts), time_F2
+
+    def _lies_among_images(self) -> bool:
+        own = os.path.realpath(self.folder)
+        return any(os.path.realpath(self.folder / os.fsdecode(inner)) == own for inner in self.times)
 
     def _named_again(self) -> int:
         label_of: dict[bytes, bytes] = {}
-        for path, label in zip(self.paths, self.labels, strict=True):
+        for path, label in zip(map(os.path.normpath, self.paths), self.labels, strict=True):
             if label_of.setdefault(path, label) != label:
                 both = " and ".join(printable(name) or "none" for name in (label_of[path], label))
                 raise UserError(f"{self.root} must give each image one label; {printable(path)} has {both}")

@@ -24,6 +24,7 @@ from engine.data.source import Root, Source, Split, part_of
 from engine.data.survey import Survey, printable
 from engine.errors import UserError, listed
 
+_PLACE = ".tars"  # their index has a name that no folder beside them, which they may be packed of, gives its own
 _HEADERS = 64  # of images, spread over all tars, that a saved listing is compared with
 
 
@@ -114,7 +115,7 @@ def _is_flat(index: TarIndex) -> bool:
 
 
 def _open(root: Root, split: Split, tars: Sequence[Path], *, is_split: bool = False) -> "ShardSource":
-    place = root.path.with_suffix("") if root.path.is_file() else root.path / split
+    place = root.path.with_suffix(_PLACE) if root.path.is_file() else root.path / (split + _PLACE)
     source = ShardSource(tars, place, read_only=root.read_only, is_split=is_split)
     found = source.survey.words()
     where = f"{tars[0].name}{' and others' if len(tars) > 1 else ''}"
@@ -224,7 +225,8 @@ def _label(
 
 def _is_as_listed(tars: Sequence[Path], is_split: bool, listing: Listing) -> bool:
     """Whether the tars are the same ones, by their times and sizes, and hold what was listed where it is looked at."""
-    if listing.facts["stamp"] is None or listing.facts["stamp"] != _stamp(tars, is_split):
+    stamp = listing.facts.get("stamp")  # another kind's listing has none
+    if stamp is None or stamp != _stamp(tars, is_split):
         return False
     offsets_N, ends_T = listing.arrays["offsets"], listing.arrays["tar_images"]
     try:

@@ -70,7 +70,7 @@ def is_unchanged(root: Path, listing: Listing, lead: bytes = b"") -> bool:
 
     root: to which all paths are relative; lead: how those of images begin.
     """
-    if listing.facts["rules"] != RULES:
+    if listing.facts.get("rules") != RULES:
         return False
     folders, time_F2 = listing.names_of("folder"), listing.arrays["folder_times"].reshape(-1, 2)
     for folder, times in zip(folders, time_F2.tolist(), strict=True):

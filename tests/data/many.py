@@ -71,10 +71,10 @@ def make_up(root: Path, images: int) -> None:
     }
     facts |= {"stamp": shards._stamp([tar], False), "headers": shards._headers([tar], np.array([images]), lambda i: 0)}
     header, begins = file_header(sizes, facts)
-    with (root / "train.index").open("wb") as file:
+    with (root / "train.tars.index").open("wb") as file:
         file.write(header)
         file.truncate(len(header) + sum(sizes.values()) + 8)
-    with (root / "train.index").open("r+b") as file:
+    with (root / "train.tars.index").open("r+b") as file:
 
         def put(column: str, i: int, value: bytes | int) -> None:
             file.seek(len(header) + begins[column] + 8 * i)

@@ -163,6 +163,14 @@ def test_where_the_folder_cannot_be_written_the_cache_serves(tmp_path, cache):
     assert next(cache.iterdir()).stat().st_ino == before
 
 
+def test_a_file_of_the_users_is_not_written_over(tmp_path, cache):
+    tar = write(tmp_path / "x.tar", pack(MEMBERS))
+    (tmp_path / "x.tar.index").write_bytes(b"an index of mine")
+    assert contents(tar) == MEMBERS
+    assert (tmp_path / "x.tar.index").read_bytes() == b"an index of mine"
+    assert len(list(tmp_path.glob("cache/*/*"))) == 1
+
+
 def test_where_nothing_can_be_written_it_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(write(tmp_path / "file", b"")))
     tar = write(tmp_path / "x.tar", pack(MEMBERS))

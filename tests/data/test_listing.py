@@ -220,7 +220,7 @@ def test_a_damaged_file_does_not_matter(root, tmp_path, kind):
     if kind == "shards":
         root = tars(tmp_path / "tars", {name: png(shade) for name, shade in FILES.items()}, {"a/9.png": png(9)})
     found = facts(opened(root, kind))
-    place = tmp_path / ("root.index" if kind == "folder" else "tars/train.index")
+    place = tmp_path / ("root.index" if kind == "folder" else "tars/train.tars.index")
     whole = place.read_bytes()
     for _ in range(150):
         at, value = random.randrange(len(whole)), random.randrange(256)
@@ -259,6 +259,29 @@ def test_a_file_of_the_users_is_not_written_over(root, tmp_path, monkeypatch):
         assert (tmp_path / "root.index").read_bytes() == mine
         assert facts(from_the_file(monkeypatch, root)) == found
     assert len(list((tmp_path / "cache/moco-v3-engine").iterdir())) == 1
+
+
+def test_a_folder_and_tars_of_one_name_have_an_index_each(root, tmp_path, monkeypatch):
+    """As where a tar was unpacked beside itself."""
+    (tmp_path / "root.tar").write_bytes(pack({"x/1.png": png(1)}))
+    both = {"folder": root, "shards": tmp_path / "root.tar"}
+    found = {kind: facts(opened(at, kind)) for kind, at in both.items()}
+    (tmp_path / "train").mkdir()
+    fill(tmp_path / "train", {"a/6.png": 6})
+    assert len(opened(tmp_path / "train")) == len(opened(tmp_path, "shards")) == 1
+    assert {kind: facts(from_the_file(monkeypatch, at, kind)) for kind, at in both.items()} == found
+    (tmp_path / "root.index").replace(tmp_path / "root.tars.index")  # of another kind, whatever the names
+    assert facts(opened(tmp_path / "root.tar", "shards")) == found["shards"]
+
+
+def test_the_index_of_a_list_among_its_images_does_not_change_their_folder(root, monkeypatch):
+    (root / "all.txt").write_text("a/1.png\n../root/all.png\n")
+    (root / "all.png").write_bytes(png(9))
+    time.sleep(0.02)
+    found = facts(opened(root / "all.txt", "list"))
+    monkeypatch.setattr(lists, "_lines", None)
+    assert facts(opened(root / "all.txt", "list")) == found
+    assert not (root / "all.txt.index").exists()
 
 
 def test_nothing_is_saved_where_nothing_may_be(root, tmp_path):
@@ -304,7 +327,7 @@ def test_a_changed_folder_is_listed_anew(root, monkeypatch, change):
     now = facts(opened(root))
     assert now != before
     monkeypatch.setattr(listing, "_WORTH_A_FILE", 10**9)
-    monkeypatch.setattr(listing, "places", lambda path: [])
+    monkeypatch.setattr(listing, "places", lambda path, **_: [])
     assert now == facts(opened(root))
 
 
@@ -336,7 +359,7 @@ def test_a_list_and_the_folders_of_its_images_are_watched(root, monkeypatch, cha
     change(root)
     now = facts(opened(root / "all.txt", "list"))
     assert now != before
-    monkeypatch.setattr(listing, "places", lambda path: [])
+    monkeypatch.setattr(listing, "places", lambda path, **_: [])
     assert now == facts(opened(root / "all.txt", "list"))
 
 

@@ -47,17 +47,17 @@ def test_labels_come_after_a_tab_and_numbers_are_in_order(root):
 
 
 def test_what_a_list_has_beside_images_is_said(root):
-    text = "a/1.png\ta\n\n \t \nb\nnotes.txt\nb/2.png\tb\ngone.png\ta\na/1.png\ta\nb/ü ü.PNG\t-1\n"
+    text = "a/1.png\ta\n\n \t \nb\nnotes.txt\nb/2.png\tb\ngone.png\ta\na/1.png\ta\n.//a/1.png\ta\nb/ü ü.PNG\t-1\n"
     source = opened(root, codecs.BOM_UTF8 + text.replace("\n", "\r\n").encode())
-    assert shades_or_none(source) == [1, 2, None, 1, 3]
+    assert shades_or_none(source) == [1, 2, None, 1, 1, 3]
     assert source.labels is None
     assert source.notes == tuple(
         f"data.root ({root}/list.txt): {line}"
         for line in (
             "left out: 1 folders, 1 .txt",
-            "1 of 5 files are not there (line 7: gone.png)",
-            "1 lines name an image again, and it counts again",
-            "1 of 5 images have no label, so none of them is read",
+            "1 of 6 files are not there (line 7: gone.png)",
+            "2 lines name an image again, and it counts again",
+            "1 of 6 images have no label, so none of them is read",
         )
     )
 
