@@ -5,7 +5,8 @@ Shapes: N images of all tables, T tables.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,15 +102,23 @@ def _saved(root: Root, path: Path) -> list[Path]:
         return [path]
     if _read(root, path / _SAVED, "_indices_data_files", []):
         raise UserError(f"{root} must hold its rows in order; call flatten_indices() on the data set and save it again")
-    return [path / file["filename"] for file in _read(root, path / _SAVED, "_data_files")]
+    with _as_saved(root, _SAVED):
+        return [path / file["filename"] for file in _read(root, path / _SAVED, "_data_files")]
 
 
 def _read(root: Root, path: Path, key: str, default: Any = None) -> Any:
-    try:
+    with _as_saved(root, path.name):
         found = json.loads(path.read_bytes())
         return found[key] if default is None else found.get(key) or default
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{root} must be as save_to_disk left it; {path.name} is not ({reason(error)})") from None
+
+
+@contextmanager
+def _as_saved(root: Root, name: str) -> Iterator[None]:
+    """Raises UserError where the body finds the file `name` to be another."""
+    try:
+        yield
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{root} must be as save_to_disk left it; {name} is not ({reason(error)})") from None
 
 
 # ---- which columns ---------------------------------------------------------------------------------------------------
@@ -133,10 +142,11 @@ def _columns(root: Root, table: Table) -> _Columns:
     images = [n for n, kind in kinds.items() if features.get(n, {}).get("_type") == "Image" or _may_hold_images(kind)]
     image = root.dataset_options.get("image") or _one_of(images, _IMAGES)
     if image is None or not _may_hold_images(kinds[image]):
-        do = "; name one in data.dataset_options={image: NAME}" if images else ""
+        do = "name one in data.dataset_options={image: NAME}"
+        do = do if images else f"for images in folders pass {root.of_source('folder')}"
         raise UserError(
             f"{root} must have a column of images, each a struct of bytes and path, or bytes; it has "
-            f"{listed(list(kinds))}{do}"
+            f"{listed(list(kinds))}; {do}"
         )
     classes = [name for name, about in features.items() if name in kinds and about.get("_type") == "ClassLabel"]
     if "label" in root.dataset_options:
@@ -147,6 +157,8 @@ def _columns(root: Root, table: Table) -> _Columns:
         do = "name it in data.dataset_options={label: NAME}"
         line = f"{root}: unlabelled: any of {listed(others)} may say classes; {do}"
         notes = (line,) if others and label is None else ()
+        if odd := [name for name in kinds if name in _LABELS and not others]:
+            notes = (f"{root}: unlabelled: {listed(odd)} holds neither integers nor texts",)
     if label is not None and not _may_be_labels(kinds[label]):
         raise UserError(f"data.dataset_options (label: {label}) must name a column of integers or texts")
     names = features.get(label or "", {}).get("names") if label in classes else None
@@ -169,6 +181,7 @@ def _may_hold_images(kind: Any) -> bool:
 def _may_be_labels(kind: Any) -> bool:
     import pyarrow.types as is_of
 
+    kind = kind.value_type if is_of.is_dictionary(kind) else kind
     return is_of.is_integer(kind) or is_of.is_string(kind) or is_of.is_large_string(kind)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import permutations, product
 from pathlib import Path
 
 from engine.data.folder import open_folder
@@ -9,6 +10,7 @@ from engine.data.hf import is_hf, open_hf
 from engine.data.joined import JoinedSource
 from engine.data.lists import LIST_SUFFIXES, open_list
 from engine.data.naming import is_tar_name
+from engine.data.outputs import lies_among
 from engine.data.shards import open_shards
 from engine.data.source import Root, Source, Split
 from engine.data.torchvision import open_torchvision
@@ -52,11 +54,22 @@ def _joined(root: Root, found: Sequence[Source | None]) -> Source | None:
     parts = [(str(path), part) for path, part in zip((root.path, *root.more), found, strict=True) if part is not None]
     if len(found) == 1 or not parts:
         return found[0]
+    _check_apart(root, parts)
     source = JoinedSource([part for _, part in parts], [title for title, _ in parts])
     bare = [title for title, part in parts if part.labels is None]
     if 0 < len(bare) < len(parts):
         source.notes += (f"{root}: the images of {listed(bare, most=5)} have no labels, so none of them is read",)
     return source
+
+
+def _check_apart(root: Root, parts: Sequence[tuple[str, Source]]) -> None:
+    """Raises UserError where the folder of a part lies among the images of another."""
+    for (outer, within), (inner, part) in permutations(parts, 2):
+        for above, below in product(within.folders, part.folders):
+            if lies_among(below / "image", above):
+                raise UserError(
+                    f"{root} must hold each image once; those of {inner} are among those of {outer}: leave out one root"
+                )
 
 
 def _open(root: Root, split: Split) -> Source | None:
@@ -71,14 +84,15 @@ def _open(root: Root, split: Split) -> Source | None:
 
 
 def guess_kind(root: Path) -> str:
-    """`shards` for a tar or a folder with tars in it, `list` for a file that is named as a text, `hf` where there are
-    tables, else `folder`."""
+    """`list` for a file that is named as a text, `shards` for a tar or a folder with tars in it, whatever lies beside
+    them, `hf` where there are tables, else `folder`."""
     if root.is_file() and root.suffix.lower() in LIST_SUFFIXES:
         return "list"
+    if root.is_dir() and any(is_tar_name(path.name) for path in root.iterdir()):
+        return "shards"
     if root.exists() and is_hf(root):
         return "hf"
-    has_tars = root.is_file() or (root.is_dir() and any(is_tar_name(path.name) for path in root.iterdir()))
-    return "shards" if has_tars else "folder"
+    return "shards" if root.is_file() else "folder"
 
 
 def without_labels(source: Source, *notes: str) -> Source:

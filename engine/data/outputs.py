@@ -38,11 +38,16 @@ def check_run_directory(path: Path, sources: Iterable[Source | None]) -> None:
 def check_picture(out: Path, source: Source) -> None:
     """Raises UserError where a picture that is written to `out` would be an image of the source."""
     for folder in source.folders if is_image_name(os.fsencode(out.name)) else ():
-        between = _between(out, folder)
-        if between is None or any(part[0] == "." or is_system_folder(part) for part in between):
-            continue
-        if not any(holds_run(inner) for inner in out.resolve().parents[: len(between) - 1]):
+        if lies_among(out, folder):
             raise UserError(f"OUT ({out}) must not become an image of {folder}; pass a place outside")
+
+
+def lies_among(file: Path, folder: Path) -> bool:
+    """Whether an image file would be one of those that a search of the folder finds."""
+    between = _between(file, folder)
+    if between is None or any(part[0] == "." or is_system_folder(part) for part in between):
+        return False
+    return not any(holds_run(inner) for inner in file.resolve().parents[: len(between) - 1])
 
 
 def _between(path: Path, folder: Path) -> tuple[str, ...] | None:

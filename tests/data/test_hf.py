@@ -136,6 +136,11 @@ def test_columns_are_found_or_named(tmp_path):
             opened(root, **dict([options]))
     texts = opened(save(tmp_path / "texts", table({1: "10", 2: "9", 3: "dog"})))
     assert (texts.labels.tolist(), texts.classes) == ([1, 0, 2], ("9", "10", "dog"))
+    categories = table({1: "x", 2: "y"}, label=pa.array(["y", "x"]).dictionary_encode())
+    assert opened(save(tmp_path / "categories", categories)).classes == ("x", "y")
+    odd = opened(save(tmp_path / "odd", table({1: "x", 2: "y"}, label=pa.array([0.5, 1.5]))))
+    assert odd.labels is None
+    assert "unlabelled: label holds neither integers nor texts" in odd.notes[0]
     for name, label in (("null", {1: 0, 2: None}), ("minus", {1: -1, 2: 1})):
         bare = opened(save(tmp_path / name, table(label)))
         assert bare.labels is None
@@ -175,7 +180,7 @@ def test_tables_that_cannot_be_used_are_one_line(tmp_path, monkeypatch):
         torn: "must hold whole Arrow or Parquet files",
         lost: "must hold whole Arrow or Parquet files",
         odd: r"must hold its rows in order; call flatten_indices\(\)",
-        texts: "must have a column of images, each a struct of bytes and path, or bytes; it has text$",
+        texts: r"images, each a struct of bytes and path, or bytes; it has text; .* pass data.source=folder$",
         empty: "must hold images; its tables have no rows",
         other: "must hold tables of the same columns",
         only_test: "must hold train beside val",
@@ -186,6 +191,9 @@ def test_tables_that_cannot_be_used_are_one_line(tmp_path, monkeypatch):
     }
     (odd.parent / "json").mkdir()
     (odd.parent / "json/state.json").write_text("[]")
+    (odd.parent / "files").mkdir()
+    (odd.parent / "files/state.json").write_text('{"_data_files": [{"name": "a.arrow"}]}')
+    cases[odd.parent / "files"] = "must be as save_to_disk left it; state.json is not"
     cases[odd.parent / "json"] = "must be as save_to_disk left it; state.json is not"
     (tmp_path / "bare").mkdir()
     cases[tmp_path / "bare"] = "must hold a data set that was saved by save_to_disk, or"

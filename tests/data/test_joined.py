@@ -65,6 +65,13 @@ def test_what_does_not_fit_is_said_of_its_root(roots, tmp_path):
     assert unlabelled == f"data.root ({a}, {b}, {bare}): the images of {bare} have no labels, so none of them is read"
     with pytest.raises(UserError, match=r"must name each root once; leave out what comes again"):
         joined("folder", a, b, tmp_path / "b/../a")
+    (tmp_path / "link").symlink_to(b)
+    fill(tmp_path / "b/.hidden", {"7.png": 7})
+    assert len(joined("folder", b, tmp_path / "b/.hidden")) == len(joined("folder", b)) + 1
+    for outer, inner in ((a, a / "train"), (tmp_path, b), (a.parent, tmp_path / "link")):
+        for paths in ((outer, inner), (inner, outer)):
+            with pytest.raises(UserError, match=r"must hold each image once; those of .* are among those of .*: leave"):
+                joined("folder", *paths)
     with pytest.raises(UserError, match=rf"data.root \({tmp_path}/gone\) must exist"):
         joined("folder", a, tmp_path / "gone")
 
