@@ -24,6 +24,7 @@ from engine.errors import one_line
 BLOCK = 512
 _SUFFIX_OF = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 _SUFFIX_OF |= {"PPM": ".ppm", "AVIF": ".avif"}
+_JPEG = ("JPEG", "MPO")  # as Pillow calls one that other pictures follow in the same file
 _QUALITY = 95  # of a JPEG that is made smaller
 
 
@@ -133,7 +134,7 @@ def _smaller(data: bytes, short_side: int) -> tuple[bytes, str] | None:
             raise ValueError(f"its pixels have more than 8 bits: {image.mode}")
         kind, exif = image.format, image.info.get("exif", b"")
         pixels = image if image.mode == "L" else to_rgb(image)
-        return _encoded(_fit(pixels, short_side), "JPEG" if kind == "JPEG" else "PNG", exif)
+        return _encoded(_fit(pixels, short_side), "JPEG" if kind in _JPEG else "PNG", exif)
 
 
 def _fit(image: Image.Image, short_side: int | None) -> Image.Image:

@@ -108,12 +108,23 @@ def several(at: Path) -> Source:
     return opened(roots[0], more=(roots[1],))
 
 
+def tables(at: Path) -> Source:
+    pytest.importorskip("pyarrow")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    at.mkdir()
+    images = [{"bytes": png(shade), "path": None} for shade in range(1, 5)]
+    pq.write_table(pa.table({"image": images, "label": ["b", "10", "9", "b"]}), at / "0.parquet")
+    return opened(at, "hf")
+
+
 def made_up(at: Path) -> Source:
     return opened(at, "torchvision", dataset="FakeData", dataset_options={"size": 12, "image_size": [3, 5, 6]})
 
 
 EVERY_KIND = [by_class, without_classes, mixed, listed, listed_without_labels, samples, tar_for_each_class]
-EVERY_KIND += [folders_in_tars, several, made_up]
+EVERY_KIND += [folders_in_tars, several, tables, made_up]
 
 
 @pytest.mark.parametrize("size", [1, 5000, 10**6])
@@ -379,6 +390,9 @@ def test_images_are_made_smaller(tmp_path):
         "6.png": b"no picture",
         "7.webp": encoded(photo(70, 90, "RGBA"), "WEBP", lossless=True),
         "8.jpg": encoded(photo(3000, 33), "JPEG"),
+        "9.jpg": encoded(
+            photo(80, 64), "MPO", save_all=True, append_images=[photo(9, 9)]
+        ),  # phones add depth, or light
     }
     (tmp_path / "from").mkdir()
     for name, data in files.items():
@@ -386,11 +400,11 @@ def test_images_are_made_smaller(tmp_path):
     source = opened(tmp_path / "from")
     made = packed(source, tmp_path / "to", 10**6, short_side=32)
     found = opened(tmp_path / "to", "shards")
-    names = [found.name(i).partition(":")[2] for i in range(9)]
-    assert names == [*list(files)[:7], "7.png", "8.jpg"]
+    names = [found.name(i).partition(":")[2] for i in range(10)]
+    assert names == [*list(files)[:7], "7.png", "8.jpg", "9.jpg"]
     as_they_were = {"3.jpg", "5.png", "6.png"}
     assert {name for i, name in enumerate(names) if found.content(i) == files.get(name)} == as_they_were
-    sizes = {0: (40, 32), 1: (32, 100), 2: (41, 32), 4: (41, 32), 7: (32, 41), 8: (2909, 32)}
+    sizes = {0: (40, 32), 1: (32, 100), 2: (41, 32), 4: (41, 32), 7: (32, 41), 8: (2909, 32), 9: (40, 32)}
     for i, size in sizes.items():
         with Image.open(io.BytesIO(found.content(i))) as image:
             assert image.size == size
