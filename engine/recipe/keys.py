@@ -29,6 +29,8 @@ class Rule(NamedTuple):
 
 ANY = Rule("", lambda value: True)
 
+section = dataclasses.dataclass(frozen=True, kw_only=True)  # a table of keys
+
 
 class Key(NamedTuple):
     """What a field says of its key, beside type and default."""

@@ -11,7 +11,8 @@ from typing import Any
 from engine.errors import UserError, listed, one_line
 from engine.recipe.keys import keys_of
 from engine.recipe.plain import parse
-from engine.recipe.sections import PATH, RECIPES, Paths
+from engine.recipe.ranges import PATH
+from engine.recipe.sections import RECIPES, Paths
 
 _PATHS = frozenset(
     name for kind in RECIPES.values() for name, field in keys_of(kind).items() if field.metadata["key"].rule is PATH

@@ -7,34 +7,27 @@ Schemas: 1, recipes that say none; 2, recipes that say it. A key that comes late
 older recipes, and the runs that they began, stay what they were.
 """
 
-import dataclasses
-import re
 from typing import Literal
 
-from engine.recipe.keys import Rule, key
-from models.shapes import CONV_VITS, PLAIN_VITS, RESNET_SHAPES, is_network
-
-POSITIVE = Rule(" > 0", lambda value: value > 0)
-NOT_NEGATIVE = Rule(" >= 0", lambda value: value >= 0)
-AT_LEAST_1 = Rule(" >= 1", lambda value: value >= 1)
-AT_LEAST_2 = Rule(" >= 2", lambda value: value >= 2)
-FRACTION = Rule(" from 0 to 1", lambda value: 0 <= value <= 1)
-HUE = Rule(" from 0 to 0.5", lambda value: 0 <= value <= 0.5)
-CROP = Rule(" > 0 and <= 1", lambda value: 0 < value <= 1)
-BELOW_1 = Rule(" >= 0 and < 1", lambda value: 0 <= value < 1)
-REPEATS = Rule(" from 1 to 100", lambda value: 1 <= value <= 100)
-PATH = Rule(", in quotes if it looks like a number", lambda value: bool(value) and value.isprintable())
-TEXT = Rule(PATH.text, PATH.holds)
-NAMES = (*PLAIN_VITS, *CONV_VITS, *RESNET_SHAPES)
-NETWORK = Rule(f": {', '.join(NAMES)} or timm/<name>", is_network, NAMES)
-RANDAUGMENT = Rule(
-    " in timm's words, such as rand-m9-mstd0.5-inc1",
-    lambda value: re.fullmatch(r"rand(-(m|n|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-inc[01]|-tweights)*", value) is not None,
+from engine.recipe.keys import Rule, key, section
+from engine.recipe.method import Augment, Moco, Model, Optimizer
+from engine.recipe.ranges import (
+    ARGUMENTS,
+    AT_LEAST_1,
+    AT_LEAST_2,
+    BELOW_1,
+    CROP,
+    FRACTION,
+    MINUTES,
+    NOT_NEGATIVE,
+    PATH,
+    POSITIVE,
+    RANDAUGMENT,
+    REPEATS,
+    TEXT,
+    WARN,
+    WORKERS,
 )
-WORKERS = Rule(" >= 0", lambda value: value == "auto" or value >= 0)
-MINUTES = Rule(" > 0 and <= 1e6", lambda value: 0 < value <= 1e6)
-WARN = Rule(": warn", lambda value: value == "warn")
-ARGUMENTS = Rule(", each a keyword argument", lambda value: all(name.isidentifier() for name in value))
 
 TIMEOUT = "how long a rank, or the disk of the images, may be silent once steps run; then the run ends, to be resumed"
 CONTINUE_FROM = "run or checkpoint whose encoders, heads and optimizer state a new run begins with; null: none"
@@ -42,7 +35,6 @@ MAX_STEPS = "ends the run early, while the schedules still span all epochs; null
 BATCH = "images of a step over all processes, whose number must divide it"
 MICRO_BATCH = "images of a process that pass the trunk together, to save memory at a price in time; null: all"
 ON_SPIKE = "gradients over 10 times the median norm of 100 logged steps: said and counted; null: not looked for"
-NAMED = "null: as the named network has it"
 KNN_BANK = "training images of each class that are kNN's neighbours, drawn by run.seed; null: all"
 LABELLED = "labelled images beside the training data, as kNN's neighbours; null: kNN is measured on data.root's"
 QUERIES = "labelled images that are classified by those of evaluate.train_root"
@@ -57,8 +49,6 @@ CROP_FRACTION = "side of the centre crop over the shorter side of the resized im
 
 SCHEMA = 2  # raise it with a key whose default is not what ran before it
 SCHEMAS = Rule(f" from 1 to {SCHEMA}", lambda value: 1 <= value <= SCHEMA)
-
-section = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
 def schema_key() -> int:
@@ -75,32 +65,6 @@ class Run:
 @section
 class PretrainRun(Run):
     continue_from: str | None = key(CONTINUE_FROM, PATH, since=2, before=None, default=None)
-
-
-@section
-class Model:
-    name: str = key("the trunk: a ViT or a ResNet of this project, or a network of timm", NETWORK)
-    image_size: int = key("side of a view in pixels", AT_LEAST_1, default=224)
-    patch_size: int | None = key(f"side of a patch in pixels; {NAMED}", AT_LEAST_1, default=None)
-    dim: int | None = key(f"width of a ViT's tokens; {NAMED}", AT_LEAST_1, default=None)
-    depth: int | None = key(f"number of a ViT's blocks; {NAMED}", AT_LEAST_1, default=None)
-    heads: int | None = key(f"attention heads of a ViT's block; {NAMED}", AT_LEAST_1, default=None)
-    freeze_patch_projection: bool = key("leave a plain ViT's patch projection as it was drawn, for stable training")
-    projector_hidden_dim: int = key("hidden width of projector and predictor", AT_LEAST_1, default=4096)
-    output_dim: int = key("width of the vectors that the loss compares", AT_LEAST_1, default=256)
-
-
-@section
-class Moco:
-    temperature: float = key("T of the contrastive loss, which divides the similarities", POSITIVE)
-    momentum: float = key("where the momentum encoder's coefficient starts on its half cosine to 1", FRACTION)
-
-
-@section
-class Optimizer:
-    name: Literal["adamw", "lars"] = key("which optimizer trains: AdamW, as for ViTs, or LARS, as for ResNets")
-    base_lr: float = key("learning rate per 256 images; the peak is base_lr * global_batch_size / 256", POSITIVE)
-    weight_decay: float = key("decay of all that is trained; LARS spares biases and norms", NOT_NEGATIVE)
 
 
 @section
@@ -138,27 +102,6 @@ class Data:
 @section
 class PretrainData(Data):
     classes: Classes = key(CLASSES, since=2, before="folders", default="auto")
-
-
-@section
-class Augment:
-    """Of MoCo's two views, in this order; pairs are [view 1, view 2]. The defaults are the paper's, on ImageNet."""
-
-    crop_min: float = key("smallest share of the image's area that a crop keeps", CROP)
-    brightness: float = key("largest change of brightness, as a share", NOT_NEGATIVE, default=0.4)
-    contrast: float = key("largest change of contrast, as a share", NOT_NEGATIVE, default=0.4)
-    saturation: float = key("largest change of saturation, as a share", NOT_NEGATIVE, default=0.2)
-    hue: float = key("largest turn of the hue, as a share of the circle", HUE, default=0.1)
-    jitter_probability: float = key("probability of the four changes above, together", FRACTION, default=0.8)
-    grayscale_probability: float = key("probability of a grey view", FRACTION, default=0.2)
-    blur_sigma: tuple[float, float] = key(
-        "least and largest sigma of the blur, in pixels", POSITIVE, default=(0.1, 2.0)
-    )
-    blur_probability: tuple[float, float] = key("probability of the blur", FRACTION, default=(1.0, 0.1))
-    solarize_probability: tuple[float, float] = key("probability of solarisation", FRACTION, default=(0.0, 0.2))
-    flip_probability: float = key("probability of a flip from left to right", FRACTION, default=0.5)
-    mean: tuple[float, float, float] = key("subtracted from channels of images in 0..1", default=(0.485, 0.456, 0.406))
-    std: tuple[float, float, float] = key("by which channels are divided then", POSITIVE, default=(0.229, 0.224, 0.225))
 
 
 @section
