@@ -70,7 +70,7 @@ def _files(root: Root, split: Split) -> tuple[list[Path], list[str]]:
     if path.is_file() or (path / _SAVED).is_file():
         return ([] if split == "val" else _saved(root, path)), []
     if (path / _SPLITS).is_file():
-        of = {name: (name,) for name in _read(root, path / _SPLITS, "splits")}
+        of = {name: (name,) for name in map(str, _read(root, path / _SPLITS, "splits"))}
         chosen, notes = _choose(root, split, of)
         return [file for name in chosen for file in _saved(root, path / name)], notes
     found = sorted(path.rglob(f"*{PARQUET}"))
@@ -182,7 +182,7 @@ def _may_be_labels(kind: Any) -> bool:
     import pyarrow.types as is_of
 
     kind = kind.value_type if is_of.is_dictionary(kind) else kind
-    return is_of.is_integer(kind) or is_of.is_string(kind) or is_of.is_large_string(kind)
+    return is_of.is_integer(kind) or str(kind) in ("string", "large_string", "string_view")
 
 
 # ---- the images ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from engine.data.joined import JoinedSource
 from engine.data.lists import LIST_SUFFIXES, open_list
 from engine.data.naming import is_tar_name
 from engine.data.outputs import lies_among
-from engine.data.shards import open_shards
+from engine.data.shards import ShardSource, open_shards
 from engine.data.source import Root, Source, Split
 from engine.data.torchvision import open_torchvision
 from engine.errors import UserError, listed, reason
@@ -63,13 +63,15 @@ def _joined(root: Root, found: Sequence[Source | None]) -> Source | None:
 
 
 def _check_apart(root: Root, parts: Sequence[tuple[str, Source]]) -> None:
-    """Raises UserError where the folder of a part lies among the images of another."""
+    """Raises UserError where the folder of a part lies among the images of another, or two have a tar in common."""
     for (outer, within), (inner, part) in permutations(parts, 2):
-        for above, below in product(within.folders, part.folders):
-            if lies_among(below / "image", above):
-                raise UserError(
-                    f"{root} must hold each image once; those of {inner} are among those of {outer}: leave out one root"
-                )
+        folders = product(within.folders, part.folders)
+        if any(lies_among(below / "image", above) for above, below in folders) or _tars(within) & _tars(part):
+            raise UserError(f"{root} must hold each image once; {inner} has some that {outer} has: leave out one root")
+
+
+def _tars(source: Source) -> set[Path]:
+    return {tar.resolve() for tar in source.tars} if isinstance(source, ShardSource) else set()
 
 
 def _open(root: Root, split: Split) -> Source | None:

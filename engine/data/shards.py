@@ -162,6 +162,10 @@ class ShardSource(FileSource):
             yield printable(tar), end - begin, int(sizes_N[begin:end].sum())
             begin = end
 
+    @property
+    def tars(self) -> Iterator[Path]:
+        return (self._folder / os.fsdecode(name) for name in self._listing.names_of("tar"))
+
     def _tar(self, i: int) -> str:
         k = np.searchsorted(self._listing.arrays["tar_images"], i, side="right")
         return os.fsdecode(self._listing.names_of("tar")[k])

@@ -138,6 +138,8 @@ def test_columns_are_found_or_named(tmp_path):
     assert (texts.labels.tolist(), texts.classes) == ([1, 0, 2], ("9", "10", "dog"))
     categories = table({1: "x", 2: "y"}, label=pa.array(["y", "x"]).dictionary_encode())
     assert opened(save(tmp_path / "categories", categories)).classes == ("x", "y")
+    pq.write_table(table({1: "x", 2: "y"}, label=pa.array(["y", "x"], pa.string_view())), tmp_path / "views.parquet")
+    assert opened(tmp_path / "views.parquet").labels.tolist() == [1, 0]
     odd = opened(save(tmp_path / "odd", table({1: "x", 2: "y"}, label=pa.array([0.5, 1.5]))))
     assert odd.labels is None
     assert "unlabelled: label holds neither integers nor texts" in odd.notes[0]

@@ -70,8 +70,14 @@ def test_what_does_not_fit_is_said_of_its_root(roots, tmp_path):
     assert len(joined("folder", b, tmp_path / "b/.hidden")) == len(joined("folder", b)) + 1
     for outer, inner in ((a, a / "train"), (tmp_path, b), (a.parent, tmp_path / "link")):
         for paths in ((outer, inner), (inner, outer)):
-            with pytest.raises(UserError, match=r"must hold each image once; those of .* are among those of .*: leave"):
+            with pytest.raises(UserError, match=r"must hold each image once; .* has some that .* has: leave"):
                 joined("folder", *paths)
+    (tmp_path / "tars").mkdir()
+    for k in range(2):
+        (tmp_path / f"tars/{k}.tar").write_bytes(pack({f"{k}.png": png(k)}))
+    assert shades(joined("shards", tmp_path / "tars/1.tar", tmp_path / "tars/0.tar")) == [1, 0]
+    with pytest.raises(UserError, match=r"each image once; .*/1.tar has some that .*/tars has: leave out one root"):
+        joined("shards", tmp_path / "tars", tmp_path / "tars/1.tar")
     with pytest.raises(UserError, match=rf"data.root \({tmp_path}/gone\) must exist"):
         joined("folder", a, tmp_path / "gone")
 
