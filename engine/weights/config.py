@@ -18,7 +18,8 @@ PROCESSOR = "preprocessor_config.json"
 class Config:
     """architecture: where the folder names one of timm's; else shapes tell it, with model_args or heads of a ViT.
 
-    image_size, mean, std: None where they are not said. classifier: how the names of its tensors begin.
+    image_size, mean, std, crop_fraction (of the resized shorter side): None where they are not said.
+    classifier: how the names of its tensors begin.
     """
 
     image_size: int | None
@@ -28,6 +29,7 @@ class Config:
     model_args: Mapping[str, Any] | None = None
     heads: int | None = None
     classifier: tuple[str, ...] = ()
+    crop_fraction: float | None = None
 
 
 def read_config(folder: Path) -> Config | None:
@@ -70,7 +72,8 @@ def _of_timm(content: dict[str, Any]) -> Config:
         arguments["img_size"] = width
     layers = said.get("classifier") or ()
     classifier = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
-    prepared = Config(width, _three(said["mean"]), _three(said["std"]), classifier=classifier)
+    crop = None if said.get("crop_pct") is None else float(said["crop_pct"])
+    prepared = Config(width, _three(said["mean"]), _three(said["std"]), classifier=classifier, crop_fraction=crop)
     if set(arguments) == set(MODEL_ARGS):
         return Config(**vars(prepared) | {"model_args": arguments})
     if set(arguments) == RESNET_ARGS:

@@ -58,7 +58,7 @@ def export(
         proof = _in_own_process(prove, open_original, trunk, name, target, architecture)
         note(f"proof: the largest difference of features is {proof.difference:.1e} of the largest feature")
         if proof.cosine is not None:
-            note(f"proof: an image file by {name}'s own transform has these features, cosine {proof.cosine:.6f}")
+            note(f"proof: an image file by the export's own transform has these features, cosine {proof.cosine:.6f}")
         files = _publish(folder, out, force)
     return {"files": files, "max_feature_difference": proof.difference}
 

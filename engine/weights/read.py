@@ -224,13 +224,22 @@ def _heads_of_positions(weights: Weights, shapes: Mapping[str, torch.Size]) -> i
 def _notes_on_images(found: Found, about: About | None) -> tuple[str, ...]:
     """Files of others, and bare ones of ours, cannot say what images they take."""
     config = found.config
-    if MARK in found.said or (config is not None and config.mean is not None and config.std is not None):
+    if MARK in found.said:
         return ()
+    if config is not None and config.mean is not None and config.std is not None:
+        return _notes_on_crop(found.origin, config.crop_fraction, about)
     if about is not None and about.architecture.kind == "resnet" and config is None:  # a ViT's positions show the size
         assumed = f"the size, mean and std of its images: {about.image_size} pixels and ImageNet's are assumed"
     else:
         assumed = "the mean and std of its images: ImageNet's are assumed"
     return (f"{found.origin} does not say {assumed}",)
+
+
+def _notes_on_crop(origin: str, fraction: float | None, about: About | None) -> tuple[str, ...]:
+    if about is None or fraction is None or abs(fraction - about.crop_fraction) < 1e-3:
+        return ()
+    ours = f"images are cropped to {about.crop_fraction:g} of the shorter side unless --crop-fraction or a recipe tells"
+    return (f"{ours}; {origin} says {fraction:g}",)
 
 
 def _about_published(architecture: Architecture) -> About:

@@ -160,8 +160,11 @@ def test_a_folder_of_timm_is_a_checkpoint(tmp_path):
     encoder, images = engine.load(tmp_path / "timm"), torch.randn(2, 3, 32, 32)
     assert close(encoder(images), network.forward_head(network.forward_features(images), pre_logits=True))
     assert (encoder.image_size, encoder.subject.mean) == (32, (0.1, 0.2, 0.3))
+    assert open_weights(str(tmp_path / "timm")).notes[-1].endswith("/model.safetensors says 0.9")
 
-    save_for_hf(timm.create_model("test_convnext"), tmp_path / "convnext", safe_serialization=True)
+    convnext = timm.create_model("test_convnext", pretrained_cfg_overlay={"crop_pct": 0.875})
+    save_for_hf(convnext, tmp_path / "convnext", safe_serialization=True)
+    assert not any("crop" in line for line in open_weights(str(tmp_path / "convnext")).notes)
     assert open_weights(str(tmp_path / "convnext")).about.architecture.arguments["name"] == "test_convnext"
 
 
