@@ -6,7 +6,7 @@ Shapes: V views, B samples, D random numbers per sample and view, S side of a cr
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,14 +16,13 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import functional as F
 
 from engine.data.jpeg import PILLOW, SIMPLEJPEG, Jpeg
+from engine.data.orientation import Box, lying_box, turned, turned_pixels
 from engine.data.philox import CROP, uniform_array
-from engine.recipe.sections import Interpolation
+from engine.recipe.sections import Data, Interpolation
 
 _NEW_SUFFIXES = (".jfif", ".jpe", ".ppm", ".pgm", ".avif")  # since rules 2 (engine.data.rules)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", *_NEW_SUFFIXES)
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # never all: Pillow starts Ghostscript for EPS
-
-Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 _TRIES = 10
 _ASPECTS = (3 / 4, 4 / 3)
@@ -40,32 +39,56 @@ def is_new_suffix(name: bytes) -> bool:
     return name.lower().endswith(tuple(suffix.encode() for suffix in _NEW_SUFFIXES))
 
 
-def decode(data: bytes) -> Image.Image | Jpeg:
-    """The image in a file's bytes, its first frame: RGB, or a JPEG that is decoded when its crops are cut.
+@dataclass(frozen=True)
+class Reading:
+    """What the pixels of a file stand for, as a recipe's `data` says it.
 
-    EXIF orientation is ignored, as is usual in this field. Raises whatever Pillow raises where the bytes are broken or
-    cut short; of a JPEG, what is cut short is found when it is decoded.
+    exif_orientation: photographs are turned as their cameras were held.
+    """
+
+    exif_orientation: bool = False
+
+    @classmethod
+    def of(cls, data: Data) -> "Reading":
+        return cls(data.exif_orientation)
+
+
+AS_IT_IS = Reading()
+
+
+def decode(data: bytes) -> Image.Image | Jpeg:
+    """The image in a file's bytes, its first frame, whose pixels are read when its crops are cut.
+
+    Raises whatever Pillow raises where the bytes are no image; what is broken or cut short is found by `to_rgb`.
     """
     return Jpeg.of(data) or _opened(data)
 
 
 def _opened(data: bytes) -> Image.Image:
     try:
-        return to_rgb(Image.open(io.BytesIO(data), formats=_FORMATS))
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:  # Pillow's own text names an object in memory
         raise ValueError(f"not an image of the kinds {', '.join(_FORMATS)}") from None
 
 
-def to_rgb(image: Image.Image | Jpeg) -> Image.Image:
-    """RGB, by Pillow, from any mode with a meaning of its own: alpha is dropped, 16-bit grey is scaled to 8 bits."""
+def to_rgb(image: Image.Image | Jpeg, reading: Reading = AS_IT_IS) -> Image.Image:
+    """RGB, by Pillow, from any mode with a meaning of its own: alpha is dropped, 16-bit grey is scaled to 8 bits.
+
+    Raises whatever Pillow raises where the file is broken or cut short.
+    """
     if isinstance(image, Jpeg):
-        return _opened(image.data)
+        image = _opened(image.data)
+    image.load()
+    rgb = _as_rgb(image)
+    return turned(rgb) if reading.exif_orientation else rgb
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _from_16_bit(image)
     if image.mode == "F":
         raise ValueError("pixels are floating-point numbers, whose range is unknown")
     if image.mode == "RGB":
-        image.load()
         return image
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
@@ -113,6 +136,7 @@ class Crops:
         views: V, how many crops of an image.
         after_crop: what else is done to a crop, given (crop, epoch, sample).
         pillow: Pillow decodes and resizes JPEG files too, as in runs that former versions began.
+        reading: what the pixels of files stand for.
     """
 
     size: int
@@ -121,6 +145,7 @@ class Crops:
     interpolation: Interpolation = "bilinear"
     after_crop: Callable[[Image.Image, int, int], Image.Image] | None = None
     pillow: bool = False
+    reading: Reading = AS_IT_IS
 
     @property
     def decoder(self) -> str:
@@ -142,11 +167,15 @@ class Crops:
         out_V3SS: np.ndarray,
     ) -> None:
         """Write the crops of an image, antialiased, into uint8 [V, 3, S, S]. Raises as `decode` where it is broken."""
-        boxes = [crop_box(draw_D, image.height, image.width, self.crop_min) for draw_D in draw_VD]
         if isinstance(image, Jpeg) and self.decoder == SIMPLEJPEG:
-            crops = _cut_from_jpeg(image, boxes, self.size)
+            image = image.upright() if self.reading.exif_orientation else image
         else:
-            crops = _cut_by_pillow(to_rgb(image), boxes, self.size, self.interpolation)
+            image = to_rgb(image, self.reading)
+        boxes = [crop_box(draw_D, image.height, image.width, self.crop_min) for draw_D in draw_VD]
+        if isinstance(image, Jpeg):
+            crops = _cut_from_jpeg(image, boxes, self.size, self.reading)
+        else:
+            crops = _cut_by_pillow(image, boxes, self.size, self.interpolation)
         for crop_SS3, out_3SS in zip(crops, out_V3SS, strict=True):
             if self.after_crop is not None:
                 crop_SS3 = np.asarray(self.after_crop(Image.fromarray(crop_SS3), epoch, sample))
@@ -161,19 +190,21 @@ def _cut_by_pillow(image: Image.Image, boxes: Sequence[Box], size: int, by: Inte
         yield np.asarray(crop.resize((size, size), RESAMPLING[by]))
 
 
-def _cut_from_jpeg(jpeg: Jpeg, boxes: Sequence[Box], size: int) -> Iterator[np.ndarray]:
+def _cut_from_jpeg(jpeg: Jpeg, boxes: Sequence[Box], size: int, reading: Reading) -> Iterator[np.ndarray]:
     """The same by simplejpeg and torch, bilinear: up to 1 level from Pillow's where nothing is reduced."""
     reduction = reduction_for(boxes, size)
     try:
         pixels_HW3 = jpeg.pixels(reduction)
     except ValueError:  # Pillow says what is an image: it bears some damage, and has its own words for the rest
-        pixels_HW3, reduction = np.asarray(to_rgb(jpeg)), 1
-    for top, left, height, width in boxes:
+        pixels_HW3, reduction = np.asarray(to_rgb(jpeg, replace(reading, exif_orientation=False))), 1
+    for box in boxes:
+        # What lies is cut and made small before it is turned: turning the whole would take as long as decoding it.
+        top, left, height, width = lying_box(box, jpeg.height, jpeg.width, jpeg.orientation)
         edges = (top, top + height, left, left + width)
         top, bottom, left, right = (round(edge / reduction) for edge in edges)
         # Torch would copy what is not contiguous too, three times as slowly.
         crop_HW3 = torch.from_numpy(pixels_HW3[top:bottom, left:right].copy())
-        yield _resized(crop_HW3, size)
+        yield turned_pixels(_resized(crop_HW3, size), jpeg.orientation)
 
 
 def reduction_for(boxes: Sequence[Box], size: int) -> int:
@@ -199,8 +230,10 @@ class CenterCrop:
     size: int
     fraction: float = 224 / 256
     interpolation: Interpolation = "bilinear"
+    reading: Reading = AS_IT_IS
 
     def __call__(self, image: Image.Image | Jpeg) -> Tensor:
-        """An RGB image, or a JPEG, to uint8 [3, S, S]; by Pillow, as numbers in papers are measured."""
-        resized = F.resize(to_rgb(image), [round(self.size / self.fraction)], F.InterpolationMode(self.interpolation))
+        """An image of any mode, or a JPEG, to uint8 [3, S, S]; by Pillow, as numbers in papers are measured."""
+        side, by = round(self.size / self.fraction), F.InterpolationMode(self.interpolation)
+        resized = F.resize(to_rgb(image, self.reading), [side], by)
         return torch.from_numpy(np.array(F.center_crop(resized, [self.size, self.size])).transpose(2, 0, 1))

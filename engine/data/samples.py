@@ -17,6 +17,7 @@ from PIL import Image, ImageMode
 from engine.data.decode import is_image_name, to_rgb
 from engine.data.folder import FolderSource
 from engine.data.labels import read_label
+from engine.data.orientation import TAG, UPRIGHT, orientation
 from engine.data.paths import FileSource
 from engine.data.source import Source
 from engine.errors import one_line
@@ -87,7 +88,7 @@ class Samples:
             data = self._source.file(i)
             image = None if data is not None else to_rgb(self._source.read(i))
         if image is not None:
-            return *_encoded(_fit(image, self._short_side), "PNG"), ""
+            return *_encoded(_fit(image, self._short_side), "PNG", _noted(image)), ""
         name = self._source.name(i)
         suffix = Path(name).suffix if is_image_name(os.fsencode(name)) else _suffix(data)
         if self._short_side is None:
@@ -132,9 +133,19 @@ def _smaller(data: bytes, short_side: int) -> tuple[bytes, str] | None:
             return None
         if ImageMode.getmode(image.mode).typestr not in ("|u1", "|b1"):
             raise ValueError(f"its pixels have more than 8 bits: {image.mode}")
-        kind, exif = image.format, image.info.get("exif", b"")
         pixels = image if image.mode == "L" else to_rgb(image)
-        return _encoded(_fit(pixels, short_side), "JPEG" if kind in _JPEG else "PNG", exif)
+        kind = "JPEG" if image.format in _JPEG else "PNG"
+        return _encoded(_fit(pixels, short_side), kind, _noted(image))
+
+
+def _noted(image: Image.Image) -> bytes:
+    """The EXIF of an image whose pixels were read; where it has none and says elsewhere how it lies, EXIF of that."""
+    exif = image.info.get("exif", b"")
+    if exif or (found := orientation(image)) == UPRIGHT:
+        return exif
+    made = Image.Exif()
+    made[TAG] = found
+    return made.tobytes()
 
 
 def _fit(image: Image.Image, short_side: int | None) -> Image.Image:

@@ -93,7 +93,8 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, i: int) -> Image.Image | Jpeg:
-        """Image i as RGB, or as a JPEG to be decoded. Raises any Exception where it cannot be read."""
+        """Image i, whose pixels are read when it is used (engine.data.decode). Raises any Exception where it cannot
+        be read."""
 
     @abstractmethod
     def name(self, i: int) -> str:

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from engine.data.decode import to_rgb
 from engine.errors import UserError, one_line
 from engine.evaluation.subject import Subject, open_subject
 from engine.weights.weights import EncoderName
@@ -32,7 +31,7 @@ class Encoder:
 
     def transform(self, image: Image.Image) -> Tensor:
         """An image as the network takes it: float32 [3, S, S], resized, cropped and normalised as in evaluation."""
-        return self.subject.normalised(self.subject.crop(to_rgb(image)), "cpu")
+        return self.subject.normalised(self.subject.crop(image), "cpu")
 
     @torch.no_grad()
     def __call__(self, image_B3SS: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from engine.data.decode import CenterCrop
+from engine.data.decode import AS_IT_IS, CenterCrop, Reading
 from engine.distributed.world import World, in_turn
 from engine.evaluation.readout import readout
 from engine.recipe.sections import Interpolation
@@ -22,6 +22,7 @@ class Subject:
     """network: images [B, 3, S, S], normalised by mean and std, -> features or logits [B, D]; on the device.
 
     crop_fraction: side of the centre crop over the shorter side of the resized image, resized by `interpolation`.
+    reading: what the pixels of files stand for.
     dtype: of the images that the network takes.
     """
 
@@ -32,10 +33,11 @@ class Subject:
     crop_fraction: float
     interpolation: Interpolation = "bilinear"
     dtype: torch.dtype = torch.float32
+    reading: Reading = AS_IT_IS
 
     @property
     def crop(self) -> CenterCrop:
-        return CenterCrop(self.image_size, self.crop_fraction, self.interpolation)
+        return CenterCrop(self.image_size, self.crop_fraction, self.interpolation, self.reading)
 
     def normalised(self, image_B3SS: Tensor, device: torch.device | str) -> Tensor:
         """Pixels from 0 to 255 as the network takes them: (pixels / 255 - mean) / std in `dtype` on the device."""
@@ -60,6 +62,7 @@ def open_subject(
     features: str = "own",
     baseline: Literal["initial", "pixels"] | None = None,
     crop_fraction: float | None = None,
+    reading: Reading | None = None,
     heads: int | None = None,
 ) -> Subject:
     """The frozen network of a CHECKPOINT, float32, in eval mode on the device; for this process alone.
@@ -68,7 +71,7 @@ def open_subject(
         features: which of the network's numbers; engine.evaluation.readout tells them apart.
         baseline: a network to compare it with on the same images: `initial` is the same one before training (with the
             seed of its recipe, 0 where it has none), `pixels` the images themselves.
-        crop_fraction: None for that of the checkpoint's recipe.
+        crop_fraction, reading: None for those of the checkpoint's recipe.
         heads: of a ViT whose file does not tell its number of them.
 
     Raises:
@@ -81,7 +84,8 @@ def open_subject(
         network = readout(fill_trunk(weights), features)
     about = weights.known()
     network = network.to(device).eval().requires_grad_(False)
-    return Subject(network, about.image_size, about.mean, about.std, crop_fraction or about.crop_fraction)
+    fraction, reading = crop_fraction or about.crop_fraction, reading or about.reading
+    return Subject(network, about.image_size, about.mean, about.std, fraction, reading=reading)
 
 
 def open_subject_together(checkpoint: str, world: World, **choice: Any) -> Subject:

@@ -13,11 +13,10 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from engine.data.decode import CenterCrop
 from engine.errors import UserError
 from engine.evaluation.subject import open_subject
 from engine.pictures.canvas import FAINT, HEADER, MARGIN, WIDTH, Sheet, style
-from engine.pictures.features import read_image
+from engine.pictures.features import read_view
 from engine.weights.weights import EncoderName
 
 GAP = 6
@@ -27,10 +26,9 @@ HEAT = "inferno"
 
 def show_attention(checkpoint: str, encoder: EncoderName, heads: int | None, image_file: Path, out: Path) -> None:
     """Draws where the class token of a CHECKPOINT's ViT looks in an image. Raises UserError for no ViT or image."""
-    image = read_image("IMAGE", image_file)
     subject = open_subject(checkpoint, "cpu", encoder=encoder, heads=heads)
     check_attention(subject.network, checkpoint)
-    image_3SS = CenterCrop(subject.image_size, subject.crop_fraction, subject.interpolation)(image)
+    image_3SS = read_view("IMAGE", image_file, subject.crop)
     attention_HRC = class_attention(subject.network, subject.normalised(image_3SS[None], "cpu"))[0]
     title = f"What the class token looks at: {image_file.name}"
     subtitle = "Attention to each patch in the last block; brightest: the largest of each picture"

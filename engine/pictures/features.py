@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.data.decode import decode, to_rgb
+from engine.data.decode import CenterCrop, decode
 from engine.data.opening import open_source
 from engine.data.outputs import check_picture
 from engine.data.source import Root, Source
@@ -51,9 +50,9 @@ class Featured:
         return f"{len(self.id_N):,}{of} images" + (f" of {len(self.classes)} classes" if self.classes else "")
 
     @torch.no_grad()
-    def of_file(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        """(uint8 [S, S, 3], [D]): what the network sees of another image, and its features."""
-        image_3SS = self.subject.crop(image)
+    def of_file(self, key: str, file: Path) -> tuple[Tensor, Tensor]:
+        """(uint8 [S, S, 3], [D]): what the network sees of another image, and its features. Raises as `read_view`."""
+        image_3SS = read_view(key, file, self.subject.crop)
         device = next((p.device for p in self.subject.network.parameters()), "cpu")
         feature_1D = self.subject.network(self.subject.normalised(image_3SS[None], device))
         return image_3SS.permute(1, 2, 0), feature_1D[0].float().cpu()
@@ -83,10 +82,10 @@ def open_featured(checkpoint: str, root: Root, out: Path, *, at_most: int, worke
     return Featured(name, source, subject, *rows)
 
 
-def read_image(key: str, file: Path) -> Image.Image:
-    """An RGB image of the user's; `key` is what its error calls it. Raises UserError."""
+def read_view(key: str, file: Path, crop: CenterCrop) -> Tensor:
+    """What evaluation sees of a file, uint8 [3, S, S]; `key` is what its error calls it. Raises UserError."""
     try:
-        return to_rgb(decode(file.read_bytes()))
+        return crop(decode(file.read_bytes()))
     except Exception as error:  # broken files make Pillow raise nearly anything
         raise UserError(f"{key} ({file}) must be a readable image: {reason(error)}; pass another") from error
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.pictures.canvas import HEADER, INK, MARGIN, RIGHT, WIDTH, WRONG, Sheet, style
-from engine.pictures.features import Featured, read_image, unit
+from engine.pictures.features import Featured, unit
 
 GAP = 6
 APART = 20  # between a query and its neighbours
@@ -46,7 +46,7 @@ def show_neighbours(images: Featured, queries: int, k: int, out: Path) -> None:
 def show_query(images: Featured, query: Path, k: int, out: Path) -> None:
     """Draws the k images nearest to an image of another file. Raises UserError where it cannot be read, or there are no
     k images."""
-    image_SS3, feature_D = images.of_file(read_image("--query", query))
+    image_SS3, feature_D = images.of_file("--query", query)
     feature_ND = torch.cat((images.feature_ND, feature_D[None]))
     (row_K,) = nearest(feature_ND, torch.tensor([len(feature_ND) - 1]), k)
     pixels_KSS3 = torch.cat((image_SS3[None], images.pixels(row_K)))

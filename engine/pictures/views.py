@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.data import bad_images
 from engine.data.augment import Augment, denormalise
-from engine.data.decode import Crops, crop_box, to_rgb
+from engine.data.decode import Crops, Reading, crop_box, to_rgb
 from engine.data.loader import Batch, train_batches
 from engine.data.order import Order
 from engine.data.outputs import check_picture
@@ -56,7 +56,8 @@ def first_samples(recipe: Pretrain, source: Source) -> list[Sample]:
     """The first images of epoch 0 that can be read; the others are named in a warning."""
     size, seed = recipe.model.image_size, recipe.run.seed
     # An epoch's order does not depend on the batch, so these are the first of the run's first batch.
-    order, crops = Order(seed, len(source), min(SHOWN, len(source))), Crops(size, recipe.augment.crop_min)
+    order = Order(seed, len(source), min(SHOWN, len(source)))
+    crops = Crops(size, recipe.augment.crop_min, reading=Reading.of(recipe.data))
     batch = next(train_batches(source, order, crops, range(1), rank=0, world_size=1, workers=Workers(())))
     bad_images.report(batch.bad, "it is left out of the picture", source.fingerprint)
     unreadable = {bad.name for bad in batch.bad}
@@ -64,7 +65,7 @@ def first_samples(recipe: Pretrain, source: Source) -> list[Sample]:
     samples = []
     for i, draw_2D, view_2SS3 in zip(batch.sample_B.tolist(), draw_B2D, _views(recipe, batch), strict=True):
         if source.name(i) not in unreadable:
-            image = to_rgb(source.read(i))
+            image = to_rgb(source.read(i), crops.reading)
             boxes = [crop_box(draw_D, image.height, image.width, crops.crop_min) for draw_D in draw_2D]
             samples.append(Sample(np.asarray(image), boxes, view_2SS3))
     return samples

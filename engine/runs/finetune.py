@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from engine.checkpoint.layout import read_pointer
 from engine.checkpoint.load import read_tensors
 from engine.checkpoint.state import RunState
-from engine.data.decode import Crops
+from engine.data.decode import Crops, Reading
 from engine.data.loader import Batch
 from engine.data.philox import DROP_PATH, uniform
 from engine.data.regularize import Mix, RandAugment, erase
@@ -150,11 +150,13 @@ class Finetuning(Supervised):
             recipe.evaluate.crop_fraction,
             augment.interpolation,
             dtype_of(recipe.parallel),
+            Reading.of(recipe.data),
         )
         config, randaugment = augment.randaugment, None
         if config is not None:
             randaugment = RandAugment(config, seed, about.image_size, about.mean, augment.interpolation)
-        crops = Crops(about.image_size, augment.crop_min, 1, augment.interpolation, randaugment)
+        form = about.image_size, augment.crop_min, 1, augment.interpolation, randaugment
+        crops = Crops(*form, reading=subject.reading)
         start = digest(trunk_values(weights))
         super().__init__(recipe, world, splits, subject, start, crops, repeats=augment.repeats)
         self.weights, self.classifier, self.ema = weights, classifier, ema

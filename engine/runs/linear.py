@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoint.state import RunState
-from engine.data.decode import Crops
+from engine.data.decode import Crops, Reading
 from engine.data.loader import Batch
 from engine.data.splits import Splits, open_labelled_splits
 from engine.distributed.agreement import all_gather
@@ -43,8 +43,8 @@ def linear(
     started, written = time.perf_counter(), recipe
     recipe = settled(written, world)
     splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed, begun=begun(recipe, world))
-    fraction = recipe.evaluate.crop_fraction
-    subject = open_subject_together(checkpoint, world, encoder=encoder, crop_fraction=fraction, heads=heads)
+    form = {"crop_fraction": recipe.evaluate.crop_fraction, "reading": Reading.of(recipe.data)}
+    subject = open_subject_together(checkpoint, world, encoder=encoder, heads=heads, **form)
     frozen = {"checkpoint": _lasting(checkpoint), "encoder": encoder} | ({"heads": str(heads)} if heads else {})
     task = LinearClassification(recipe, world, splits, subject, frozen)
     task.written = written
@@ -65,7 +65,7 @@ class LinearClassification(Supervised):
     chosen = "the best"
 
     def __init__(self, recipe: Linear, world: World, splits: Splits, subject: Subject, frozen: dict[str, str]):
-        crops = Crops(subject.image_size, recipe.augment.crop_min, views=1)
+        crops = Crops(subject.image_size, recipe.augment.crop_min, views=1, reading=subject.reading)
         weights = digest(own_tensors(subject.network))
         super().__init__(recipe, world, splits, subject, weights, crops, keep_partial=True)
         self.frozen = frozen

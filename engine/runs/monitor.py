@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from engine.data.decode import Reading
 from engine.data.source import Source
 from engine.data.splits import Splits, open_labelled_beside
 from engine.data.subset import take_per_class
@@ -96,7 +97,8 @@ def monitor_row(
     `knn.classify` and `features.extract` raise, on all ranks alike.
     """
     augment, evaluate = recipe.augment, recipe.evaluate
-    subject = Subject(trunk, recipe.model.image_size, augment.mean, augment.std, evaluate.crop_fraction, dtype=dtype)
+    form = recipe.model.image_size, augment.mean, augment.std, evaluate.crop_fraction
+    subject = Subject(trunk, *form, dtype=dtype, reading=Reading.of(recipe.data))
     more = {"consequence": "it is left out of the monitor", "at_batch": at_batch}
     neighbours, queries = (unchecked_features(subject, source, None, world, workers, **more) for source in (bank, val))
     query = gather_rows(queries.to(world.device), world.group)

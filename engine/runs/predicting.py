@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from engine.checkpoint.load import read_tensors
 from engine.checkpoint.manifest import read_manifest
 from engine.checkpoint.state import RunState
+from engine.data.decode import Reading
 from engine.data.source import Root, Source
 from engine.data.workers import Workers
 from engine.distributed.world import World, in_turn
@@ -95,10 +96,11 @@ def _of_linear(folder: Path, state: RunState, checkpoint: str | None, device: to
         raise UserError(f"--checkpoint (missing) must be given for {folder}, which does not say what it was made on")
     if not (checkpoint.startswith(TIMM) or Path(checkpoint).exists()):
         raise UserError(f"--checkpoint ({checkpoint}) must be where the network of {folder} lies now; pass its path")
-    fraction = loads(state.recipe, f"recipe of {folder}", kind=Linear).evaluate.crop_fraction
+    recipe = loads(state.recipe, f"recipe of {folder}", kind=Linear)
+    form = {"crop_fraction": recipe.evaluate.crop_fraction, "reading": Reading.of(recipe.data)}
     heads = int(frozen["heads"]) if "heads" in frozen else None
     encoder = "momentum" if frozen.get("encoder") == "momentum" else "base"
-    subject = open_subject(checkpoint, device, encoder=encoder, crop_fraction=fraction, heads=heads)
+    subject = open_subject(checkpoint, device, encoder=encoder, heads=heads, **form)
     if state.network != digest(own_tensors(subject.network)):
         raise UserError(f"CHECKPOINT ({checkpoint}) must be what the run was made on; pass that as --checkpoint")
     return subject
@@ -108,7 +110,7 @@ def _of_finetune(folder: Path, state: RunState, device: torch.device) -> Subject
     weights = open_trunk(str(folder))
     about, recipe = weights.known(), loads(state.recipe, f"recipe of {folder}", kind=Finetune)
     form = about.image_size, about.mean, about.std, recipe.evaluate.crop_fraction, recipe.augment.interpolation
-    return Subject(fill_trunk(weights).to(device), *form)
+    return Subject(fill_trunk(weights).to(device), *form, reading=Reading.of(recipe.data))
 
 
 def _former_classes(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from engine.checkpoint.load import load
 from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.state import RunState
 from engine.data.augment import Augment
-from engine.data.decode import Crops
+from engine.data.decode import Crops, Reading
 from engine.data.loader import Batch
 from engine.data.source import Source
 from engine.data.splits import Splits, open_splits
@@ -166,7 +166,8 @@ class Pretraining(Task):
 
     def __init__(self, recipe: Pretrain, recipe_file: Path, world: World, splits: Splits, watched: Splits, moco: MoCo):
         augment = recipe.augment
-        crops = Crops(recipe.model.image_size, augment.crop_min, views=moco.views)
+        reading = Reading.of(recipe.data)
+        crops = Crops(recipe.model.image_size, augment.crop_min, views=moco.views, reading=reading)
         self.dtype = dtype_of(recipe.parallel)
         super().__init__(recipe, world, splits, crops, make_augment(recipe), mean=augment.mean, std=augment.std)
         self.moco, self.recipe_file = moco, recipe_file

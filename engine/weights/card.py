@@ -51,6 +51,7 @@ def _facts(about: About, encoder: str) -> dict[str, object]:
         "architecture": f"{about.architecture.name} {about.architecture.arguments}",
         "encoder": encoder,
         "images": f"{about.image_size} x {about.image_size}, RGB from 0 to 1",
+        "photographs": "turned as cameras were held" if about.reading.exif_orientation else "as they lie in files",
         "mean, std": f"{list(about.mean)}, {list(about.std)}",
         "steps": "unknown" if about.step is None else about.step,
         "kNN top-1": "not measured" if about.knn_top1 is None else f"{about.knn_top1:.2%}",
@@ -78,7 +79,12 @@ def _use(weights: Weights, use: str, path: Path) -> str:
         f"    transforms.Normalize({list(about.mean)}, {list(about.std)}),\n"
         "])\nimage = transform(Image.open('photo.jpg').convert('RGB'))[None]"
     )
-    return use.replace("ARCH", about.architecture.name).replace("TRANSFORM", transform).replace("PATH", str(path))
+    use = use.replace("ARCH", about.architecture.name).replace("TRANSFORM", transform).replace("PATH", str(path))
+    if not crop.reading.exif_orientation:
+        return use
+    photo = "Image.open('photo.jpg')"
+    use = use.replace("from PIL import Image\n", "from PIL import Image, ImageOps\n")
+    return use.replace(photo, f"ImageOps.exif_transpose({photo})")
 
 
 def _yaml(title: str, recipe: str | None) -> str:

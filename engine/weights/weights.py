@@ -10,10 +10,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.data.decode import CenterCrop
+from engine.data.decode import AS_IT_IS, CenterCrop, Reading
 from engine.errors import UserError, listed
 from engine.recipe.load import loads, shape
-from engine.recipe.sections import Interpolation, Model
+from engine.recipe.sections import Finetune, Interpolation, Model
 from models.architecture import Architecture, of_name, trunk_shapes
 
 MARK = "moco_v3_engine"  # metadata of every safetensors file that is written here
@@ -51,6 +51,13 @@ class About:
         """Of the recipe's evaluation (side of the centre crop over the resized shorter side); where none is known, the
         usual 224 of 256."""
         return loads(self.recipe, "recipe of CHECKPOINT").evaluate.crop_fraction if self.recipe else 224 / 256
+
+    @property
+    def reading(self) -> Reading:
+        """What the pixels of files stood for in the last training; where none is known, what they are."""
+        if self.finetuned is not None:
+            return Reading.of(loads(self.finetuned, "recipe of fine-tuning", kind=Finetune).data)
+        return Reading.of(loads(self.recipe, "recipe of CHECKPOINT").data) if self.recipe else AS_IT_IS
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -120,8 +127,8 @@ class Weights:
         """How evaluation cuts the images of this network out of photographs."""
         about, head = self.known(), self.head
         if head is not None:
-            return CenterCrop(about.image_size, head.crop_fraction, head.interpolation)
-        return CenterCrop(about.image_size, about.crop_fraction)
+            return CenterCrop(about.image_size, head.crop_fraction, head.interpolation, about.reading)
+        return CenterCrop(about.image_size, about.crop_fraction, reading=about.reading)
 
     @property
     def head_dims(self) -> tuple[int, int]:

@@ -393,6 +393,7 @@ def test_images_are_made_smaller(tmp_path):
         "9.jpg": encoded(
             photo(80, 64), "MPO", save_all=True, append_images=[photo(9, 9)]
         ),  # phones add depth, or light
+        "a.webp": encoded(photo(70, 90), "WEBP", lossless=True, xmp=b'<a tiff:Orientation="6"/>'),
     }
     (tmp_path / "from").mkdir()
     for name, data in files.items():
@@ -400,17 +401,17 @@ def test_images_are_made_smaller(tmp_path):
     source = opened(tmp_path / "from")
     made = packed(source, tmp_path / "to", 10**6, short_side=32)
     found = opened(tmp_path / "to", "shards")
-    names = [found.name(i).partition(":")[2] for i in range(10)]
-    assert names == [*list(files)[:7], "7.png", "8.jpg", "9.jpg"]
+    names = [found.name(i).partition(":")[2] for i in range(11)]
+    assert names == [*list(files)[:7], "7.png", "8.jpg", "9.jpg", "a.png"]
     as_they_were = {"3.jpg", "5.png", "6.png"}
     assert {name for i, name in enumerate(names) if found.content(i) == files.get(name)} == as_they_were
-    sizes = {0: (40, 32), 1: (32, 100), 2: (41, 32), 4: (41, 32), 7: (32, 41), 8: (2909, 32), 9: (40, 32)}
+    sizes = {0: (40, 32), 1: (32, 100), 2: (41, 32), 4: (41, 32), 7: (32, 41), 8: (2909, 32), 9: (40, 32), 10: (32, 41)}
     for i, size in sizes.items():
         with Image.open(io.BytesIO(found.content(i))) as image:
             assert image.size == size
             assert image.mode == ("L" if i == 2 else "RGB")
             assert image.format == ("JPEG" if names[i].endswith(".jpg") else "PNG")
-            assert image.getexif().get(0x0112) == (6 if i == 0 else None)
+            assert image.getexif().get(0x0112) == (6 if i in (0, 10) else None)
             whole = to_rgb(source.read(i)).resize(size, Image.Resampling.BICUBIC)
             difference = np.abs(np.asarray(image.convert("RGB"), int) - np.asarray(whole, int))
             assert difference.mean() < (3 if image.format == "JPEG" else 1e-9)

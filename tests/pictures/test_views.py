@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from engine.data.augment import Augment
-from engine.data.decode import Crops, crop_box, crop_draws
+from engine.data.decode import Crops, crop_box, crop_draws, to_rgb
 from engine.data.loader import train_batches
 from engine.data.opening import open_source
 from engine.data.order import Order
@@ -41,7 +41,7 @@ def test_views_picture_holds_the_first_batch_of_a_run(tmp_path):
                 expected_SS3 = view_2B3SS[row - 1, column].clamp(0, 1).permute(1, 2, 0).numpy() * 255
                 assert np.abs(tile_SS3 - expected_SS3).max() <= 1
                 continue
-            image = source.read(int(batch.sample_B[column]))
+            image = to_rgb(source.read(int(batch.sample_B[column])))
             clear_SS = np.abs(tile_SS3 - np.asarray(image).astype(int)).max(2) <= 1  # where no outline lies
             assert clear_SS.mean() > 0.7
             for view, colour in enumerate(VIEW_COLOURS):

@@ -165,6 +165,7 @@ WRONG = {
     "data.workers": [*INTEGER, "Auto", "automatic"],
     "data.classes": ["folder", "null", "true"],
     "data.accept_changes": ["1", "yes", "null"],
+    "data.exif_orientation": ["1", "yes", "null"],
     "data.max_bad_fraction": [*NUMBER, "-0.1", "1.1"],
     "augment.crop_min": [*NUMBER, "0", "1.1"],
     "augment.hue": [*NUMBER, "-0.1", "0.6"],
