@@ -1,4 +1,4 @@
-"""What lies in a tar: every image, also behind a link or in a tar that was joined to another, and its label.
+"""What lies in a tar: every image, also behind a link or in a tar that follows another in one file, and its label.
 
 An image whose name has another part before its suffix, as `7.mask.png`, belongs to the sample `7` where `7.png` or the
 like lies beside it: WebDataset's form. A label is what `7.cls`, `7.cls.txt` or `7.json` says.
@@ -26,7 +26,7 @@ _SUFFIXES_OF_SAMPLES = "give each sample one image with a plain suffix, such as 
 
 
 class _At(NamedTuple):
-    """Where a file is called: in which of the tars that are joined to one, and its path there."""
+    """Where a file is called: in which of the tars that one file holds, and its path there."""
 
     part: int
     name: bytes
@@ -93,7 +93,7 @@ def _sort(tar: Path, at: _At, member: tarfile.TarInfo, is_hidden: bool, found: _
         found.links[len(found.images)] = (at, _target(tar, at, member))
         found.images.append(Image(at, -1, -1))
     if at.part and found.images and found.images[-1].at == at:
-        survey.takes_otherwise(at.name, "it lies in a tar that was joined to another")
+        survey.takes_otherwise(at.name, "it lies in a tar that follows another in one file")
     if is_new_suffix(at.name):
         survey.takes_otherwise(at.name, "its suffix counts as an image's")
 

@@ -56,7 +56,7 @@ def check_images(task: Task, state: RunState) -> None:
         if task.recipe.data.accept_changes and (not differs or count(state.contents.get(split, {})) == len(source)):
             continue
         why = by_rules(state.image_rules, source) if differs else ""
-        why += f", and {words}" if words else ""
+        why += f"; {words}" if words else ""
         do = "give it those, go on with data.accept_changes=true, or pass another run.dir"
         if task.recipe.data.accept_changes:
             do = "their number must be the same, or the run's list of them be there; give it those"

@@ -283,14 +283,15 @@ class Pretraining(Task):
         return lines + self._short_epochs() + self._monitor_in_words()
 
     def _short_epochs(self) -> list[str]:
-        """A line where an epoch has few steps, as it must to leave out a tenth of the images."""
+        """A line where an epoch has few steps, as it must to leave out a tenth of the images or more."""
         images, batch, steps = len(self.splits.train), self.order.batch, self.order.steps_per_epoch
         if steps >= FEW_STEPS:
             return []
         fits = images // FEW_STEPS // self.world.size * self.world.size
         do = f"pass train.global_batch_size={fits} for {images // fits} steps" if fits > 1 else "give it more images"
-        left_out = f"{images - steps * batch:,} of {images:,} images, others each time"
-        return [f"warning   an epoch has {steps} step{'s' * (steps > 1)} and leaves out {left_out}: {do}"]
+        left = images - steps * batch
+        left_out = f" and leaves out {left:,} of {images:,} images, others each time" if left else ""
+        return [f"warning   an epoch has {steps} step{'s' * (steps > 1)}{left_out}: {do}"]
 
     def _monitor_in_words(self) -> list[str]:
         evaluate, watched = self.recipe.evaluate, self.watched

@@ -1,5 +1,7 @@
 """What a run says of its length: too few steps in an epoch, train.max_steps, the end of its schedules."""
 
+from pathlib import Path
+
 from engine.recipe.load import load
 from engine.runs.pretrain import pretrain
 from tests.distributed.trajectories import RECIPE, SMALL
@@ -7,10 +9,10 @@ from tests.distributed.trajectories import RECIPE, SMALL
 
 def test_a_run_says_by_what_it_ended(world, tmp_path, capfd):
     """Of three epochs of two steps: six in all."""
-    images = "data.dataset_options={size: 20, image_size: [3, 36, 40], num_classes: 4}"
 
-    def said(most) -> list[str]:
-        values = [*SMALL, images, "model.dim=16", "model.heads=2", "data.workers=0", f"run.dir={tmp_path}"]
+    def said(most, size: int = 20, out: Path = tmp_path) -> list[str]:
+        images = f"data.dataset_options={{size: {size}, image_size: [3, 36, 40], num_classes: 4}}"
+        values = [*SMALL, images, "model.dim=16", "model.heads=2", "data.workers=0", f"run.dir={out}"]
         pretrain(load(RECIPE, [*values, f"train.max_steps={most}"]), RECIPE, world)
         found = [line.partition("r0  ")[2] for line in capfd.readouterr().out.splitlines()]
         assert "images of your own: mocov3 run own_photos_small " in found[-1]  # after those that come with the engine
@@ -28,3 +30,5 @@ def test_a_run_says_by_what_it_ended(world, tmp_path, capfd):
     assert said("null") == [warning, f"{resumed} of 6"]
     finished = f"resumed   {tmp_path}/checkpoints/step_0000006 at step 6: the run is finished"
     assert said("null") == said(2) == [warning, finished]
+    short, _ = said(1, size=16, out=tmp_path / "16")
+    assert short == "warning   an epoch has 2 steps: give it more images"
