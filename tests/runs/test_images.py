@@ -75,9 +75,7 @@ def test_several_roots_may_move(tmp_path, monkeypatch):
     assert load("run").data.root == (f"{tmp_path}/a", f"{tmp_path}/b")
     (tmp_path / "a").rename("other")
     small_run("run", "[other, b]", 2)
-    with pytest.raises(
-        UserError, match=r"data.root \(b, other\) must hold the images .*; b:00.bmp holds something"
-    ):
+    with pytest.raises(UserError, match=r"data.root \(b, other\) must hold the images .*; b:00.bmp holds something"):
         small_run("run", "[b, other]", 3)
 
 
