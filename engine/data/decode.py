@@ -43,14 +43,16 @@ def is_new_suffix(name: bytes) -> bool:
 class Reading:
     """What the pixels of a file stand for, as a recipe's `data` says it.
 
-    exif_orientation: photographs are turned as their cameras were held.
+    exif_orientation: photographs are turned as their cameras were held. range: what is black and what is white in grey
+    images of more than 8 bits or of real numbers; None: 16 bits as they are.
     """
 
     exif_orientation: bool = False
+    range: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, data: Data) -> "Reading":
-        return cls(data.exif_orientation)
+        return cls(data.exif_orientation, data.range)
 
 
 AS_IT_IS = Reading()
@@ -79,15 +81,13 @@ def to_rgb(image: Image.Image | Jpeg, reading: Reading = AS_IT_IS) -> Image.Imag
     if isinstance(image, Jpeg):
         image = _opened(image.data)
     image.load()
-    rgb = _as_rgb(image)
+    rgb = _as_rgb(image, reading.range)
     return turned(rgb) if reading.exif_orientation else rgb
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        return _from_16_bit(image)
-    if image.mode == "F":
-        raise ValueError("pixels are floating-point numbers, whose range is unknown")
+def _as_rgb(image: Image.Image, grey: tuple[float, float] | None) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _from_16_bit(image) if grey is None else _from_range(image, *grey)
     if image.mode == "RGB":
         return image
     if image.mode == "P" and "transparency" in image.info:
@@ -97,10 +97,21 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
     # Pillow clips here, so that most of a 16-bit scan turns white. Mode I is 32 bits wide but may hold 16-bit grey.
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers, whose range is unknown; pass data.range=[black, white]")
     grey_HW = np.asarray(image).astype(np.int64)
     if grey_HW.min() < 0 or grey_HW.max() > 65535:
-        raise ValueError("pixels are 32-bit numbers, whose range is unknown")
+        raise ValueError("pixels are 32-bit numbers, whose range is unknown; pass data.range=[black, white]")
     return Image.fromarray(((grey_HW + 128) // 257).astype(np.uint8)).convert("RGB")
+
+
+def _from_range(image: Image.Image, black: float, white: float) -> Image.Image:
+    """Grey from black to white in equal steps; what is darker or brighter is black or white."""
+    grey_HW = np.asarray(image).astype(np.float64)
+    if np.isnan(grey_HW).any():
+        raise ValueError("pixels are not all numbers")
+    level_HW = (grey_HW.clip(black, white) - black) * (255 / (white - black))
+    return Image.fromarray(level_HW.round().astype(np.uint8)).convert("RGB")
 
 
 def crop_draws(seed: int, epoch: int, sample_B: Tensor, view: int) -> np.ndarray:

@@ -168,6 +168,8 @@ def describe(field: dataclasses.Field) -> str:
     kind, rule = field.type, field.metadata["key"].rule.text
     if _is_union(kind):
         first, *others = get_args(kind)
+        if get_origin(first) is tuple:
+            return f"{_list_in_words(first, rule)} or null"
         several = ", or a list of such" if any(get_origin(other) is tuple for other in others) else ""
         words = [word for other in others if get_origin(other) is Literal for word in get_args(other)]
         words += ["null"] * (NoneType in others)
@@ -175,8 +177,12 @@ def describe(field: dataclasses.Field) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
-        return f"a list of {len(get_args(kind))}, each {_WORDS[get_args(kind)[0]]}{rule}"
+        return _list_in_words(kind, rule)
     return f"{_WORDS[kind]}{rule}"
+
+
+def _list_in_words(kind: Any, rule: str) -> str:
+    return f"a list of {len(get_args(kind))}, each {_WORDS[get_args(kind)[0]]}{rule}"
 
 
 # ---- how an error reads ----------------------------------------------------------------------------------------------

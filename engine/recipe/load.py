@@ -187,6 +187,8 @@ def _check_schedule_and_ranks(recipe: Pretrain | Finetune) -> None:
 
 
 def _check_data(data: Data) -> None:
+    if data.range is not None and data.range[0] >= data.range[1]:
+        raise wrong("data.range", data.range, "a list of the values of black and of white, the smaller first")
     if data.source == "torchvision":
         if data.dataset is None:
             raise wrong("data.dataset", None, "the name of a class of torchvision.datasets")

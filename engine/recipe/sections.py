@@ -45,6 +45,7 @@ CLASSES = (
     "of images in folders: whether first folders are the classes; auto: where validation's are, or none lies deeper"
 )
 ACCEPT_CHANGES = "go on where images have changed since the run began; one that is gone is unreadable"
+RANGE = "[black, white] of grey images of more than 8 bits or real numbers; null: 16 bits as they are, no others"
 EXIF_ORIENTATION = "turn photographs upright, as their cameras were held (EXIF); false: as they lie in their files"
 CROP_FRACTION = "side of the centre crop over the shorter side of the resized image; 1 sees the whole width"
 
@@ -99,6 +100,7 @@ class Data:
     max_bad_fraction: float = key("share of images that may be unreadable before the run ends", FRACTION, default=0.001)
     accept_changes: bool = key(ACCEPT_CHANGES, since=2, before=False, default=False)
     exif_orientation: bool = key(EXIF_ORIENTATION, since=2, before=False, default=False)
+    range: tuple[float, float] | None = key(RANGE, since=2, before=None, default=None)
 
 
 @section

@@ -7,7 +7,7 @@ from PIL import Image, ImageFile
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from engine.data.decode import DRAWS, CenterCrop, Crops, crop_box, crop_draws, decode, to_rgb
+from engine.data.decode import DRAWS, CenterCrop, Crops, Reading, crop_box, crop_draws, decode, to_rgb
 from tests.data.images import encoded, picture
 
 
@@ -38,6 +38,30 @@ def test_16_bit_grey_is_scaled_and_not_clipped():
 def test_pixels_without_a_known_range_are_refused(kind):
     with pytest.raises(ValueError, match="range is unknown"):
         to_rgb(Image.fromarray(np.full((2, 2), 1e6, kind)))
+
+
+def test_grey_in_a_range_goes_from_black_to_white():
+    """12 bits in 16-bit files, and real numbers, which are unreadable without one."""
+    deep = Image.fromarray(np.array([[0, 1000, 2048, 4095, 65535]], np.uint16))
+    reading, expected = Reading(range=(0, 4095)), [[[v] * 3 for v in (0, 62, 128, 255, 255)]]
+    for kind in ("PNG", "TIFF"):
+        assert np.asarray(to_rgb(decode(encoded(deep, kind)), reading)).tolist() == expected
+    assert np.asarray(to_rgb(Image.fromarray(np.asarray(deep).astype(np.int32)), reading)).tolist() == expected
+    real = Image.fromarray(np.array([[-np.inf, -1, -0.5, 1, 9]], np.float32))
+    found = to_rgb(decode(encoded(real, "TIFF")), Reading(range=(-1, 1)))
+    assert np.asarray(found).tolist() == [[[v] * 3 for v in (0, 0, 64, 255, 255)]]
+    with pytest.raises(ValueError, match=r"pass data.range=\[black, white\]"):
+        to_rgb(decode(encoded(real, "TIFF")))
+    with pytest.raises(ValueError, match="not all numbers"):
+        to_rgb(Image.fromarray(np.array([[0, np.nan]], np.float32)), reading)
+    colour = picture(4, 4)
+    assert np.array_equal(to_rgb(colour, reading), colour)
+    crop = CenterCrop(1, 1.0, reading=reading)(decode(encoded(Image.new("I;16", (3, 3), 4095), "PNG")))
+    assert crop.tolist() == [[[255]]] * 3
+    out = np.empty((2, 3, 2, 2), np.uint8)
+    form = Crops(2, 0.5, reading=reading)
+    form.cut(decode(encoded(Image.new("I;16", (3, 3), 4095), "PNG")), form.draw(0, 0, torch.tensor([0]))[0], 0, 0, out)
+    assert (out == 255).all()
 
 
 def test_alpha_is_dropped_also_from_a_palette():
