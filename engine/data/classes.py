@@ -11,7 +11,8 @@ _SHOWN = 5  # classes that a line names
 def settle_classes(choice: Classes, root: Root, train: Source, val: Source | None) -> tuple[Source, Source | None]:
     """Training images, which lie in `root`, and validation images with the labels that they have by `choice`.
 
-    Under auto a line says what was taken. Raises UserError where some of val's classes are train's and others are not.
+    Under auto a line says what was taken, where validation's classes do not confirm it. Raises UserError where some of
+    val's classes are train's and others are not.
     """
     if choice == "none":
         return without_labels(train), None if val is None else without_labels(val)
@@ -29,6 +30,8 @@ def _judged(root: Root, train: Source, val: Source | None) -> Source:
     if (objection := _objection(root, train, val)) is not None:
         line = f"unlabelled: {what} are no classes, {objection}; pass data.classes=folders if they are"
         return without_labels(train, f"data.classes (auto): {line}")
+    if val is not None:  # which confirms it
+        return train
     labelled = without_labels(train, f"data.classes (auto): {what} are classes; pass data.classes=none if they are not")
     labelled.labels, labelled.classes = train.labels, train.classes
     return labelled

@@ -6,6 +6,7 @@ batch, the rank, the worker or the restart in which it is made.
 Shapes: B samples, N blocks of four 32-bit words each.
 """
 
+import math
 from typing import TypeVar
 
 import numpy as np
@@ -65,7 +66,7 @@ def uniform_array(seed: int, epoch: int, sample_B: np.ndarray, view: int, stream
     """`uniform` by numpy, for few samples at a time: float64 [B, count]."""
     words = _words(seed, epoch, sample_B[:, None], view, stream, np.arange((count + 3) // 4))
     bits_BN4 = np.stack(np.broadcast_arrays(*words), -1)
-    return bits_BN4.reshape(len(sample_B), -1)[:, :count] * 2.0**-32
+    return bits_BN4.reshape(len(sample_B), math.prod(bits_BN4.shape[1:]))[:, :count] * 2.0**-32
 
 
 def _words(

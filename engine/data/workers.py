@@ -235,15 +235,15 @@ def _reply(work: Work, source: Source, argument: Any, out: np.ndarray) -> Any:
 
 def _start(parent: int) -> None:
     """parent: the process id of the one that reads."""
+    if _ON_LINUX:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above took hold
+            os._exit(1)
+        threading.Thread(target=_obey, args=(parent,), daemon=True).start()
     # Garbage of the training process is not this process's to collect. Not touching inherited objects also leaves their
     # pages shared.
     gc.freeze()
     torch.set_num_threads(1)
-    if _ON_LINUX:
-        threading.Thread(target=_obey, args=(parent,), daemon=True).start()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above took hold
-            os._exit(1)
 
 
 def _obey(parent: int) -> None:

@@ -42,10 +42,12 @@ def classes_of(request, tmp_path, world, capfd):
 
 def test_folders_are_classes_where_validation_has_them_or_no_image_lies_deeper(classes_of):
     for val, lead in ((None, DIRECT), (("cat/9.png",), DIRECT), (("2019/8.png", "2020/rome/9.png"), NESTED)):
-        classes, (line,) = classes_of(lead, val=val)
+        classes, lines = classes_of(lead, val=val)
         assert classes == tuple(sorted({name.partition("/")[0] for name in lead}))
-        assert "the 2 folders of data.root" in line
-        assert line.endswith(f"({', '.join(classes)}) are classes; pass data.classes=none if they are not")
+        assert len(lines) == (val is None)  # else validation confirms it
+        for line in lines:
+            assert "the 2 folders of data.root" in line
+            assert line.endswith(f"({', '.join(classes)}) are classes; pass data.classes=none if they are not")
     assert classes_of(DIRECT, also=("fox/3.png",))[0] == ("cat", "dog", "fox")
 
 

@@ -85,10 +85,11 @@ def test_uniform_scales_the_words_of_blocks_in_order():
     bits = torch.cat([random_bits(3, 1, sample_B, 0, CROP, block) for block in range(3)], 1)
     assert torch.equal(uniform(3, 1, sample_B, 0, CROP, 10), bits[:, :10].double() / 2**32)
     assert uniform(3, 1, sample_B, 0, CROP, 10).dtype == torch.float64
-    for few in (1, 4, 10):
-        by_numpy = uniform_array(3, 1, sample_B.numpy(), 0, CROP, few)
+    for few, samples in ((1, 5), (4, 5), (10, 5), (10, 0)):
+        by_numpy = uniform_array(3, 1, sample_B[:samples].numpy(), 0, CROP, few)
         assert by_numpy.dtype == np.float64
-        assert np.array_equal(by_numpy, uniform(3, 1, sample_B, 0, CROP, few).numpy())
+        assert by_numpy.shape == (samples, few)
+        assert np.array_equal(by_numpy, uniform(3, 1, sample_B[:samples], 0, CROP, few).numpy())
 
 
 def test_a_sample_draws_the_same_in_any_batch_and_from_any_kind_of_epoch():

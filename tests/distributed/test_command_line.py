@@ -248,7 +248,7 @@ def mistakes(stories, pictures, tmp_path_factory) -> dict[str, tuple[Ended, Path
         ("in use", "run.dir ({at}) must not be in use by another launch; stop it, or pass another run.dir"),
         ("rate", "run.dir ({at}) holds a run with other values: optimizer.base_lr (0.004 -> 0.5); "),
         ("epochs", "run.dir ({at}) holds a run with other values: train.epochs (30 -> 40); "),
-        ("images", "data.root ({tar}) must hold the images that the run in {at} began with; "),
+        ("images", "data.root ({tar}) must hold the images that the run in {at} began with"),
         (
             "compiler",
             "parallel.compile (true) needs a C++ compiler on a CPU, and neither $CXX nor g++ is one; install g++",
