@@ -39,20 +39,32 @@ def is_new_suffix(name: bytes) -> bool:
     return name.lower().endswith(tuple(suffix.encode() for suffix in _NEW_SUFFIXES))
 
 
+_MOST_PIXELS = 178_956_970  # Pillow's own limit
+
+
 @dataclass(frozen=True)
 class Reading:
     """What the pixels of a file stand for, as a recipe's `data` says it.
 
     exif_orientation: photographs are turned as their cameras were held. range: what is black and what is white in grey
-    images of more than 8 bits or of real numbers; None: 16 bits as they are.
+    images of more than 8 bits or of real numbers; None: 16 bits as they are. max_pixels: of an image that is read.
     """
 
     exif_orientation: bool = False
     range: tuple[float, float] | None = None
+    max_pixels: int = _MOST_PIXELS
 
     @classmethod
     def of(cls, data: Data) -> "Reading":
-        return cls(data.exif_orientation, data.range)
+        return cls(data.exif_orientation, data.range, data.max_pixels or _MOST_PIXELS)
+
+    def check_size(self, image: Image.Image | Jpeg) -> None:
+        """Raises ValueError for an image that has too many pixels."""
+        pixels = image.width * image.height
+        if pixels > self.max_pixels:
+            raise ValueError(
+                f"{pixels} pixels are more than data.max_pixels ({self.max_pixels}); pass data.max_pixels={pixels}"
+            )
 
 
 AS_IT_IS = Reading()
@@ -67,6 +79,7 @@ def decode(data: bytes) -> Image.Image | Jpeg:
 
 
 def _opened(data: bytes) -> Image.Image:
+    Image.MAX_IMAGE_PIXELS = None  # it holds for the whole process and names no key: `Reading.check_size` does
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:  # Pillow's own text names an object in memory
@@ -78,6 +91,7 @@ def to_rgb(image: Image.Image | Jpeg, reading: Reading = AS_IT_IS) -> Image.Imag
 
     Raises whatever Pillow raises where the file is broken or cut short.
     """
+    reading.check_size(image)
     if isinstance(image, Jpeg):
         image = _opened(image.data)
     image.load()
@@ -178,6 +192,7 @@ class Crops:
         out_V3SS: np.ndarray,
     ) -> None:
         """Write the crops of an image, antialiased, into uint8 [V, 3, S, S]. Raises as `decode` where it is broken."""
+        self.reading.check_size(image)
         if isinstance(image, Jpeg) and self.decoder == SIMPLEJPEG:
             image = image.upright() if self.reading.exif_orientation else image
         else:

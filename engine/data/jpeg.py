@@ -2,7 +2,6 @@
 where less will do."""
 
 import io
-import math
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
@@ -15,6 +14,7 @@ from engine.data.orientation import UPRIGHT, lies_on_its_side, orientation
 # What makes a run's crops of JPEG files: of runs that begin now, and of those of former versions.
 DECODERS = SIMPLEJPEG, PILLOW = "simplejpeg", "pillow"
 
+_LARGE = 89_478_485  # pixels; Pillow warns of more
 _MARKS = (b"Exif\0\0", b"tiff:Orientation")  # in files that may say how they lie
 
 
@@ -37,7 +37,7 @@ class Jpeg:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError:
             return None
-        usual = colours in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf)
+        usual = colours in ("YCbCr", "Gray") and height * width <= _LARGE
         return cls(data, height, width) if usual else None
 
     def upright(self) -> "Jpeg":

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageMode
 
-from engine.data.decode import is_image_name, to_rgb
+from engine.data.decode import AS_IT_IS, is_image_name, to_rgb
 from engine.data.folder import FolderSource
 from engine.data.labels import read_label
 from engine.data.orientation import TAG, UPRIGHT, orientation
@@ -133,6 +133,7 @@ def _smaller(data: bytes, short_side: int) -> tuple[bytes, str] | None:
             return None
         if ImageMode.getmode(image.mode).typestr not in ("|u1", "|b1"):
             raise ValueError(f"its pixels have more than 8 bits: {image.mode}")
+        AS_IT_IS.check_size(image)
         pixels = image if image.mode == "L" else to_rgb(image)
         kind = "JPEG" if image.format in _JPEG else "PNG"
         return _encoded(_fit(pixels, short_side), kind, _noted(image))

@@ -46,6 +46,7 @@ CLASSES = (
 )
 ACCEPT_CHANGES = "go on where images have changed since the run began; one that is gone is unreadable"
 RANGE = "[black, white] of grey images of more than 8 bits or real numbers; null: 16 bits as they are, no others"
+MAX_PIXELS = "pixels of an image, more of which are not read, as decoding takes memory; null: 178956970"
 EXIF_ORIENTATION = "turn photographs upright, as their cameras were held (EXIF); false: as they lie in their files"
 CROP_FRACTION = "side of the centre crop over the shorter side of the resized image; 1 sees the whole width"
 
@@ -101,6 +102,7 @@ class Data:
     accept_changes: bool = key(ACCEPT_CHANGES, since=2, before=False, default=False)
     exif_orientation: bool = key(EXIF_ORIENTATION, since=2, before=False, default=False)
     range: tuple[float, float] | None = key(RANGE, since=2, before=None, default=None)
+    max_pixels: int | None = key(MAX_PIXELS, AT_LEAST_1, since=2, before=None, default=None)
 
 
 @section

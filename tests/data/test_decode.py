@@ -64,6 +64,30 @@ def test_grey_in_a_range_goes_from_black_to_white():
     assert (out == 255).all()
 
 
+def test_an_image_of_too_many_pixels_is_refused_by_the_key(monkeypatch):
+    """Whatever Pillow's own limit is, by both ways to decode."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    out = np.empty((2, 3, 8, 8), np.uint8)
+    for kind in ("JPEG", "PNG"):
+        data = encoded(picture(20, 10), kind)
+        for most in (199, 200):
+            form = Crops(8, 0.5, reading=Reading(max_pixels=most))
+            uses = [
+                lambda image, form=form: form.cut(image, form.draw(0, 0, torch.tensor([0]))[0], 0, 0, out),
+                lambda image, form=form: CenterCrop(8, reading=form.reading)(image),
+            ]
+            for use in uses:
+                if most == 200:
+                    use(decode(data))
+                    continue
+                words = r"^200 pixels are more than data.max_pixels \(199\); pass data.max_pixels=200$"
+                with pytest.raises(ValueError, match=words):
+                    use(decode(data))
+    large = encoded(Image.new("1", (14000, 14000)), "PNG")
+    with pytest.raises(ValueError, match=r"^196000000 pixels are more than data.max_pixels \(178956970\); pass"):
+        to_rgb(decode(large))
+
+
 def test_alpha_is_dropped_also_from_a_palette():
     image = picture(4, 4).convert("RGBA")
     image.putalpha(0)

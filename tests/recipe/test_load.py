@@ -166,6 +166,7 @@ WRONG = {
     "data.classes": ["folder", "null", "true"],
     "data.accept_changes": ["1", "yes", "null"],
     "data.exif_orientation": ["1", "yes", "null"],
+    "data.max_pixels": ["0", "-1", "1.5", "many", "true"],
     "data.range": ["1", "[0]", "[0, 1, 2]", "[0, x]", "[0, .inf]", "[1, 1]", "[2, 1]"],
     "data.max_bad_fraction": [*NUMBER, "-0.1", "1.1"],
     "augment.crop_min": [*NUMBER, "0", "1.1"],
