@@ -10,6 +10,7 @@ from engine.checkpoint.load import newest_valid
 from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.retain import clean
 from engine.checkpoint.state import RunState
+from engine.data.hints import hints
 from engine.data.jpeg import DECODERS, PILLOW, with_version, without_version
 from engine.data.order import LAWS
 from engine.data.outputs import check_run_directory
@@ -65,6 +66,9 @@ def run(task: Task, started: float, earlier: Path | None = None) -> Row:
         elif source is not None:
             task.begin_with(*source)
         _say_decoder(task, found[2] if found else None)
+        if found is None and world.is_first:
+            for line in hints(task.splits.train, task.crops.reading):
+                say(f"images    {line}")
         directory.write_recipe(located(task.written, task.recipe_file), task.made_by())
         list_images(task, directory.path)
         with agreement(world.host_group):

@@ -1,0 +1,34 @@
+"""What some images show of how all of them should be read, in a line each that names the key."""
+
+import numpy as np
+
+from engine.data.contents import spread
+from engine.data.decode import Reading
+from engine.data.jpeg import Jpeg
+from engine.data.source import Source
+
+_LOOKED_AT = 16  # images
+_DARK = 65535 // 4  # 14 bits of 16, or fewer
+
+
+def hints(source: Source, reading: Reading) -> list[str]:
+    """Lines on images that come out dark as they are read; images that cannot be read say nothing here."""
+    found = [most for i in spread(len(source), _LOOKED_AT) if (most := _largest(source, i)) is not None]
+    if reading.range is not None or not found or not 0 < max(found) <= _DARK:
+        return []
+    white = (1 << max(found).bit_length()) - 1
+    return [
+        f"16-bit images hold values up to {max(found)} of 65535 ({len(found)} looked at), and so come out dark; "
+        f"data.range=[0, {white}] makes them bright"
+    ]
+
+
+def _largest(source: Source, i: int) -> int | None:
+    """The largest value of a grey image of 16 bits; None for another."""
+    try:
+        image = source.read(i)
+        if isinstance(image, Jpeg) or not image.mode.startswith("I"):
+            return None
+        return int(np.asarray(image).max())
+    except Exception:  # it is reported where it is used
+        return None
