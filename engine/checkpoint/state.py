@@ -30,7 +30,7 @@ class RunState:
     bad_images: unreadable ones that the run met.
     licence: of imported weights, which binds what is made of them.
     continued_from: checksum of the manifest of the checkpoint that the run began with (run.continue_from).
-    network: sha256 of the weights that supervised training began with.
+    network: sha256 of the weights that supervised training, or a run with model.weights, began with.
     about: JSON in which a fine-tuned network says what it is (engine.weights).
     classes: their names, of supervised training; checkpoints of former versions have none.
     frozen: of linear classification, what it classifies the features of: {"checkpoint", "encoder", "heads"}.

@@ -163,6 +163,9 @@ def _check_combinations(recipe: Recipe) -> None:
 
 def _check_pretrain(recipe: Pretrain) -> None:
     _check_model(recipe.model)
+    if recipe.model.weights is not None and recipe.run.continue_from is not None:
+        must = "null where run.continue_from is given, which brings heads and optimizer too"
+        raise wrong("model.weights", recipe.model.weights, must, "pass one of the two")
     evaluate = recipe.evaluate
     if (evaluate.train_root is None) != (evaluate.val_root is None):
         missing, other = ("train_root", "val_root")[:: 1 if evaluate.train_root is None else -1]

@@ -3,14 +3,16 @@
 from typing import Literal
 
 from engine.recipe.keys import key, section
-from engine.recipe.ranges import AT_LEAST_1, CROP, FRACTION, HUE, NETWORK, NOT_NEGATIVE, POSITIVE
+from engine.recipe.ranges import AT_LEAST_1, CROP, FRACTION, HUE, NETWORK, NOT_NEGATIVE, PATH, POSITIVE
 
+WEIGHTS = "FILE, run or timm/<name> with whose trunk both encoders of a new run begin; null: drawn by run.seed"
 NAMED = "null: as the named network has it"
 
 
 @section
 class Model:
     name: str = key("the trunk: a ViT or a ResNet of this project, or a network of timm", NETWORK)
+    weights: str | None = key(WEIGHTS, PATH, since=2, before=None, default=None)
     image_size: int = key("side of a view in pixels", AT_LEAST_1, default=224)
     patch_size: int | None = key(f"side of a patch in pixels; {NAMED}", AT_LEAST_1, default=None)
     dim: int | None = key(f"width of a ViT's tokens; {NAMED}", AT_LEAST_1, default=None)

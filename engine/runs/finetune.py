@@ -36,7 +36,7 @@ from engine.runs.auto import settled
 from engine.runs.changes import begun
 from engine.runs.log import Row
 from engine.runs.run import run
-from engine.runs.supervised import Supervised, digest
+from engine.runs.supervised import Supervised
 from engine.training.activation_checkpoint import check_activation_checkpoint
 from engine.training.finetune_step import FinetuneOutput, FinetuneState, finetune_step
 from engine.training.parallelize import check_compiler, dtype_of, materialize, parallelize, saved
@@ -44,7 +44,7 @@ from engine.training.schedule import Schedule
 from engine.training.update import Update
 from engine.weights.export import export_classifier
 from engine.weights.opening import open_trunk
-from engine.weights.weights import EncoderName, Head, Weights
+from engine.weights.weights import EncoderName, Head, Weights, digest
 from models.classifier import Classifier
 
 

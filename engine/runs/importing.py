@@ -16,13 +16,13 @@ from engine.distributed.world import process_group
 from engine.errors import UserError
 from engine.logger import note
 from engine.recipe.identity import fingerprint
+from engine.recipe.keys import wrong
 from engine.recipe.load import Pretrain, dump
 from engine.recipe.paths import expand
 from engine.runs.pretrain import build_state, make_moco, make_schedule
+from engine.runs.starting import finite, fitted, opened
 from engine.training.parallelize import local
-from engine.weights.adopt import adopt
-from engine.weights.opening import open_weights
-from engine.weights.weights import Weights, declared
+from engine.weights.weights import Weights
 
 OF_TRUNK = ("base.projector", "momentum.trunk", "momentum.projector", "predictor")  # what a trunk alone lacks
 
@@ -36,9 +36,11 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
     checkpoints = expand(recipe.run.dir) / "checkpoints"
     if checkpoint_folders(checkpoints):
         raise UserError(f"RUN_DIR ({recipe.run.dir}) must hold no checkpoint yet; pass another folder")
+    if recipe.model.weights is not None:
+        raise wrong("model.weights", recipe.model.weights, "null where FILE is imported", "leave one of the two out")
     moco = make_moco(recipe)
-    original = _opened(str(file), recipe)
-    weights = _fitted(original, recipe, interpolate)
+    original = opened(str(file), recipe.model)
+    weights = fitted(original, recipe.model, interpolate=interpolate)
     # One process needs no replicas; what it saves loads into any sharding.
     alone = dataclasses.replace(recipe.parallel, shard="full", replicate=1, compile=False)
     with process_group() as world:
@@ -57,41 +59,10 @@ def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -
     return {"checkpoint": str(path), "fresh": fresh}
 
 
-def _opened(file: str, recipe: Pretrain) -> Weights:
-    """The weights of a file; where positions alone tell its heads, the recipe may say another number of them."""
-    original, heads = open_weights(file), declared(recipe.model).arguments.get("heads")
-    if original.about is None or heads in (None, original.about.architecture.arguments.get("heads")):
-        return original
-    try:
-        other = open_weights(file, heads)
-    except UserError:  # the file itself says how many
-        return original
-    note(f"{file} has MoCo v3's positions, and with them 12 heads; the recipe's model.heads ({heads}) are taken")
-    return other
-
-
-def _fitted(original: Weights, recipe: Pretrain, interpolate: bool) -> Weights:
-    """The weights for the recipe's network, after saying what is ignored and what is assumed."""
-    model = recipe.model
-    architecture = declared(model)
-    weights = adopt(original, architecture, (model.projector_hidden_dim, model.output_dim), interpolate=interpolate)
-    for line in original.notes:
-        note(line)
-    if original.about is None and architecture.kind == "vit":
-        count = architecture.arguments["heads"]
-        note(
-            f"{original.origin} does not say how many heads its attention has; {count} are assumed, from the recipe's "
-            "model.heads"
-        )
-    return weights
-
-
 @torch.no_grad()
 def _fill(tensors: dict[str, Tensor], weights: Weights) -> None:
     """Both encoders start from the trunk where there is one alone."""
-    for name, value in weights.read(list(weights.shapes)):
-        if not value.isfinite().all():
-            raise UserError(f"weights ({weights.origin}) must be finite; {name} is not: use another file")
+    for name, value in finite(weights):
         copies = [name] if weights.is_whole else [name, name.replace("base.", "momentum.", 1)]
         for copy in copies:
             local(tensors[f"model.{copy}"]).copy_(value)

@@ -23,9 +23,9 @@ from engine.runs.auto import settled
 from engine.runs.changes import begun
 from engine.runs.log import Row
 from engine.runs.run import run
-from engine.runs.supervised import Supervised, digest
+from engine.runs.supervised import Supervised
 from engine.training.update import Update
-from engine.weights.weights import EncoderName
+from engine.weights.weights import EncoderName, digest
 
 ROWS = 8192  # features that are classified at a time
 

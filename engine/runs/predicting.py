@@ -22,9 +22,8 @@ from engine.evaluation.subject import Subject, open_subject
 from engine.recipe.load import loads, task_of
 from engine.recipe.sections import Finetune, Linear
 from engine.runs.linear import own_tensors
-from engine.runs.supervised import digest
 from engine.weights.opening import checkpoint_folder, open_trunk
-from engine.weights.weights import fill_trunk
+from engine.weights.weights import digest, fill_trunk
 from models.shapes import TIMM
 
 HEADER = ("name", "class", "probability")

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ from engine.runs.continuing import find_source
 from engine.runs.log import Row
 from engine.runs.monitor import K, has_monitor, make_probe, monitor_row, open_bank, open_watched
 from engine.runs.run import run
+from engine.runs.starting import Start, open_first, open_start
 from engine.runs.task import Task
 from engine.training.activation_checkpoint import check_activation_checkpoint
 from engine.training.health import health
@@ -62,11 +65,12 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World, earlier: Path | 
     with agreement(world.host_group):
         moco = make_moco(recipe)
         check_compiler(recipe.parallel, world.device)
+    begin = open_first(recipe, recipe_file, world)
     batch, former = recipe.train.global_batch_size, begun(recipe, world)
     splits = open_splits(recipe.data, recipe_file, world, batch=batch, begun=former)
     watched = open_watched(recipe, recipe_file, world, splits)
     task = Pretraining(recipe, recipe_file, world, splits, watched, moco)
-    task.written = written
+    task.written, task.begin = written, begin
     run(task, started, earlier)
 
 
@@ -79,6 +83,7 @@ def preview(recipe: Pretrain, recipe_file: Path, world: World) -> str:
     written, recipe = recipe, settled(recipe, world)
     moco = make_moco(recipe)
     lines = [_sizes(moco), *on_this_machine(written, recipe, world)]
+    open_first(recipe, recipe_file, world, fetch=False)
     batch = recipe.train.global_batch_size
     try:
         former = begun(recipe, world)
@@ -142,14 +147,21 @@ def make_schedule(recipe: Pretrain, steps_per_epoch: int) -> MocoSchedule:
 
 
 def build_state(
-    recipe: Pretrain, moco: MoCo, world: World, schedule: MocoSchedule, *, resumes: bool = False
+    recipe: Pretrain,
+    moco: MoCo,
+    world: World,
+    schedule: MocoSchedule,
+    *,
+    resumes: bool = False,
+    begin: Start | None = None,
 ) -> TrainState:
-    """The networks of `make_moco` and the recipe's optimizer, sharded, with their initial weights; where it `resumes`,
-    what checkpoints hold is left empty, to be loaded."""
+    """The networks of `make_moco` and the recipe's optimizer, sharded, with their initial weights, of which trunks may
+    `begin` with others; where it `resumes`, what checkpoints hold is left empty, to be loaded."""
     mesh = make_mesh(world, recipe.parallel.shard, recipe.parallel.replicate)
     parallelize(moco, mesh, world.group, recipe.parallel)
     held = saved(moco).keys() if resumes else ()
-    materialize(moco, world.device, moco.initial_values(recipe.run.seed, held), held)
+    drawn = moco.initial_values(recipe.run.seed, begin.weights.shapes if begin else held)
+    materialize(moco, world.device, chain(begin.values(), drawn) if begin else drawn, held)
     return TrainState(
         moco, schedule, recipe.optimizer, temperature=recipe.moco.temperature, mesh=mesh, group=world.group
     )
@@ -163,6 +175,8 @@ class Pretraining(Task):
 
     monitor = "knn_top1"
     optional = (PREFIX,)
+    begin: Start | None = None  # what model.weights means, where that was opened before the run
+    network: str | None = None  # its digest
 
     def __init__(self, recipe: Pretrain, recipe_file: Path, world: World, splits: Splits, watched: Splits, moco: MoCo):
         augment = recipe.augment
@@ -187,7 +201,10 @@ class Pretraining(Task):
         return list(dict.fromkeys([*super().sources(), *watched]))
 
     def start(self, *, resumes: bool) -> None:
-        self.trained = build_state(self.recipe, self.moco, self.world, self.schedule, resumes=resumes)
+        begin = None if resumes else self.begin or open_start(self.recipe, self.recipe_file, self.world)
+        if begin is not None:
+            self.licence, self.network = begin.licence, begin.digest
+        self.trained = build_state(self.recipe, self.moco, self.world, self.schedule, resumes=resumes, begin=begin)
         self.probe = make_probe(self.recipe, self.world, self.splits, self.trained, self.dtype)
 
     @property
@@ -197,9 +214,13 @@ class Pretraining(Task):
     def tensors(self) -> dict[str, Tensor]:
         return self.trained.tensors() | ({} if self.probe is None else self.probe.tensors())
 
+    def state(self) -> RunState:
+        return replace(super().state(), network=self.network)
+
     def resume(self, checkpoint: Path, manifest: Manifest, state: RunState) -> None:
         """Go on from a checkpoint, which may have been made with the online probe or without it."""
         super().resume(checkpoint, manifest, state)
+        self.network = state.network
         if self.probe is not None:
             self.probe.resume(state.step)
             if not any(name.startswith(PREFIX) for name in manifest.tensors):

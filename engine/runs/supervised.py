@@ -3,9 +3,8 @@
 Shapes: B images of this rank, Q validation images of all ranks, S side of an image, C classes.
 """
 
-import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -131,12 +130,3 @@ class Supervised(Task):
                 f"run.dir ({self.recipe.run.dir}) holds a run on another network; give it its own CHECKPOINT, or pass "
                 "another run.dir"
             )
-
-
-def digest(values: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 of tensors in their order: name, shape, type and bits."""
-    sha256 = hashlib.sha256()
-    for name, tensor in values:
-        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha256.hexdigest()

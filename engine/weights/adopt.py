@@ -28,10 +28,13 @@ def adopt(weights: Weights, architecture: Architecture, head_dims: tuple[int, in
     Raises:
         UserError: the weights are of another network.
     """
-    wanted = by_shape(architecture)
-    found = weights.about and by_shape(weights.about.architecture)
+    wanted = _untagged(by_shape(architecture))
+    found = weights.about and _untagged(by_shape(weights.about.architecture))
     if found and (difference := found.differs_from(wanted)):
-        raise UserError(f"weights ({weights.origin}) must fit the recipe's model: {difference}; use its own recipe")
+        raise UserError(
+            f"weights ({weights.origin}) must fit the recipe's model: {difference}; use its own recipe or "
+            "other model.* keys"
+        )
     expected = moco_shapes(architecture, *head_dims) if weights.is_whole else base_shapes(architecture)
     moved = [name for name in POSITIONS if _is_other_grid(name, weights, expected)]
     check_names(weights.shapes | {name: expected[name] for name in moved}, expected, weights.origin)
@@ -44,6 +47,14 @@ def adopt(weights: Weights, architecture: Architecture, head_dims: tuple[int, in
             yield name, regridded.get(name, tensor)
 
     return dataclasses.replace(weights, shapes=expected, read=read)
+
+
+def _untagged(architecture: Architecture) -> Architecture:
+    """Without the tag that timm gives to weights of one network by what they were trained on."""
+    if architecture.kind != "timm":
+        return architecture
+    name = architecture.arguments["name"].partition(".")[0]
+    return Architecture("timm", architecture.arguments | {"name": name})
 
 
 def _is_other_grid(name: str, weights: Weights, expected: dict[str, torch.Size]) -> bool:

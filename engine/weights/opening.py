@@ -17,7 +17,7 @@ from engine.checkpoint.load import read_tensors
 from engine.checkpoint.manifest import NAME as MANIFEST
 from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.state import RunState
-from engine.errors import UserError, one_line
+from engine.errors import UserError, did_you_mean, one_line
 from engine.files import newest_lines, row_on
 from engine.logger import note, warn
 from engine.recipe.load import loads, task_of
@@ -182,14 +182,16 @@ def _from_timm(checkpoint: str) -> Weights:
     """A model of timm; its published weights are fetched when they are read."""
     name = checkpoint.removeprefix(TIMM)
     if not timm.is_model(name):
+        models = [*timm.list_models(), *timm.list_pretrained()]
         raise UserError(
-            f"CHECKPOINT ({checkpoint}) must be a timm model or a path; do `timm.list_models()` to see them"
+            f"CHECKPOINT ({checkpoint}) must be a timm model or a path; "
+            + did_you_mean(checkpoint, map(TIMM.__add__, models), "do `timm.list_models()` to see them")
         )
     with torch.device("meta"):
         config = _create(checkpoint, pretrained=False).pretrained_cfg
     image_size = config["input_size"][-1]
     architecture = Architecture("timm", {"name": name, "image_size": image_size})
-    about = About(architecture, image_size, tuple(config["mean"]), tuple(config["std"]))
+    about = About(architecture, image_size, tuple(config["mean"]), tuple(config["std"]), licence=config.get("license"))
 
     def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         if why := unreachable(config):
@@ -209,6 +211,6 @@ def _create(checkpoint: str, pretrained: bool) -> nn.Module:
 
 def _unfetched(checkpoint: str, why: str) -> UserError:
     return UserError(
-        f"CHECKPOINT ({checkpoint}) must have published weights that can be fetched: {why}; mend that, or pass "
-        "--baseline initial for its random weights where a command takes it"
+        f"CHECKPOINT ({checkpoint}) must have published weights that can be fetched: {why}; mend that, pass a "
+        "file of them, or --baseline initial for random weights where a command takes it"
     )

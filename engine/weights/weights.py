@@ -1,6 +1,7 @@
 """Named tensors of a MoCo, or of one trunk, and all that is known about them, wherever they lie."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -191,3 +192,12 @@ def fill_trunk(weights: Weights) -> nn.Module:
     }
     trunk.load_state_dict(tensors, strict=True, assign=True)
     return trunk.eval().requires_grad_(False)
+
+
+def digest(values: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 of tensors in their order: name, shape, type and bits."""
+    sha256 = hashlib.sha256()
+    for name, tensor in values:
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha256.hexdigest()

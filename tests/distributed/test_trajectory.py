@@ -71,7 +71,7 @@ def alone(tmp_path_factory):
     directory = tmp_path_factory.mktemp("alone")
     runs = [(kind, kind, "data.workers=0") for kind in ("vit", "vit_conv", "resnet")]
     runs += [("without", "vit", "data.workers=0", WITHOUT), ("bank", "vit", *MONITORED)]
-    launch(1, directory, *runs, continued(directory))
+    launch(1, directory, *runs, continued(directory), started(directory))
     for kind in ("vit", "vit_conv", "resnet"):
         losses = [row["loss"] for row in rows(directory / kind)]
         assert len(set(losses)) == 20  # it moves: a trainer that does nothing would agree with itself
@@ -81,6 +81,11 @@ def alone(tmp_path_factory):
 def continued(alone: Path) -> tuple:
     """A run that begins with the weights of one rank's ViT."""
     return "continued", "vit", "data.workers=0", "run.seed=1", f"run.continue_from={alone / 'vit'}"
+
+
+def started(alone: Path) -> tuple:
+    """A run whose encoders begin with the trunk of one rank's ViT."""
+    return "started", "vit", "data.workers=0", "run.seed=1", f"model.weights={alone / 'vit'}"
 
 
 def test_the_online_probe_leaves_the_run_alone(alone):
@@ -107,6 +112,7 @@ def test_two_ranks(alone, tmp_path):
     runs += [("resnet_halves", "resnet", "train.max_steps=9", WITHOUT), ("resnet_halves", "resnet")]
     runs += [
         continued(alone),
+        started(alone),
         ("conv", "vit_conv"),
         ("to_one", "vit", "train.max_steps=9"),
         ("bank", "vit", *MONITORED),
@@ -119,7 +125,8 @@ def test_two_ranks(alone, tmp_path):
         assert_bitwise(tmp_path / f"{kind}_halves", tmp_path / f"{kind}_full", probe=kind == "vit")
     assert ["probe_loss" in row for row in rows(tmp_path / "resnet_halves")] == [False] * 9 + [True] * 11
     assert_same_run(tmp_path / "conv", alone / "vit_conv")
-    assert_same_run(tmp_path / "continued", alone / "continued")
+    for name in ("continued", "started"):
+        assert_same_run(tmp_path / name, alone / name)
     assert_same_run(tmp_path / "micro", alone / "vit")
     knn = [[row["knn_top1"] for row in rows(at / "bank") if "knn_top1" in row] for at in (alone, tmp_path)]
     assert knn[0] == knn[1]

@@ -137,6 +137,7 @@ WRONG = {
     "run.dir": ["null", "''", "[a, b]", '"a\\nb"', '"a\\0b"'],
     "run.continue_from": ["[]", "''"],
     "run.seed": INTEGER,
+    "model.weights": ["[]", "''", "[a, b]"],
     "model.name": ["vit_tiny", "timm/", "3", "timm/a b", "timm/../x"],
     "model.image_size": [*INTEGER, "0"],
     "model.patch_size": ["0", "ten"],
@@ -327,7 +328,7 @@ TYPED = [
 ]
 
 
-@pytest.mark.parametrize("key", ["run.dir", "run.continue_from", "data.root", "data.val_root"])
+@pytest.mark.parametrize("key", ["run.dir", "run.continue_from", "model.weights", "data.root", "data.val_root"])
 def test_a_path_on_the_command_line_is_what_was_typed_and_stays_so_in_the_recipe(key):
     section, name = key.split(".")
     for text in TYPED:
@@ -335,7 +336,7 @@ def test_a_path_on_the_command_line_is_what_was_typed_and_stays_so_in_the_recipe
         assert getattr(getattr(recipe, section), name) == text
         assert loads(dump(recipe), "dumped") == recipe
     for text, value in {'"a #b"': "a #b", "'3'": "3", "null": None}.items():
-        if value is not None or key in ("run.continue_from", "data.val_root"):
+        if value is not None or key in ("run.continue_from", "model.weights", "data.val_root"):
             assert getattr(getattr(load(QUICK, [f"{key}={text}"]), section), name) == value
 
 

@@ -10,8 +10,8 @@ from engine import evaluate
 from engine.checkpoint.manifest import read_manifest
 from engine.run import main as run_main
 from engine.runs.finetune import trunk_values
-from engine.runs.supervised import digest
 from engine.weights.opening import open_trunk
+from engine.weights.weights import digest
 
 FORMER = Path(__file__).parent / "former"
 IMAGES = Path(__file__).parents[2] / "recipes/data/fashion_mnist"
