@@ -53,7 +53,8 @@ def reason(error: BaseException) -> str:
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
     """What an error ends with: the word that the user may have meant, or else `otherwise`."""
-    nearest = difflib.get_close_matches(word, list(known), 1)
+    names = list(known)
+    nearest = [name for name in names if word and name.startswith(word)] or difflib.get_close_matches(word, names, 1)
     return f"did you mean {nearest[0]}?" if nearest else otherwise
 
 

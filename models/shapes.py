@@ -28,6 +28,12 @@ RESNET_SHAPES = {  # torchvision's bottleneck networks: blocks per stage, width
     "wide_resnet101_2": {"layers": [3, 4, 23, 3], "width_per_group": 128},
 }
 TIMM = "timm/"
+# Those of timm's that are often asked for by less than their name.
+WELL_KNOWN = (
+    *("timm/vit_tiny_patch16_224", "timm/vit_small_patch14_dinov2", "timm/deit_tiny_patch16_224"),
+    *("timm/resnet18", "timm/resnet34", "timm/convnext_tiny", "timm/convnext_small", "timm/efficientnet_b0"),
+    *("timm/swin_tiny_patch4_window7_224", "timm/mobilenetv3_small_100", "timm/regnety_016"),
+)
 # How timm's plain vision transformers begin; whoever builds a timm trunk looks at the network itself.
 TIMM_VIT = re.compile(TIMM + "(aimv2|beit3|deit|eva|flexivit|test_vit|vit)")
 

@@ -27,8 +27,9 @@ def build_timm(name: str, image_size: int) -> Trunk:
         ValueError: timm does not know the name, or the network cannot be a trunk here.
     """
     if not timm.is_model(name):
-        nearest = [f"did you mean {TIMM}{known}?" for known in difflib.get_close_matches(name, timm.list_models(), 1)]
-        do = (nearest or ["do `timm.list_models()` to see them"])[0]
+        known = timm.list_models()
+        nearest = [each for each in known if each.startswith(name)] or difflib.get_close_matches(name, known, 1)
+        do = f"did you mean {TIMM}{nearest[0]}?" if nearest else "do `timm.list_models()` to see them"
         raise ValueError(f"model.name ({TIMM}{name}) must be a timm model; {do}")
     module = _create(name, image_size)
     try:

@@ -94,7 +94,8 @@ def _read_value(name: str, field: dataclasses.Field, raw: Any) -> Any:
     try:
         value = _convert(field.type, raw)
     except (TypeError, OverflowError):
-        raise wrong(name, raw, describe(field)) from None
+        do = f"`{name}=` alone says null too: pass {name}=VALUE" if raw is None else ""
+        raise wrong(name, raw, describe(field), do) from None
     entries = value if isinstance(value, tuple) else (value,)
     rule = field.metadata["key"].rule
     if value is not None and not all(rule.holds(entry) for entry in entries):
@@ -103,8 +104,9 @@ def _read_value(name: str, field: dataclasses.Field, raw: Any) -> Any:
 
 
 def _nearest(text: str, words: Sequence[str]) -> str:
-    """Only of what is nearly the same: vit_tiny is no vit_conv."""
-    nearest = difflib.get_close_matches(text, words, 1, cutoff=0.8)
+    """A word that begins so, whatever stands before its slash, or else is nearly the same: vit_tiny is no vit_conv."""
+    begins = [word for word in words if text and word.rpartition("/")[2].startswith(text)]
+    nearest = begins or difflib.get_close_matches(text, words, 1, cutoff=0.8)
     return f"did you mean {nearest[0]}?" if nearest else ""
 
 

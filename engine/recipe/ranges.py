@@ -3,7 +3,7 @@
 import re
 
 from engine.recipe.keys import Rule
-from models.shapes import CONV_VITS, PLAIN_VITS, RESNET_SHAPES, is_network
+from models.shapes import CONV_VITS, PLAIN_VITS, RESNET_SHAPES, WELL_KNOWN, is_network
 
 POSITIVE = Rule(" > 0", lambda value: value > 0)
 NOT_NEGATIVE = Rule(" >= 0", lambda value: value >= 0)
@@ -17,7 +17,7 @@ REPEATS = Rule(" from 1 to 100", lambda value: 1 <= value <= 100)
 PATH = Rule(", in quotes if it looks like a number", lambda value: bool(value) and value.isprintable())
 TEXT = Rule(PATH.text, PATH.holds)
 NAMES = (*PLAIN_VITS, *CONV_VITS, *RESNET_SHAPES)
-NETWORK = Rule(f": {', '.join(NAMES)} or timm/<name>", is_network, NAMES)
+NETWORK = Rule(f": {', '.join(NAMES)} or timm/<name>", is_network, (*NAMES, *WELL_KNOWN))
 RANDAUGMENT = Rule(
     " in timm's words, such as rand-m9-mstd0.5-inc1",
     lambda value: re.fullmatch(r"rand(-(m|n|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-inc[01]|-tweights)*", value) is not None,

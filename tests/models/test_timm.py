@@ -19,6 +19,7 @@ from models.architecture import of_name
 from models.dry_step import why_untrainable
 from models.moco import MoCo
 from models.norm import replace_batch_norm
+from models.shapes import TIMM, WELL_KNOWN
 from models.timm_trunk import build_timm
 from models.trunk import blocks
 
@@ -177,3 +178,10 @@ def test_blocks_that_share_a_part_are_no_units():
 def test_a_batch_norm_of_another_kind_is_refused():
     with pytest.raises(ValueError, match=r"its BatchNorm \(SyncBatchNorm\) must be torch's or timm's"):
         replace_batch_norm(nn.Sequential(nn.SyncBatchNorm(3)))
+
+
+def test_names_that_are_suggested_are_timm_s_and_half_a_name_finds_its_network():
+    assert all(timm.is_model(name.removeprefix(TIMM)) for name in WELL_KNOWN)
+    for name, nearest in {"vit_tiny": "vit_tiny_patch16_224", "vit_tini_patch16_224": "vit_tiny_patch16_224"}.items():
+        with pytest.raises(ValueError, match=rf"must be a timm model; did you mean timm/{nearest}\?"):
+            build_timm(name, 224)

@@ -111,7 +111,11 @@ def test_every_key_is_described(task):
         ),
         ("model.name=vit_smal", "or timm/<name>; did you mean vit_small?"),
         ("model.name=resnet5", "or timm/<name>; did you mean resnet50?"),
-        ("model.name=vit_tiny", "or timm/<name>; change the recipe or pass model.name=VALUE"),
+        ("model.name=vit_tiny", "or timm/<name>; did you mean timm/vit_tiny_patch16_224?"),
+        ("model.name=resnet18", "or timm/<name>; did you mean timm/resnet18?"),
+        ("model.name=vit_b", "or timm/<name>; did you mean vit_base?"),
+        ("model.name=tiny_vit", "or timm/<name>; change the recipe or pass model.name=VALUE"),
+        ("data.root=", "or a list of such; `data.root=` alone says null too: pass data.root=VALUE"),
     ],
 )
 def test_refused_override(override, words):
@@ -138,7 +142,7 @@ WRONG = {
     "run.continue_from": ["[]", "''"],
     "run.seed": INTEGER,
     "model.weights": ["[]", "''", "[a, b]"],
-    "model.name": ["vit_tiny", "timm/", "3", "timm/a b", "timm/../x"],
+    "model.name": ["tiny_vit", "timm/", "3", "timm/a b", "timm/../x"],
     "model.image_size": [*INTEGER, "0"],
     "model.patch_size": ["0", "ten"],
     "model.dim": ["0", "ten"],
