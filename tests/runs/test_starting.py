@@ -174,3 +174,12 @@ def test_heads_that_a_network_of_timm_has_are_not_asked_for(tmp_path, capfd):
     values = ["model.image_size=160", "model.patch_size=16", "model.dim=64", "model.depth=6"]
     assert opened("timm/test_vit", recipe(tmp_path, *values, "model.heads=2").model).about is not None
     assert not capfd.readouterr().err
+
+
+def test_nodes_that_find_other_weights_are_told(world, source, tmp_path, monkeypatch):
+    """This rank's digest beside that of another one, as if a node had another file under the same name."""
+    gathered = {str: lambda digest: [digest, "0" * 64], bool: lambda begun: [begun, begun]}
+    monkeypatch.setattr("engine.runs.starting.all_gather", lambda value, group: gathered[type(value)](value))
+    with pytest.raises(UserError, match=r"model.weights \(.*\) must be the same on every node, and differs"):
+        train(world, tmp_path / "run", f"model.weights={source}")
+    assert not (tmp_path / "run").exists()
