@@ -152,9 +152,18 @@ def end_with_launcher(launcher: int) -> None:
         threading.Thread(target=_exit_with, args=(launcher,), daemon=True).start()
 
 
+def may_be_launcher(process: int) -> bool:
+    """Whether a launcher, or a script that one started, may be the parent of this process; what the system gives to
+    those whose launcher died before they looked is neither a Python process nor of this one's session."""
+    with suppress(OSError):  # unknown, as of another user's
+        is_python = Path(os.readlink(f"/proc/{process}/exe")).name.startswith(("python", "pypy"))
+        return is_python or os.getsid(process) == os.getsid(0)
+    return True
+
+
 def _exit_with(parent: int) -> None:
     # A rank that outlives its launcher would go on training beside the job that replaces it.
-    while os.getppid() == parent:
+    while os.getppid() == parent and may_be_launcher(parent):
         time.sleep(ORPHAN_CHECK_SECONDS)
     os.write(2, b"the launcher is gone: this rank exits; the newest checkpoint is kept\n")
     os._exit(1)
