@@ -155,9 +155,9 @@ def end_with_launcher(launcher: int) -> None:
 def may_be_launcher(process: int) -> bool:
     """Whether a launcher, or a script that one started, may be the parent of this process; what the system gives to
     those whose launcher died before they looked is neither a Python process nor of this one's session."""
-    with suppress(OSError):  # unknown, as of another user's
-        is_python = Path(os.readlink(f"/proc/{process}/exe")).name.startswith(("python", "pypy"))
-        return is_python or os.getsid(process) == os.getsid(0)
+    with suppress(OSError):  # unknown, as elsewhere than on Linux
+        program = os.fsdecode(Path(f"/proc/{process}/cmdline").read_bytes().partition(b"\0")[0])
+        return Path(program).name.startswith(("python", "pypy")) or os.getsid(process) == os.getsid(0)
     return True
 
 
