@@ -55,6 +55,8 @@ def _entries(checkpoints: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
+        if isinstance(error, NotADirectoryError) and checkpoints.parent.is_file():  # it does not exist either
+            return []
         raise SystemRefused(f"checkpoint folder ({checkpoints}) must be a readable folder; {reason(error)}") from error
 
 

@@ -157,7 +157,8 @@ def may_be_launcher(process: int) -> bool:
     those whose launcher died before they looked is neither a Python process nor of this one's session."""
     with suppress(OSError):  # unknown, as elsewhere than on Linux
         program = os.fsdecode(Path(f"/proc/{process}/cmdline").read_bytes().partition(b"\0")[0])
-        return Path(program).name.startswith(("python", "pypy")) or os.getsid(process) == os.getsid(0)
+        is_python = not program or Path(program).name.startswith(("python", "pypy"))  # one that just begins has no name
+        return is_python or os.getsid(process) == os.getsid(0)
     return True
 
 

@@ -1,8 +1,6 @@
 """What `auto` in a recipe stands for on the machine that runs it, and what suits one without a GPU."""
 
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -58,19 +56,13 @@ def _precision_of(recipe: Recipe, world: World) -> Precision | None:
     """In which the run of the recipe's directory goes on; None where there is none, or it says nothing."""
     kept = None
     with agreement(world.host_group):
-        for folder in _folders(recipe) if world.is_first else ():
+        for folder in checkpoint_folders(expand(recipe.run.dir) / "checkpoints") if world.is_first else ():
             try:
                 kept = _recorded(RunState.read(folder, read_manifest(folder)), type(recipe))
             except UserError:  # damaged: the run will go on from an earlier one
                 continue
             break
     return broadcast(kept, world.host_group)
-
-
-def _folders(recipe: Recipe) -> list[Path]:
-    with suppress(UserError):  # the run will say what is wrong with its directory
-        return checkpoint_folders(expand(recipe.run.dir) / "checkpoints")
-    return []
 
 
 def _recorded(state: RunState, kind: type[Recipe]) -> Precision | None:

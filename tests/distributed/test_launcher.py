@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,8 @@ def test_what_takes_over_a_rank_whose_launcher_died_is_no_launcher():
         arguments = [command, "60"] if command == "sleep" else [command, "-c", "import time; time.sleep(60)"]
         with subprocess.Popen(arguments, start_new_session=alone) as process:
             try:
+                while not Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                    time.sleep(0.01)
                 assert launcher.may_be_launcher(process.pid) == expected
             finally:
                 process.kill()
