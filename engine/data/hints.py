@@ -13,8 +13,10 @@ _DARK = 65535 // 4  # 14 bits of 16, or fewer
 
 def hints(source: Source, reading: Reading) -> list[str]:
     """Lines on images that come out dark as they are read; images that cannot be read say nothing here."""
+    if reading.range is not None:
+        return []
     found = [most for i in spread(len(source), _LOOKED_AT) if (most := _largest(source, i)) is not None]
-    if reading.range is not None or not found or not 0 < max(found) <= _DARK:
+    if not found or not 0 < max(found) <= _DARK:
         return []
     white = (1 << max(found).bit_length()) - 1
     return [

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import torch
 
-from engine.checkpoint.layout import checkpoint_folders
 from engine.checkpoint.manifest import read_manifest
 from engine.checkpoint.state import RunState
 from engine.distributed.agreement import agreement, all_gather, broadcast
@@ -14,8 +13,8 @@ from engine.errors import UserError
 from engine.recipe.identity import flatten
 from engine.recipe.keys import show
 from engine.recipe.load import AnyRecipe, loads
-from engine.recipe.paths import expand
 from engine.recipe.sections import Linear, Parallel, Precision, Recipe
+from engine.runs.directory import checkpoints_of
 from engine.training.parallelize import has_c_compiler
 
 AUTO = "auto"
@@ -56,7 +55,7 @@ def _precision_of(recipe: Recipe, world: World) -> Precision | None:
     """In which the run of the recipe's directory goes on; None where there is none, or it says nothing."""
     kept = None
     with agreement(world.host_group):
-        for folder in checkpoint_folders(expand(recipe.run.dir) / "checkpoints") if world.is_first else ():
+        for folder in checkpoints_of(recipe) if world.is_first else ():
             try:
                 kept = _recorded(RunState.read(folder, read_manifest(folder)), type(recipe))
             except UserError:  # damaged: the run will go on from an earlier one
@@ -85,7 +84,8 @@ def on_this_machine(written: Recipe, settled: Recipe, world: World) -> list[str]
     lines = [f"auto      {found}"] if found else []
     if world.device.type == "cuda":
         return lines
-    slow = [f"{key}=auto" for key in KEYS if _is_slow(key, flatten(settled).get(key))]
+    values = flatten(settled)
+    slow = [f"{key}=auto" for key in KEYS if _is_slow(key, values.get(key))]
     if slow:
         lines.append(f"cpu       there is no GPU, for which this recipe is meant: pass {' '.join(slow)}")
     if local_ranks() > cores():

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.checkpoint.layout import checkpoint_folders
 from engine.checkpoint.state import RunState
 from engine.data.began import changes_in_words, list_of, write_began
 from engine.data.contents import count, difference
@@ -15,14 +14,14 @@ from engine.errors import UserError
 from engine.logger import warn
 from engine.recipe.paths import expand
 from engine.recipe.sections import Recipe
+from engine.runs.directory import checkpoints_of
 from engine.runs.task import Task
 
 
 def begun(recipe: Recipe, world: World) -> Path | None:
     """The directory of a run that has begun and accepts other images; None where there is no such run."""
     with agreement(world.host_group):
-        path = expand(recipe.run.dir)
-        return path if recipe.data.accept_changes and checkpoint_folders(path / "checkpoints") else None
+        return expand(recipe.run.dir) if recipe.data.accept_changes and checkpoints_of(recipe) else None
 
 
 def find_changes(task: Task, state: RunState, directory: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ from engine.errors import Interrupted, RunFailed, UserError, reason
 from engine.files import lock, remove, remove_drafts, remove_or_warn, replace_file
 from engine.logger import warn
 from engine.recipe.load import dump, task_of
+from engine.recipe.paths import expand
 from engine.recipe.sections import Recipe
 from engine.runs.claim import claimed
 
@@ -32,6 +33,11 @@ OWN = (
 MARK = "run_dir"  # of a launch that has found or made its folder
 LOCK_SECONDS = 10.0  # ranks of a killed launch need a moment to notice and to let go
 VISIBLE_SECONDS = 10.0  # network file systems need a moment to show a new file
+
+
+def checkpoints_of(recipe: Recipe) -> list[Path]:
+    """Those that a recipe's run has, newest first; none where it has not begun. Raises SystemRefused."""
+    return checkpoint_folders(expand(recipe.run.dir) / "checkpoints")
 
 
 class RunDirectory:

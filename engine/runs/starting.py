@@ -6,15 +6,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engine.checkpoint.layout import checkpoint_folders
 from engine.distributed.agreement import agreement, all_gather
 from engine.distributed.world import World, in_turn
 from engine.errors import UserError, one_line
 from engine.logger import note, say
 from engine.recipe.keys import show
 from engine.recipe.load import locate
-from engine.recipe.paths import expand
 from engine.recipe.sections import Augment, Model, Pretrain
+from engine.runs.directory import checkpoints_of
 from engine.weights.adopt import POSITIONS, adopt
 from engine.weights.opening import open_weights
 from engine.weights.positions import side
@@ -47,10 +46,12 @@ def open_first(recipe: Pretrain, recipe_file: Path, world: World, *, fetch: bool
 
     fetch: else weights of timm are left alone.
     """
+    named = recipe.model.weights
+    if named is None or (named.startswith(TIMM) and not fetch):
+        return None
     with agreement(world.host_group):
-        begun = checkpoint_folders(expand(recipe.run.dir) / "checkpoints")
-    timms = (recipe.model.weights or "").startswith(TIMM)
-    if any(all_gather(bool(begun), world.host_group)) or (timms and not fetch):
+        begun = checkpoints_of(recipe)
+    if any(all_gather(bool(begun), world.host_group)):
         return None
     return open_start(recipe, recipe_file, world)
 

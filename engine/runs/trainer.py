@@ -117,7 +117,7 @@ class Trainer:
         if step == 1:
             self.log.picture("views", self.task.picture(batch), step)
         self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['images_per_second']:,.0f} images/s")
-        line, ended = self.watch.epoch_line(step, row), step // self.task.order.steps_per_epoch
+        line, ended = self.watch.line(step, row), step // self.task.order.steps_per_epoch
         if self.bar.disable or ended > self.epochs_said:  # beside a bar a line for each epoch is enough
             say(line)
             self.epochs_said = ended

@@ -28,7 +28,8 @@ class Watch:
         return {"unix_time": round(time.time(), 3), "memory_gb": _peak_memory(self.task.world.device) / 1e9}
 
     def line(self, step: int, row: Row) -> str:
-        """Step, loss and speed; epoch, share done, rate, memory; from the second row on, the time that is left."""
+        """Step, loss and speed; epoch, share done, rate, memory; from the second row on, the time that is left; and how
+        RankMe went so far."""
         words = [
             f"step {step}/{self.last_step}",
             f"loss {row['loss']:.4f}",
@@ -38,15 +39,13 @@ class Watch:
             f"lr {row['lr']:.3g}",
             f"{row['memory_gb']:.1f} GB",
         ]
-        return "  ".join([*words, *self._left(step, row["unix_time"])])
+        return "  ".join([*words, *self._left(step, row["unix_time"]), *self._rankme(row.get("rankme"))])
 
-    def epoch_line(self, step: int, row: Row) -> str:
-        """`line`, and how RankMe went so far."""
-        line, rankme = self.line(step, row), row.get("rankme")
-        if rankme is None:
-            return line
-        self.first_rankme = rankme if self.first_rankme is None else self.first_rankme
-        return f"{line}  rankme {self.first_rankme:.1f} -> {rankme:.1f} of {self.task.most_rankme}"
+    def _rankme(self, now: float | None) -> list[str]:
+        if now is None:
+            return []
+        self.first_rankme = now if self.first_rankme is None else self.first_rankme
+        return [f"rankme {self.first_rankme:.1f} -> {now:.1f} of {self.task.most_rankme}"]
 
     def _left(self, step: int, now: float) -> list[str]:
         """By the pace of this launch, evaluations and saves included; its first row has compilation behind it."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.distributed.launch import ROOT, TIMEOUT, environment
-from tests.machine import MACHINE
+from tests.machine import trajectory
 
 LEAD = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d r\d+  ", re.MULTILINE)
 GONE = 60  # seconds after which a process that nobody waits for counts as left behind
@@ -166,7 +166,7 @@ def rows(folder: Path) -> list[dict]:
 
 def timeless(folder: Path) -> list[dict]:
     """The rows of losses without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k not in MACHINE} for row in rows(folder) if "loss" in row]
+    return [row for row in trajectory(folder) if "loss" in row]
 
 
 def stopped_at(ended: Ended) -> int:

@@ -30,7 +30,7 @@ from engine.checkpoint.manifest import read_manifest, verify
 from engine.errors import UserError
 from tests.distributed.commands import ONE_PROCESS, QUICKSTART, TORCHRUN, Command, children_of, ranks_of, torchrun_ranks
 from tests.distributed.launch import TIMEOUT, environment
-from tests.machine import MACHINE
+from tests.machine import trajectory
 
 LAST = 40
 LOOK_SECONDS = 0.02
@@ -186,8 +186,7 @@ def left(folder: Path) -> tuple[dict, list[dict]]:
     newest = folder / "checkpoints" / (folder / "checkpoints/latest").read_text().strip()
     manifest = read_manifest(newest)
     verify(newest, manifest)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return manifest.files, [{k: v for k, v in row.items() if k not in MACHINE} for row in rows]
+    return manifest.files, trajectory(folder)
 
 
 def undisturbed(folder: Path, ranks: int) -> float:

@@ -9,7 +9,7 @@ from engine.errors import UserError
 from engine.recipe.load import load
 from engine.runs.pretrain import pretrain
 from tests.distributed.trajectories import RECIPE, SMALL
-from tests.machine import MACHINE
+from tests.machine import trajectory
 
 
 def train(world, run, *overrides, earlier=None):
@@ -17,11 +17,6 @@ def train(world, run, *overrides, earlier=None):
     values = [*SMALL, "model.dim=16", "model.heads=2", "data.workers=0", f"run.dir={run}"]
     values += ["train.max_steps=6", "checkpoint.every_steps=2", *overrides]
     pretrain(load(RECIPE, values), RECIPE, world, earlier)
-
-
-def rows(run) -> list[dict]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    return [{key: value for key, value in row.items() if key not in MACHINE} for row in found]
 
 
 def names(run) -> list[str]:
@@ -52,11 +47,11 @@ def test_it_makes_the_steps_again_and_keeps_the_first_ones(world, whole, run, ca
     out = capfd.readouterr().out
     assert "set aside step_0000006.left-1, step_0000004.left-1, later than step_0000002" in out
     assert "back to step_0000002: leave --from out from now on" in out, "the same command would go back again"
-    assert rows(run) == rows(whole)[:2]
+    assert trajectory(run) == trajectory(whole)[:2]
     train(world, run)  # which does not take the later ones
     assert f"resumed   {step_2} at step 2" in capfd.readouterr().out
     assert names(run) == sorted([*left, "step_0000004", "step_0000006"])
-    assert rows(run) == rows(whole)
+    assert trajectory(run) == trajectory(whole)
     manifests = [run / f"checkpoints/step_0000006{aside}/MANIFEST.json" for aside in ("", ".left-1")]
     files = [json.loads(manifest.read_text())["files"] for manifest in manifests]
     assert files[0] == files[1]
@@ -85,7 +80,7 @@ def test_a_restarted_launch_does_not_go_back_twice(world, run, monkeypatch, capf
     assert names(run) == ["step_0000002", "step_0000004", "step_0000004.left-1", "step_0000006.left-1"]
     train(world, run, "train.max_steps=5", earlier=step_2)
     assert "--from is not obeyed twice" in capfd.readouterr().out
-    assert rows(run)[-1]["step"] == 5
+    assert trajectory(run)[-1]["step"] == 5
     assert "step_0000004" in names(run)
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     train(world, run, "train.max_steps=2", earlier=step_2)  # the user's own word is

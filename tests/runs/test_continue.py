@@ -14,7 +14,7 @@ from engine.recipe.load import load
 from engine.runs.linear import linear
 from engine.runs.pretrain import Pretraining, pretrain
 from tests.distributed.trajectories import KINDS, RECIPE, SMALL
-from tests.machine import MACHINE
+from tests.machine import trajectory
 from tests.runs.small import CHECKPOINT as PUBLISHED
 from tests.runs.small import linear_recipe
 
@@ -24,8 +24,7 @@ CHECKPOINT = "checkpoints/step_0000004"
 def train(world, run, *overrides) -> list[dict]:
     values = [*SMALL, "model.dim=16", "model.heads=2", "data.workers=0", f"run.dir={run}", "train.max_steps=4"]
     pretrain(load(RECIPE, [*values, *overrides]), RECIPE, world)
-    found = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    return [{key: value for key, value in row.items() if key not in MACHINE} for row in found]
+    return trajectory(run)
 
 
 @pytest.fixture(scope="module")

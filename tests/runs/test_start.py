@@ -1,7 +1,5 @@
 """Initial weights are drawn once where a run begins, and where it goes on not at all."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
@@ -12,7 +10,7 @@ from engine.runs.pretrain import build_state, make_moco, make_schedule, pretrain
 from engine.training.parallelize import local
 from models import initial
 from tests.distributed.trajectories import KINDS, RECIPE, SMALL
-from tests.machine import MACHINE
+from tests.machine import trajectory
 from tests.runs.small import finetune_recipe, run_finetune
 
 EVA = ["model.name=timm/eva02_tiny_patch14_224", "model.image_size=28", "model.freeze_patch_projection=false"]
@@ -45,11 +43,6 @@ def drawn(monkeypatch) -> list[str]:
     return names
 
 
-def rows(directory) -> list[dict]:
-    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in MACHINE} for row in found]
-
-
 @pytest.mark.parametrize("kind", ["vit", "vit_conv"])
 def test_weights_are_drawn_once_and_no_more_on_a_resume(tmp_path, spoiled, drawn, kind):
     def train(name: str, steps: int) -> None:
@@ -64,13 +57,13 @@ def test_weights_are_drawn_once_and_no_more_on_a_resume(tmp_path, spoiled, drawn
     drawn.clear()
     train("halves", 4)
     assert not drawn
-    assert rows(tmp_path / "halves") == rows(tmp_path / "unbroken")
+    assert trajectory(tmp_path / "halves") == trajectory(tmp_path / "unbroken")
 
 
 def test_a_classifier_goes_on_from_its_checkpoint_alone(tmp_path, spoiled):
     for name, steps in (("unbroken", 4), ("halves", 2), ("halves", 4)):
         run_finetune(finetune_recipe(tmp_path / name, f"train.max_steps={steps}", "train.ema_decay=0.9"))
-    whole, halves = ([row for row in rows(tmp_path / name) if "loss" in row] for name in ("unbroken", "halves"))
+    whole, halves = ([row for row in trajectory(tmp_path / name) if "loss" in row] for name in ("unbroken", "halves"))
     assert whole == halves
     assert len(whole) == 4
 

@@ -1,6 +1,5 @@
 """`model.weights`: both encoders of a new run begin with a trunk that has learned elsewhere, and its heads anew."""
 
-import json
 import shutil
 
 import pytest
@@ -17,7 +16,7 @@ from engine.runs.pretrain import Pretraining, pretrain, preview
 from engine.runs.starting import opened
 from engine.weights.opening import open_weights
 from tests.distributed.trajectories import KINDS, RECIPE, SMALL
-from tests.machine import MACHINE
+from tests.machine import trajectory
 from tests.runs.small import CHECKPOINT as PUBLISHED
 
 LAST = "checkpoints/step_0000002"
@@ -33,8 +32,7 @@ def recipe(run, *overrides):
 
 def train(world, run, *overrides) -> list[dict]:
     pretrain(recipe(run, *overrides), RECIPE, world)
-    found = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    return [{key: value for key, value in row.items() if key not in MACHINE} for row in found]
+    return trajectory(run)
 
 
 @pytest.fixture(scope="module")

@@ -63,5 +63,5 @@ def test_the_time_left_is_by_the_pace_of_this_launch(monkeypatch, world):
     monkeypatch.setattr(watching.time, "time", lambda: next(now))
     watch = watching.Watch(task, 100, {"rankme": 2.0})
     row = {"loss": 1.0, "images_per_second": 5.0, "epoch": 3.0, "lr": 0.5, "rankme": None}
-    texts = [watch.epoch_line(step, row | watch.measure()) for step in (10, 40, 70)]
+    texts = [watch.line(step, row | watch.measure()) for step in (10, 40, 70)]
     assert [text.partition(" GB")[2] for text in texts] == ["", "  0:02:00 left", "  0:00:15 left"]
