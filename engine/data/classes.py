@@ -1,6 +1,6 @@
 """Whether folders of pre-training's images are their classes: data.classes."""
 
-from engine.data.opening import align_or_drop, without_labels
+from engine.data.opening import align_or_drop, unknown_classes, without_labels
 from engine.data.source import Root, Source
 from engine.errors import UserError, listed
 from engine.recipe.sections import Classes
@@ -45,7 +45,7 @@ def _objection(root: Root, train: Source, val: Source | None) -> str | None:
         return "as images lie in folders inside them" if train.by_folder == "deeper" else None
     if val.classes is None:
         return "as validation images have none"
-    unknown = [name for name in val.classes if name not in train.classes]
+    unknown = unknown_classes(train, val)
     if len(unknown) == len(val.classes):
         return f"as validation has others ({listed(unknown, most=_SHOWN)})"
     if unknown:

@@ -258,8 +258,13 @@ class CenterCrop:
     interpolation: Interpolation = "bilinear"
     reading: Reading = AS_IT_IS
 
+    @property
+    def resized_side(self) -> int:
+        """Of the shorter side of an image before its centre is cut out, in pixels."""
+        return round(self.size / self.fraction)
+
     def __call__(self, image: Image.Image | Jpeg) -> Tensor:
         """An image of any mode, or a JPEG, to uint8 [3, S, S]; by Pillow, as numbers in papers are measured."""
-        side, by = round(self.size / self.fraction), F.InterpolationMode(self.interpolation)
-        resized = F.resize(to_rgb(image, self.reading), [side], by)
+        by = F.InterpolationMode(self.interpolation)
+        resized = F.resize(to_rgb(image, self.reading), [self.resized_side], by)
         return torch.from_numpy(np.array(F.center_crop(resized, [self.size, self.size])).transpose(2, 0, 1))

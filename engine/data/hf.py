@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from engine.data.collect import Numbering
 from engine.data.decode import decode
 from engine.data.jpeg import Jpeg
 from engine.data.labels import by_number, read_label
@@ -199,10 +200,11 @@ class HfSource(Source):
         self.labels, self.classes, self.notes = None, None, columns.notes
         if columns.label is not None:
             self._label(root, columns.label, columns.classes)
-        self.notes += _check_groups(root, tables, columns.image)
+        sizes = [table.sizes(columns.image) for table in tables]
+        self.notes += _check_groups(root, tables, sizes)
         sha256 = hashlib.sha256()
-        for table in tables:
-            sha256.update(table.sizes(columns.image).astype("<i8"))
+        for of_table in sizes:
+            sha256.update(of_table.astype("<i8"))
         if self.labels is not None:
             sha256.update(json.dumps(self.classes).encode() + self.labels.astype("<i8").tobytes())
         self.fingerprint = sha256.hexdigest()
@@ -251,22 +253,21 @@ def _as_numbers(values: Iterable[int | None]) -> np.ndarray:
 
 def _numbered(values: Iterable[int | str | None]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels by the classes that integers or texts name, and these; -1 for none (engine.data.labels)."""
-    number: dict[bytes, int] = {}
-    names = (read_label(b"cls", str("" if value is None else value).encode()) for value in values)
-    met_N = np.fromiter((number.setdefault(name, len(number)) for name in names), np.int64)
-    classes = by_number(name for name in number if name)
+    met = Numbering()
+    met_N = met.of(read_label(b"cls", str("" if value is None else value).encode()) for value in values)
+    classes = by_number(name for name in met.number if name)
     label = {name: i for i, name in enumerate(classes)}
-    return np.array([label.get(name, -1) for name in number], np.int64)[met_N], tuple(map(printable, classes))
+    return np.array([label.get(name, -1) for name in met.number], np.int64)[met_N], tuple(map(printable, classes))
 
 
-def _check_groups(root: Root, tables: Sequence[Table], image: str) -> tuple[str, ...]:
-    """A line where an image costs the reading of many others.
+def _check_groups(root: Root, tables: Sequence[Table], sizes: Sequence[np.ndarray]) -> tuple[str, ...]:
+    """A line where an image costs the reading of many others. sizes: of each table's images (`Table.sizes`).
 
     Raises:
         UserError: of too many.
     """
-    parquet = [table for table in tables if table.path.suffix.lower() == PARQUET]
-    largest = max((int(table.sizes(image)[1::2].max()) for table in parquet), default=0) >> 20
+    parquet = [each for table, each in zip(tables, sizes, strict=True) if table.path.suffix.lower() == PARQUET]
+    largest = max((int(each[1::2].max()) for each in parquet), default=0) >> 20
     do = "write the files anew with row_group_size=100, or save_to_disk what they hold"
     if largest > _MOST_MIB:
         must = f"must have row groups of at most {_MOST_MIB} MiB, as all of one is read for an image"

@@ -104,11 +104,17 @@ def without_labels(source: Source, *notes: str) -> Source:
     return bare
 
 
+def unknown_classes(train: Source, val: Source) -> list[str]:
+    """Those of val that train does not have; both have some."""
+    known = set(train.classes)
+    return [name for name in val.classes if name not in known]
+
+
 def align_or_drop(train: Source, val: Source) -> Source:
     """`align_labels`; but where all images of a side lie in one folder that the other side lacks, that is no class, and
     `val` is left without labels."""
     if train.classes and val.classes and 1 in (len(train.classes), len(val.classes)):
-        unknown = [name for name in val.classes if name not in train.classes]
+        unknown = unknown_classes(train, val)
         if unknown:
             known = listed(train.classes, most=5)
             return without_labels(
@@ -125,12 +131,11 @@ def align_labels(train: Source, val: Source) -> Source:
     aligned = without_labels(val)
     if train.labels is None or val.labels is None:
         return aligned
-    known = set(train.classes)
-    unknown = [name for name in val.classes if name not in known]
+    unknown = unknown_classes(train, val)
     if unknown:
         raise UserError(
             f"validation classes ({listed(unknown, most=5)}) must be among the "
-            f"{len(known)} classes of the training data; name the folders alike"
+            f"{len(set(train.classes))} classes of the training data; name the folders alike"
         )
     aligned.labels, aligned.classes = val.labels_among(train.classes), train.classes
     return aligned

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from engine.data.began import as_begun, list_of
 from engine.data.classes import settle_classes
+from engine.data.joined import JoinedSource
 from engine.data.opening import align_labels, guess_kind, open_source, open_validation
 from engine.data.source import Root, Source
 from engine.data.subset import take_labels
@@ -132,6 +133,17 @@ def open_labelled(
 def open_unlabelled(root: Root, world: World) -> Source:
     """The training images of a root, labelled or not. Raises UserError on every rank."""
     return _open_together(lambda: Splits(open_source(root, "train"), None), world, str(root)).train
+
+
+def open_all(root: Root, world: World) -> Source:
+    """Every image of a root; where it holds train and val, both, and names begin so. Raises UserError on every rank."""
+
+    def find() -> Splits:
+        train, val = open_source(root, "train"), open_source(root, "val")
+        assert train is not None, "only a val split may be missing"
+        return Splits(train if val is None else JoinedSource([train, val], ["train", "val"]), None)
+
+    return _open_together(find, world, str(root)).train
 
 
 def _as_begun(data: Data, begun: Path | None, split: str, source: Source) -> Source:

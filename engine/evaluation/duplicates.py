@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.data.source import Root, Source
+from engine.data.splits import open_all
 from engine.data.workers import Workers
 from engine.distributed.agreement import all_gather
 from engine.distributed.world import World
 from engine.errors import UserError
 from engine.evaluation.features import Features, features, progress
 from engine.evaluation.knn import gather_rows
-from engine.evaluation.rows import open_all, writing
+from engine.evaluation.rows import writing
 from engine.evaluation.subject import open_subject_together
 from engine.files import replace_file
 

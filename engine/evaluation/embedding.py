@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.source import Root, Source
+from engine.data.splits import open_all
 from engine.data.workers import Workers
 from engine.distributed.world import World
 from engine.errors import UserError
 from engine.evaluation.features import Features
-from engine.evaluation.rows import Array, Sink, Table, check_new, open_all, write_rows, written
+from engine.evaluation.rows import Array, Sink, Table, check_new, write_rows, written
 from engine.evaluation.subject import open_subject_together
 
 if TYPE_CHECKING:

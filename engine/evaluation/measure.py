@@ -8,6 +8,7 @@ What is raised is raised on every rank: UserError for images and CHECKPOINT, Run
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.nn import functional as F
 
 from engine.data.source import Root
@@ -79,11 +80,10 @@ def measure_fast_linear(
     with Workers(splits, workers, device=world.device) as readers:
         subject = open_subject_together(checkpoint, world, **choice)
         note(in_words(checkpoint, subject, splits, **choice))
-        sides = [
-            gather_rows(features(subject, source, name, world, readers), world.group)
-            for name, source in splits._asdict().items()
-        ]
-    warn_of_same_images(*sides, world)
+        bank = features(subject, splits.train, "train", world, readers)
+        query = gather_rows(features(subject, splits.val, "val", world, readers), world.group)
+    warn_of_same_images(bank, query, world)
+    sides = [gather_rows(bank, world.group), query]
     standard = fast_linear.standardise(*(rows.feature_ND for rows in sides))
     sides = [rows._replace(feature_ND=x).to(world.device) for rows, x in zip(sides, standard, strict=True)]
     mine = []
@@ -122,5 +122,6 @@ def _marks(rows: Features) -> list[bytes]:
 
     All features count: of the pixels of different images the first may well be of one colour.
     """
-    direction_ND = F.normalize(F.adaptive_avg_pool1d(rows.feature_ND.double(), 16), dim=1).cpu()
+    pooled = [F.adaptive_avg_pool1d(some_ND.double(), 16) for some_ND in rows.feature_ND.split(1024)]  # no whole copy
+    direction_ND = F.normalize(torch.cat(pooled), dim=1).cpu()
     return [row_D.tobytes() for row_D in (direction_ND * 1e5).round().int().numpy()]

@@ -14,17 +14,15 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 
-from engine.data.joined import JoinedSource
-from engine.data.opening import open_source
-from engine.data.source import Root, Source
+from engine.data.source import Source
 from engine.data.workers import Workers
 from engine.distributed.agreement import agreement, all_gather, broadcast, gather
-from engine.distributed.world import World, once_per_node
+from engine.distributed.world import World
 from engine.errors import RunFailed, UserError, reason
 from engine.evaluation.features import BATCH, Features, batches_for, extract, progress, rank_slice
 from engine.evaluation.subject import Subject
 from engine.files import draft, publish
-from engine.logger import note, warn
+from engine.logger import warn
 
 
 class Sink(Protocol):
@@ -33,22 +31,6 @@ class Sink(Protocol):
     def write(self, rows: Features) -> None: ...
 
     def close(self) -> None: ...
-
-
-def open_all(root: Root, world: World) -> Source:
-    """Every image of a root; where it holds train and val, both, and names begin so. Raises UserError on every rank."""
-
-    def find() -> Source:
-        train, val = open_source(root, "train"), open_source(root, "val")
-        assert train is not None, "only a val split may be missing"
-        return train if val is None else JoinedSource([train, val], ["train", "val"])
-
-    source = once_per_node(world, find)
-    if len(set(all_gather(source.fingerprint, world.host_group))) > 1:
-        raise UserError(f"{root} must hold the same images on every node; copy them again")
-    for line in source.notes:
-        note(line)
-    return source
 
 
 def batches_of_rows(subject: Subject, source: Source, what: str, world: World, readers: Workers) -> Iterator[Features]:

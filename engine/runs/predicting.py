@@ -14,10 +14,11 @@ from engine.checkpoint.manifest import read_manifest
 from engine.checkpoint.state import RunState
 from engine.data.decode import Reading
 from engine.data.source import Root, Source
+from engine.data.splits import open_all
 from engine.data.workers import Workers
 from engine.distributed.world import World, in_turn
 from engine.errors import UserError
-from engine.evaluation.rows import Table, open_all, write_rows, written
+from engine.evaluation.rows import Table, write_rows, written
 from engine.evaluation.subject import Subject, open_subject
 from engine.recipe.load import loads, task_of
 from engine.recipe.sections import Finetune, Linear

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from engine.recipe.identity import flatten
 from engine.recipe.load import loads
-from engine.weights.format import resized_side
 from engine.weights.formats.table import format_page
 from engine.weights.weights import REFERENCE_LICENCE, About, Weights
 
@@ -73,7 +72,7 @@ def _use(weights: Weights, use: str, path: Path) -> str:
     transform = (
         "from PIL import Image\nfrom torchvision import transforms\n\n"
         "transform = transforms.Compose([\n"
-        f"    transforms.Resize({resized_side(crop)}, transforms.InterpolationMode('{crop.interpolation}')),\n"
+        f"    transforms.Resize({crop.resized_side}, transforms.InterpolationMode('{crop.interpolation}')),\n"
         f"    transforms.CenterCrop({crop.size}),\n"
         "    transforms.ToTensor(),\n"
         f"    transforms.Normalize({list(about.mean)}, {list(about.std)}),\n"

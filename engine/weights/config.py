@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,13 @@ def _of_timm(content: dict[str, Any]) -> Config:
     crop = None if said.get("crop_pct") is None else float(said["crop_pct"])
     prepared = Config(width, _three(said["mean"]), _three(said["std"]), classifier=classifier, crop_fraction=crop)
     if set(arguments) == set(MODEL_ARGS):
-        return Config(**vars(prepared) | {"model_args": arguments})
+        return replace(prepared, model_args=arguments)
     if set(arguments) == RESNET_ARGS:
         return prepared
     if set(arguments) - {"img_size"}:
         raise ValueError(f"its model_args must be known; {', '.join(map(one_line, arguments))} are not")
     architecture = Architecture("timm", {"name": str(content["architecture"]), "image_size": width})
-    return Config(**vars(prepared) | {"architecture": architecture})
+    return replace(prepared, architecture=architecture)
 
 
 def _of_transformers(content: dict[str, Any], processor: dict[str, Any]) -> Config:

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.data.decode import CenterCrop
 from engine.weights.names import Naming
 from engine.weights.weights import MARK, Weights
 from models.architecture import Architecture
@@ -91,11 +90,6 @@ def _own_memory(tensor: Tensor, taken: set[int]) -> Tensor:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     taken.add(tensor.untyped_storage().data_ptr())
     return tensor
-
-
-def resized_side(crop: CenterCrop) -> int:
-    """Of the shorter side of an image before its centre is cut out, in pixels."""
-    return round(crop.size / crop.fraction)
 
 
 def metadata(weights: Weights) -> dict[str, str]:

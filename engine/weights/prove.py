@@ -13,7 +13,6 @@ from torch.nn.functional import cosine_similarity, linear
 
 from engine.data.decode import CenterCrop
 from engine.errors import RunFailed, one_line
-from engine.weights.format import resized_side
 from engine.weights.formats.table import format_page
 from engine.weights.read import read_weights
 from engine.weights.weights import EncoderName, Weights, fill_trunk
@@ -87,7 +86,7 @@ def _photo(crop: CenterCrop) -> Image.Image:
 
     Its width leaves whole pixels beside the centre, as libraries round halves up or down.
     """
-    height = resized_side(crop)
+    height = crop.resized_side
     width = crop.size + 4 * (height // 4)
     coarse = np.random.default_rng(0).integers(0, 256, (7, 11, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((2 * width, 2 * height), Image.Resampling.BICUBIC)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine.data.decode import CenterCrop
 from engine.errors import UserError
-from engine.weights.format import PICKLES, SAFETENSORS, Format, collect, metadata, resized_side
+from engine.weights.format import PICKLES, SAFETENSORS, Format, collect, metadata
 from engine.weights.names import TRUNK
 from engine.weights.weights import Weights
 from models.architecture import Architecture
@@ -117,7 +117,7 @@ def _preparation(weights: Weights) -> dict[str, Any]:
 
 def _crop_pct(crop: CenterCrop) -> float:
     """The fraction by which timm, which rounds sides down, resizes as evaluation does."""
-    side = resized_side(crop)
+    side = crop.resized_side
     near = (crop.fraction, crop.size / side, math.nextafter(crop.size / side, 0))
     return next(fraction for fraction in near if math.floor(crop.size / fraction) == side)
 

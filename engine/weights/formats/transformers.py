@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.data.decode import RESAMPLING, CenterCrop
-from engine.weights.format import Format, collect, metadata, resized_side
+from engine.weights.format import Format, collect, metadata
 from engine.weights.names import Naming
 from engine.weights.weights import Weights
 from models.architecture import Architecture
@@ -67,7 +67,7 @@ def write_config(weights: Weights, folder: Path) -> None:
 
 def _shortest_edge(crop: CenterCrop) -> int:
     """Of a resized image, one pixel more where transformers would cut the centre out half a pixel elsewhere."""
-    side = resized_side(crop)
+    side = crop.resized_side
     return side + (side % 2 and round((side - crop.size) / 2) != (side - crop.size) // 2)
 
 
