@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
 
 def _print(recipe: Pretrain, file: Path) -> None:
     with joined(str(file)) as world:
-        from engine.runs.pretrain import preview
+        from engine.runs.preview import preview
 
         text = preview(recipe, file, world)
     show(text)

@@ -19,7 +19,7 @@ from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.evaluation.subject import Subject
 from engine.recipe.keys import wrong
 from engine.recipe.paths import named
-from engine.recipe.sections import Pretrain
+from engine.recipe.sections import Evaluate, Pretrain
 from engine.training.step import TrainState
 
 K = 20  # neighbours
@@ -107,3 +107,22 @@ def monitor_row(
     gram_DD = feature_gram(query.feature_ND, world.group)  # a sum of as many equal ones as there are ranks
     row["val_rankme"] = rankme_from_gram(gram_DD).item()
     return row if probe is None else row | probe.accuracy(query.feature_ND, query.label_N)
+
+
+def monitor_in_words(evaluate: Evaluate, splits: Splits, watched: Splits, bank: Source | None) -> list[str]:
+    """Lines where labelled images lie beside those of training, or kNN or the probe is wanted and off.
+
+    bank: kNN's neighbours; None where `has_monitor` does not hold.
+    """
+    needs = f"it needs labelled validation images and at least {K} labelled training images"
+    own, lines = watched is not splits, []
+    if bank is None and evaluate.knn_every_epochs:
+        do = "pass evaluate.train_root and evaluate.val_root for labelled images beside these, or watch `rankme`"
+        lines.append(f"monitor   kNN is off: {needs}; {do}")
+    if own and evaluate.knn_every_epochs:
+        found = f"{len(bank):,} as neighbours of {len(watched.val):,}, {len(watched.train.classes)} classes"
+        lines.append(f"monitor   kNN on labelled images beside: {found}")
+    if evaluate.online_probe and (bank is None or own):
+        why = "training images have none of evaluate.train_root's labels" if own else needs
+        lines.append(f"probe     the online probe is off: {why}")
+    return lines

@@ -25,21 +25,18 @@ from engine.evaluation.online_probe import PREFIX
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.logger import say, warn
 from engine.recipe.keys import wrong
-from engine.recipe.load import dump, locate, located
-from engine.recipe.paths import each
 from engine.recipe.sections import Pretrain
-from engine.recipe.shipped import FOLDER
-from engine.runs.auto import on_this_machine, settled
+from engine.runs.auto import settled
 from engine.runs.changes import begun
 from engine.runs.continuing import find_source
 from engine.runs.log import Row
-from engine.runs.monitor import K, has_monitor, make_probe, monitor_row, open_bank, open_watched
+from engine.runs.monitor import has_monitor, make_probe, monitor_in_words, monitor_row, open_bank, open_watched
 from engine.runs.run import run
 from engine.runs.starting import Start, open_first, open_start
 from engine.runs.task import Task
+from engine.runs.words import few_steps, images_in_words, loss_in_words, own_images, result_in_words
 from engine.training.activation_checkpoint import check_activation_checkpoint
 from engine.training.health import health
-from engine.training.loss import chance_level
 from engine.training.micro_batch import MicroBatches
 from engine.training.parallelize import check_compiler, compiled, dtype_of, materialize, parallelize, saved
 from engine.training.schedule import MocoSchedule
@@ -48,8 +45,6 @@ from engine.training.update import Update
 from engine.weights.weights import declared
 from models.moco import MoCo
 from models.norm import has_batch_norm
-
-FEW_STEPS = 10  # of an epoch: fewer are said
 
 
 def pretrain(recipe: Pretrain, recipe_file: Path, world: World, earlier: Path | None = None) -> None:
@@ -72,39 +67,6 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World, earlier: Path | 
     task = Pretraining(recipe, recipe_file, world, splits, watched, moco)
     task.written, task.begin = written, begin
     run(task, started, earlier)
-
-
-def preview(recipe: Pretrain, recipe_file: Path, world: World) -> str:
-    """The recipe with every key, and as comments what follows from it: sizes, and what a run says when it begins.
-
-    Writes and fetches nothing; where images are missing, a comment says so. Raises UserError for what a run would
-    refuse.
-    """
-    written, recipe = recipe, settled(recipe, world)
-    moco = make_moco(recipe)
-    lines = [_sizes(moco), *on_this_machine(written, recipe, world)]
-    open_first(recipe, recipe_file, world, fetch=False)
-    batch = recipe.train.global_batch_size
-    try:
-        former = begun(recipe, world)
-        splits = open_splits(recipe.data, recipe_file, world, batch=batch, read_only=True, begun=former)
-        watched = open_watched(recipe, recipe_file, world, splits, read_only=True)
-        lines += Pretraining(recipe, recipe_file, world, splits, watched, moco).opening()
-    except UserError as error:
-        if all(locate(root, recipe_file).exists() for root in each(recipe.data.root)):
-            raise
-        lines.append(f"data      {error}")
-        lines.append(f"schedule  {recipe.train.epochs} epochs, whose steps follow from the images")
-    return "\n".join([dump(located(written, recipe_file)), *(f"# {line}" for line in lines)])
-
-
-def _sizes(moco: MoCo) -> str:
-    def count(part: nn.Module) -> str:
-        return f"{sum(p.numel() for p in part.parameters()) / 1e6:,.1f} M"
-
-    base = moco.base
-    heads = f"projector {count(base.projector)}, predictor {count(moco.predictor)}"
-    return f"networks  trunk {count(base.trunk)} parameters, features of width {moco.width}; {heads}"
 
 
 def make_moco(recipe: Pretrain) -> MoCo:
@@ -291,59 +253,18 @@ class Pretraining(Task):
             return None
 
     def opening(self) -> list[str]:
-        train, val, schedule = *self.splits, self.schedule
-        labels = "unlabelled" if train.labels is None else f"{len(train.classes)} classes"
-        images = "no validation images" if val is None else f"{len(val):,} for validation"
-        chance = chance_level(self.recipe.moco.temperature, self.order.batch)
-        lines = [
-            f"data      {len(train):,} training images ({labels}), {images}",
+        recipe, schedule, (train, val) = self.recipe, self.schedule, self.splits
+        return [
+            images_in_words(train, val),
             f"schedule  {self.epochs_in_words}: {schedule.total_steps:,} steps",
             f"rates     peak lr {schedule.peak_lr:g}, encoder momentum from {schedule.momentum:g} to 1",
-            f"loss      by chance {chance:.2f}: 4 T ln({self.order.batch})",
+            loss_in_words(recipe.moco.temperature, self.order.batch),
+            *few_steps(self.order, self.world.size),
+            *monitor_in_words(recipe.evaluate, self.splits, self.watched, self.bank),
         ]
-        return lines + self._short_epochs() + self._monitor_in_words()
-
-    def _short_epochs(self) -> list[str]:
-        """A line where an epoch has few steps, as it must to leave out a tenth of the images or more."""
-        images, batch, steps = len(self.splits.train), self.order.batch, self.order.steps_per_epoch
-        if steps >= FEW_STEPS:
-            return []
-        fits = images // FEW_STEPS // self.world.size * self.world.size
-        do = f"pass train.global_batch_size={fits} for {images // fits} steps" if fits > 1 else "give it more images"
-        left = images - steps * batch
-        left_out = f" and leaves out {left:,} of {images:,} images, others each time" if left else ""
-        return [f"warning   an epoch has {steps} step{'s' * (steps > 1)}{left_out}: {do}"]
-
-    def _monitor_in_words(self) -> list[str]:
-        evaluate, watched = self.recipe.evaluate, self.watched
-        needs = f"it needs labelled validation images and at least {K} labelled training images"
-        own, lines = watched is not self.splits, []
-        if self.bank is None and evaluate.knn_every_epochs:
-            do = "pass evaluate.train_root and evaluate.val_root for labelled images beside these, or watch `rankme`"
-            lines.append(f"monitor   kNN is off: {needs}; {do}")
-        if own and evaluate.knn_every_epochs:
-            found = f"{len(self.bank):,} as neighbours of {len(watched.val):,}, {len(watched.train.classes)} classes"
-            lines.append(f"monitor   kNN on labelled images beside: {found}")
-        if evaluate.online_probe and (self.bank is None or own):
-            why = "training images have none of evaluate.train_root's labels" if own else needs
-            lines.append(f"probe     the online probe is off: {why}")
-        return lines
 
     def result(self, monitor_rows: list[Row], last: Row | None) -> str:
-        """null stands in a row for a number that is not finite."""
-        knn = [f"{row['knn_top1']:.2%}" for row in monitor_rows]
-        probe = [f"{row['probe_top1']:.2%}" for row in monitor_rows if "probe_top1" in row]
-        words = [f"kNN top-1 {knn[0]} -> {knn[-1]}"] if knn else []
-        words += [f"probe top-1 {newest}" for newest in probe[-1:]]
-        if last is not None:
-            nan = float("nan")
-            loss, share, rank = (nan if last[key] is None else last[key] for key in ("loss", "chance_share", "rankme"))
-            words.append(f"loss {loss:.3f} ({share:.0%} of chance), rankme {rank:.1f} at step {last['step']:,}")
-        return ", ".join(words) or "unknown: metrics.jsonl has no rows"
+        return result_in_words(monitor_rows, last)
 
     def finish(self, directory: Path) -> list[str]:
-        """After a run on images that come with the engine, what to do with others."""
-        if not locate(each(self.recipe.data.root)[0], self.recipe_file).absolute().is_relative_to(FOLDER):
-            return []
-        run = "mocov3 run own_photos_small data.root=/path/to/images"
-        return [f"          images of your own: {run}; the README's table has more"]
+        return own_images(self.recipe, self.recipe_file)

@@ -8,7 +8,8 @@ from PIL import Image
 
 from engine.errors import UserError
 from engine.recipe.load import load
-from engine.runs.pretrain import pretrain, preview
+from engine.runs.pretrain import pretrain
+from engine.runs.preview import preview
 from tests.distributed.trajectories import RECIPE, SMALL
 
 SHADES = {"dark": 20, "bright": 220}

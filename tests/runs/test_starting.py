@@ -12,7 +12,8 @@ from engine.checkpoint.manifest import read_manifest
 from engine.errors import UserError
 from engine.recipe.load import load
 from engine.runs.importing import import_weights
-from engine.runs.pretrain import Pretraining, pretrain, preview
+from engine.runs.pretrain import Pretraining, pretrain
+from engine.runs.preview import preview
 from engine.runs.starting import opened
 from engine.weights.opening import open_weights
 from tests.distributed.trajectories import KINDS, RECIPE, SMALL
@@ -125,7 +126,8 @@ def test_a_bare_trunk_of_others_on_another_grid(world, begun, tmp_path, capfd):
 
 
 def test_mistakes_are_one_line_before_there_are_images(world, source, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.runs.pretrain.open_splits", None)
+    for module in ("pretrain", "preview"):
+        monkeypatch.setattr(f"engine.runs.{module}.open_splits", None)
     monkeypatch.setattr("engine.weights.opening.unreachable", lambda config: "huggingface.co does not answer")
     trunk = trunk_of_timm(tmp_path / "bare.pth", img_size=28, patch_size=7, embed_dim=24, depth=2, num_heads=2)
     torch.save(trunk | {"cls_token": trunk["cls_token"] * float("nan")}, tmp_path / "nan.pth")
