@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 300  # seconds after which a launch counts as hanging
+TIMEOUT = 900  # seconds after which a launch counts as hanging: one that compiles takes minutes on a busy machine
 
 
 def environment(**extra: str) -> dict[str, str]:
