@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -17,6 +18,7 @@ from engine.logger import warn
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _RETRY_SECONDS = 0.2
+_SWEPT_SECONDS = 10.0  # that a draft may be held by who looks whether its writer lives
 _BLOCK = 1 << 16  # bytes that are read at once from a file's end
 
 
@@ -74,6 +76,24 @@ def remove_drafts(folder: Path, names: Collection[str]) -> None:
         name, found, _ = path.name.rpartition(".tmp-")
         if found and name in names:
             remove(path)
+
+
+@contextmanager
+def shared_draft(path: Path) -> Iterator[Path]:
+    """`draft` of a file that anybody may write, also several at once: locked while its writer lives. Raises OSError."""
+    with draft(path) as place, lock(place, f"{place} must be its writer's alone", _SWEPT_SECONDS):
+        yield place
+
+
+def sweep(folder: Path, suffix: str) -> None:
+    """Remove what killed processes left of `shared_draft`s whose names end in suffix; where nothing can be locked or
+    removed, nothing."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if re.fullmatch(rf".*{re.escape(suffix)}\.tmp-[0-9a-f]{{8}}", path.name, re.DOTALL) and path.is_file():
+                with suppress(OSError), path.open("r+b") as file:
+                    if _try_lock(file):
+                        path.unlink()
 
 
 def sync(place: Path | IO) -> None:

@@ -26,7 +26,7 @@ from engine.data.members import find_images
 from engine.data.names import Names
 from engine.data.survey import Survey
 from engine.errors import UserError, reason
-from engine.files import draft, publish
+from engine.files import publish, shared_draft
 from engine.logger import warn
 
 _FORMAT = 3
@@ -154,8 +154,8 @@ def _save(index: TarIndex, tar: Path, stamp: np.ndarray) -> None:
             if not may_be_written(path, _BEGIN):
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            with draft(path) as place:
-                with place.open("xb") as file:
+            with shared_draft(path) as place:
+                with place.open("wb") as file:
                     np.savez(file, **arrays)
                 publish(place, path)
             return

@@ -22,7 +22,7 @@ import numpy as np
 
 from engine.data.names import Names
 from engine.data.source import ByFolder
-from engine.files import draft, publish
+from engine.files import publish, shared_draft, sweep
 from engine.logger import warn
 
 SUFFIX = ".index"
@@ -140,8 +140,9 @@ def _write(path: Path, columns: Columns, facts: dict) -> None:
     columns = dict(sorted(columns.items(), key=lambda each: _type(each[0])))  # numbers first, at whole multiples
     header, _ = file_header({name: column.seek(0, os.SEEK_END) for name, column in columns.items()}, facts)
     checksum, whole = zlib.crc32(header), 0
-    with draft(path) as place:
-        with place.open("xb") as file:
+    sweep(path.parent, SUFFIX)
+    with shared_draft(path) as place:
+        with place.open("wb") as file:
             file.write(header)
             for column in columns.values():
                 column.seek(0)

@@ -15,7 +15,7 @@ from engine.data.collect import Collector, Numbering
 from engine.data.contents import spread
 from engine.data.decode import IMAGE_SUFFIXES, is_image_name
 from engine.data.index import TarIndex, TarReader, checksum_of_headers, open_index
-from engine.data.listing import Columns, Listing, open_listing
+from engine.data.listing import SUFFIX, Columns, Listing, open_listing, places
 from engine.data.names import Names, first_folders
 from engine.data.naming import are_numbered, class_of_tar, is_tar_name, split_of_tar
 from engine.data.paths import FileSource
@@ -23,6 +23,7 @@ from engine.data.rules import RULES
 from engine.data.source import Root, Source, Split, part_of
 from engine.data.survey import Survey, printable
 from engine.errors import UserError, listed
+from engine.files import sweep
 
 _PLACE = ".tars"  # their index has a name that no folder beside them, which they may be packed of, gives its own
 _HEADERS = 64  # of images, spread over all tars, that a saved listing is compared with
@@ -185,6 +186,8 @@ class _Tally(NamedTuple):
 def _list(tars: Sequence[Path], is_split: bool, read_only: bool) -> tuple[Columns, dict]:
     """All images in the tars, of which one index after the other is in memory."""
     stamp = _stamp(tars, is_split)
+    for place in () if read_only else places(tars[0]):
+        sweep(place.parent, SUFFIX)
     collector, labels, survey, tally = Collector(), Numbering(), Survey(), _Tally([], [], [])
     for tar in tars:
         index = open_index(tar, read_only=read_only)

@@ -230,6 +230,19 @@ def test_a_damaged_file_does_not_matter(root, tmp_path, kind):
     assert not [each.name for each in tmp_path.iterdir() if "tmp-" in each.name]
 
 
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_what_a_killed_process_left_of_an_index_is_swept(root, tmp_path, monkeypatch, kind):
+    if kind == "shards":
+        root = tars(tmp_path / "tars", {"a/1.png": png(1)})
+        monkeypatch.setattr(listing, "_WORTH_A_FILE", 9)  # the tar's index alone
+    left = {"folder": tmp_path / "root.index.tmp-0123abcd", "shards": root / "000.tar.index.tmp-0123abcd"}[kind]
+    left.touch()
+    opened(root, kind, read_only=True)
+    assert left.exists()
+    opened(root, kind)
+    assert not left.exists()
+
+
 def test_a_file_that_is_too_long_to_be_compared_has_its_header_compared(root, tmp_path, monkeypatch):
     monkeypatch.setattr(listing, "_CHECKED", 0)
     found = facts(opened(root))
