@@ -11,6 +11,7 @@ from engine.errors import UserError, did_you_mean, one_line
 DOORS = {
     "run": "pre-train from a recipe; the same command resumes",
     "evaluate": "kNN, RankMe, linear classification, fine-tuning",
+    "check": "what the engine will make of images: unreadable ones, copies, sides, labels",
     "pack": "images of any source as tars",
     "export": "weights for timm, torchvision, transformers, DeiT, ONNX",
     "embed": "features of any images, as a file",

@@ -11,14 +11,10 @@ the result as JSON.
 """
 
 import re
-import sys
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from engine import cli, door
 from engine.errors import UserError, listed
@@ -27,8 +23,6 @@ from engine.logger import note, warn
 if TYPE_CHECKING:
     from engine.data.packing import Packing
     from engine.data.source import Source
-
-T = TypeVar("T")
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SAMPLED = 64  # images whose decoding is timed
@@ -55,7 +49,7 @@ def main(arguments: list[str]) -> None:
         note(line)
     splits = {"images": train} if val is None else {"train": train, "val": val}
     threads = max(1, cli.decoding_workers(options))
-    packing = Packing(splits, options.out, Form(options.shard_size, options.short_side), threads, _progress, warn)
+    packing = Packing(splits, options.out, Form(options.shard_size, options.short_side), threads, cli.progress, warn)
     for split, samples in packing.samples.items():
         if samples.renamed:
             note(f"{split}: classes have other names in files: {listed(samples.renamed, most=5)}")
@@ -108,11 +102,6 @@ def _milliseconds(source: "Source") -> float:
             to_rgb(source.read(i)).load()
             seconds.append(time.process_time() - began)
     return 1e3 * sum(seconds[1:]) / max(1, len(seconds) - 1)
-
-
-def _progress(items: Iterable[T], total: int, what: str) -> Iterable[T]:
-    seconds = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(items, what, total, mininterval=seconds, dynamic_ncols=True)
 
 
 if __name__ == "__main__":

@@ -75,10 +75,11 @@ def decode(data: bytes) -> Image.Image | Jpeg:
 
     Raises whatever Pillow raises where the bytes are no image; what is broken or cut short is found by `to_rgb`.
     """
-    return Jpeg.of(data) or _opened(data)
+    return Jpeg.of(data) or opened(data)
 
 
-def _opened(data: bytes) -> Image.Image:
+def opened(data: bytes) -> Image.Image:
+    """The same by Pillow alone."""
     Image.MAX_IMAGE_PIXELS = None  # it holds for the whole process and names no key: `Reading.check_size` does
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -93,10 +94,22 @@ def to_rgb(image: Image.Image | Jpeg, reading: Reading = AS_IT_IS) -> Image.Imag
     """
     reading.check_size(image)
     if isinstance(image, Jpeg):
-        image = _opened(image.data)
+        image = opened(image.data)
     image.load()
     rgb = _as_rgb(image, reading.range)
     return turned(rgb) if reading.exif_orientation else rgb
+
+
+def read_whole(image: Image.Image | Jpeg, reading: Reading = AS_IT_IS) -> None:
+    """Read every pixel, for what is wrong with them alone. Raises as `to_rgb`."""
+    reading.check_size(image)
+    if isinstance(image, Jpeg):
+        try:
+            image.pixels(4)  # fewer pixels, of all that the file holds
+            return
+        except ValueError:  # Pillow says what is an image, as where crops are cut
+            pass
+    to_rgb(image, replace(reading, exif_orientation=False))
 
 
 def _as_rgb(image: Image.Image, grey: tuple[float, float] | None) -> Image.Image:

@@ -1,5 +1,7 @@
 """What some images show of how all of them should be read, in a line each that names the key."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from engine.data.contents import spread
@@ -16,13 +18,18 @@ def hints(source: Source, reading: Reading) -> list[str]:
     if reading.range is not None:
         return []
     found = [most for i in spread(len(source), _LOOKED_AT) if (most := _largest(source, i)) is not None]
-    if not found or not 0 < max(found) <= _DARK:
-        return []
-    white = (1 << max(found).bit_length()) - 1
-    return [
-        f"16-bit images hold values up to {max(found)} of 65535 ({len(found)} looked at), and so come out dark; "
+    return [line] if (line := in_words(found)) else []
+
+
+def in_words(largest: Sequence[int]) -> str | None:
+    """What some images of 16 bits show by the largest value of each; None where they are not dark."""
+    if not largest or not 0 < max(largest) <= _DARK:
+        return None
+    white = (1 << max(largest).bit_length()) - 1
+    return (
+        f"16-bit images hold values up to {max(largest)} of 65535 ({len(largest):,} looked at), and so come out dark; "
         f"data.range=[0, {white}] makes them bright"
-    ]
+    )
 
 
 def _largest(source: Source, i: int) -> int | None:

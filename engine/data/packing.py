@@ -21,6 +21,7 @@ from engine.data.source import Root, Source
 from engine.errors import RunFailed, SystemRefused, UserError, reason
 from engine.files import draft, lock, publish, remove_drafts, replace_file, sync
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 _STATE = "pack.jsonl"  # what the tars are made of; and a line for each that is whole
@@ -154,7 +155,7 @@ class Packing:
 
     def _write(self, split: str, done: int, numbers: range) -> None:
         """The tars of a split after those that are done, of its images that are in none."""
-        samples = _in_order(self.samples[split].sample, numbers, self.threads)
+        samples = in_order(self.samples[split].sample, numbers, self.threads)
         found = iter(self._follow(zip(numbers, samples, strict=True), len(numbers), f"packing {split}"))
         ahead = next(found, None)
         while ahead is not None:
@@ -245,7 +246,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _in_order(make: Callable[[int], T], numbers: Iterable[int], threads: int) -> Iterator[T]:
+def in_order(make: Callable[[A], T], numbers: Iterable[A], threads: int) -> Iterator[T]:
     """What `make` returns for each number, made by threads a little ahead."""
     with ThreadPoolExecutor(threads) as pool:
         ahead: deque = deque()
