@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from engine.checkpoint import dcp, layout
 from engine.checkpoint.manifest import Damaged, Manifest, read_manifest, verify
 from engine.checkpoint.metadata import entry, read_metadata
+from engine.checkpoint.state import RunState
 from engine.distributed.agreement import agreement, broadcast, rank, size
 from engine.errors import UserError, listed
 from engine.logger import warn
@@ -69,6 +70,17 @@ def check_whole(folder: Path, name: Path) -> None:
     if layout.step_name(manifest.step) != name.name:
         raise Damaged(folder, f"its manifest is of step {manifest.step}")
     verify(folder, manifest)
+
+
+def read_state(path: Path, group: dist.ProcessGroup | None = None) -> tuple[Manifest, RunState]:
+    """What a checkpoint says beside its tensors, which rank 0 reads and tells the others. Raises UserError on every
+    rank."""
+    said = None
+    with agreement(group):
+        if rank(group) == 0:
+            manifest = read_manifest(path)
+            said = manifest, RunState.read(path, manifest)
+    return broadcast(said, group)
 
 
 def load(

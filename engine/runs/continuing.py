@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from engine.checkpoint.manifest import Manifest, read_manifest
+from engine.checkpoint.load import read_state
+from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.state import RunState
 from engine.data.order import PERMUTED
 from engine.distributed.agreement import agreement, broadcast
@@ -29,9 +30,8 @@ def find_source(recipe: Pretrain, recipe_file: Path, world: World) -> tuple[Path
         if world.is_first:
             folder = _folder(named, locate(named, recipe_file))
     folder = broadcast(folder, world.host_group)  # a run that goes on names a newer one every few minutes
+    manifest, state = read_state(folder, world.host_group)
     with agreement(world.host_group):
-        manifest = read_manifest(folder)
-        state = RunState.read(folder, manifest)
         _check_fits(named, manifest, state, recipe)
     say(f"continues {folder} of step {state.step:,}, with its optimizer state, at step 0 of this run's schedule")
     if loads(state.recipe, f"recipe of {folder}").run.seed == recipe.run.seed:

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.checkpoint.layout import read_pointer
-from engine.checkpoint.load import newest_valid
-from engine.checkpoint.manifest import Manifest, read_manifest
+from engine.checkpoint.load import newest_valid, read_state
+from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.retain import clean
 from engine.checkpoint.state import RunState
 from engine.data.hints import hints
@@ -129,8 +129,8 @@ def _found(directory: RunDirectory, task: Task, earlier: Path | None) -> tuple[P
             directory.check_fresh(task.recipe)
             check_run_directory(directory.path, task.sources())
             return None
-        manifest = read_manifest(checkpoint)
-        state = RunState.read(checkpoint, manifest)
+    manifest, state = read_state(checkpoint, group)
+    with agreement(group):
         check_same_recipe(state, manifest, task.recipe)
     task.changes = find_changes(task, state, directory.path)
     with agreement(group):

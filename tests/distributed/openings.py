@@ -1,4 +1,5 @@
-"""Which ranks look at the files of a data set, of four on two nodes; prints one JSON line for each kind of root.
+"""Which ranks look at the files of a data set, of four on two nodes; prints one JSON line for each kind of root, and at
+last one of runs and the tables of contents of their checkpoints.
 
 Arguments: a folder that holds roots. The nodes are made up: each rank calls itself one of its node's.
 """
@@ -17,8 +18,12 @@ from engine.data.splits import open_unlabelled
 from engine.distributed.agreement import all_gather
 from engine.distributed.world import World, process_group
 from engine.errors import UserError
+from engine.recipe.load import load
+from engine.runs.pretrain import pretrain
+from tests.distributed.trajectories import KINDS, RECIPE, SMALL
 
 RANKS, NODES = 4, 2
+TABLES = ("MANIFEST.json", ".metadata")
 
 
 def looks(root: Path, kind: str, world: World) -> dict:
@@ -46,6 +51,27 @@ def look_at_all(folder: Path, roots: list[str], world: World) -> None:
             print(json.dumps(found), flush=True)
 
 
+def tables_read(folder: Path, world: World) -> dict:
+    """How often each rank opens what says what is in a checkpoint: a run that goes on, and one that continues it."""
+    values = [*SMALL, *KINDS["vit"], "data.workers=0", "evaluate.online_probe=false"]
+    starts = {
+        "begins": [f"run.dir={folder / 'run'}", "train.max_steps=1"],
+        "goes on": [f"run.dir={folder / 'run'}", "train.max_steps=1"],
+        "continues": [f"run.dir={folder / 'more'}", f"run.continue_from={folder / 'run'}", "train.max_steps=1"],
+    }
+    found, seen = {}, []
+    sys.addaudithook(lambda event, given: seen.append(event) if _is_table(event, given, folder) else None)
+    for name, overrides in starts.items():
+        seen.clear()
+        pretrain(load(RECIPE, [*values, *overrides]), RECIPE, world)
+        found[name] = all_gather(len(seen), None)
+    return found
+
+
+def _is_table(event: str, given: tuple, folder: Path) -> bool:
+    return event == "open" and str(given[0]).startswith(str(folder)) and str(given[0]).endswith(TABLES)
+
+
 def main() -> None:
     with process_group() as world:
         node = world.rank * NODES // RANKS
@@ -57,6 +83,9 @@ def main() -> None:
         engine.data.unchanged.TICK_NS = 0
         engine.distributed.world._SMALL = 3000  # images of a file alone are
         look_at_all(Path(sys.argv[1]), ["folder", "tars"], world)
+        read = tables_read(Path(sys.argv[1]), world)
+        if world.is_first:
+            print(json.dumps(read), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,26 @@
-"""The files of a data set are looked at once on each node (tests/distributed/openings.py)."""
+"""Files that all ranks need are looked at by few of them (tests/distributed/openings.py)."""
+
+import pytest
 
 from tests.data.images import fill, pack, png
 from tests.distributed.launch import results
 from tests.distributed.openings import RANKS
 
 
-def test_one_rank_of_each_node_looks_at_the_files(tmp_path):
-    """It sends the others what is small; what is long lies in a file, which they open, and nothing else."""
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> list[dict]:
+    tmp_path = tmp_path_factory.mktemp("roots")
     fill(tmp_path / "folder", {f"{name}/{'long' * 9}-{k}.png": k for name in "abc" for k in range(9)})
     (tmp_path / "tars").mkdir()
     for name in "ab":
         (tmp_path / f"tars/{name}.tar").write_bytes(pack({f"{name}/{'long' * 9}-{k}.png": png(k) for k in range(30)}))
     (tmp_path / "nothing").mkdir()
-    folder, tars, nothing, unsent, long_folder, long_tars = results(RANKS, "tests.distributed.openings", tmp_path)
+    return results(RANKS, "tests.distributed.openings", tmp_path)
+
+
+def test_one_rank_of_each_node_looks_at_the_files(launched):
+    """It sends the others what is small; what is long lies in a file, which they open, and nothing else."""
+    folder, tars, nothing, unsent, long_folder, long_tars, _ = launched
     for each in (folder, tars, long_folder, long_tars):
         assert len({str(found) for found in each["found"]}) == 1
         assert each["found"][3][1]
@@ -28,3 +36,10 @@ def test_one_rank_of_each_node_looks_at_the_files(tmp_path):
     assert nothing["looks"][1:] == [0, 0, 0]
     assert len(set(unsent["looks"])) == 1 < unsent["looks"][0]
     assert unsent["found"] == folder["found"] == long_folder["found"]
+
+
+def test_one_rank_reads_what_is_in_a_checkpoint(launched):
+    *_, read = launched
+    for name in ("goes on", "continues"):
+        first, *others = read[name]
+        assert (first > 0, others) == (True, [0] * (RANKS - 1)), name
