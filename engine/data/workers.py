@@ -13,7 +13,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -49,7 +51,7 @@ class LoadingFailed(RunFailed):
 
 
 class Workers:
-    """Processes that read images of `sources`, for any number of threads; with none of them, each thread reads itself.
+    """Processes that read images of `sources`, for any number of threads; with none of them, this process reads.
 
     They are forked here and then kept: a lock that some thread of this process held at a later fork would stay locked
     in the new process for ever. Pixels come back through memory that both share, so none of /dev/shm is needed. They
@@ -70,7 +72,7 @@ class Workers:
     ):
         self.sources, self.count, self.device = tuple(sources), count, device or torch.device("cpu")
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        self._silence = _Silence(timeout)
+        self._silence = _Silence(timeout, "came from the loading processes" if count else "could be read")
         self._failed = ""  # why; what ends one read ends all, which would wait for the same disk or process
         self._all: list[_Worker] = []
         try:
@@ -103,7 +105,7 @@ class Workers:
             worker.process.join(max(0.0, deadline - time.monotonic()))
 
     def read(self, source: Source, work: Work, argument: Any, out: np.ndarray) -> Any:
-        """work(source, argument, out), by the first process that is free.
+        """work(source, argument, out), by the first process that is free; without any, in a thread of this one.
 
         Raises UserError and RunFailed as `work` does, and LoadingFailed where the process dies or is silent for too
         long.
@@ -112,7 +114,7 @@ class Workers:
         if number is None and self.sources:
             raise KeyError(f"{source} is none of the sources that these processes have")
         if not self._all or number is None:
-            return work(source, argument, out)
+            return self._read_here(partial(work, source, argument, out))
         worker = self._idle.get()
         try:
             reply = self._reply(worker, number, work, argument, out)
@@ -122,12 +124,32 @@ class Workers:
             raise reply
         return reply
 
+    def _read_here(self, read: Callable[[], Any]) -> Any:
+        """In a thread of its own, since one that waits for a disk can say nothing; it is left where it is silent."""
+        answer: Future[Any] = Future()
+
+        def work() -> None:
+            try:
+                answer.set_result(read())
+            except BaseException as error:
+                answer.set_exception(error)
+
+        if self._failed:
+            raise LoadingFailed(self._failed)
+        threading.Thread(target=work, name="read", daemon=True).start()
+        try:
+            self._silence.wait_for(lambda seconds: bool(wait([answer], seconds).done))
+        except BaseException as error:
+            self._failed = self._failed or one_line(error)
+            raise
+        return answer.result()
+
     def _reply(self, worker: "_Worker", source: int, work: Work, argument: Any, out: np.ndarray) -> Any:
         if self._failed:
             raise LoadingFailed(self._failed)
         try:
             worker.ask(source, work, argument, out.shape)
-            self._silence.wait_for(worker.connection)
+            self._silence.wait_for(worker.connection.poll)
             return worker.answer(out)
         except BaseException as error:  # this worker may still answer, and what comes next would take it for its own
             self._failed = self._failed or one_line(error)
@@ -181,26 +203,29 @@ def _shaped(memory: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class _Silence:
-    """Time in which nothing comes from any process that is waited for: said each minute, ended by `timeout` seconds.
+    """Time in which nothing comes of what is waited for: said each minute, ended by `timeout` seconds.
+
+    what: happens to no image meanwhile.
 
     It is counted in ticks, not by a clock: a machine that was suspended is not silent.
     """
 
-    def __init__(self, timeout: float):
-        self.timeout = timeout
+    def __init__(self, timeout: float, what: str):
+        self.timeout, self.what = timeout, what
         self._lock = threading.Lock()
         self._arrivals, self._said = 0, 0
 
-    def wait_for(self, connection: Connection) -> None:
+    def wait_for(self, poll: Callable[[float], bool]) -> None:
+        """poll: whether it has come, after so many seconds at most."""
         ticks, arrivals = 0, self._arrivals
-        while not connection.poll(_TICK):
+        while not poll(_TICK):
             ticks, arrivals = (ticks + 1 if arrivals == self._arrivals else 0), self._arrivals
             self._heed(ticks * _TICK)
         with self._lock:
             self._arrivals, self._said = self._arrivals + 1, 0
 
     def _heed(self, seconds: float) -> None:
-        silence = f"no image came from the loading processes for {min(seconds, self.timeout) / 60:.2g} minutes"
+        silence = f"no image {self.what} for {min(seconds, self.timeout) / 60:.2g} minutes"
         if seconds >= self.timeout:
             raise LoadingFailed(f"{silence}: the disk that holds the images may not answer")
         with self._lock:

@@ -256,22 +256,26 @@ def test_processes_that_the_system_refuses_are_an_error_of_one_line(source):
     assert multiprocessing.active_children() == []
 
 
-def test_silence_is_said_and_ends(monkeypatch, capsys):
+@pytest.mark.parametrize(("count", "what"), [(1, "came from the loading processes"), (0, "could be read")])
+def test_silence_is_said_and_ends(monkeypatch, capsys, count, what):
+    """Whoever reads: processes, or with none of them this one."""
     monkeypatch.setattr(workers, "SAY_SECONDS", 0.6)
     monkeypatch.setattr(workers, "_TICK", 0.1)
     source, expected = Slow(lambda: None), rows(batches(Slow(lambda: None)))
-    reads = itertools.count()
+    reads, over = itertools.count(), threading.Event()
     source.act = lambda: time.sleep(1 if next(reads) == 8 else 0)
-    assert rows(batches(source, workers=1, timeout=60)) == expected
+    assert rows(batches(source, workers=count, timeout=60)) == expected
     said = capsys.readouterr().err
-    assert said.count("warning: no image came from the loading processes for 0.01 minutes; after 1 that ends the") == 1
-    source.act = lambda: time.sleep(600 if next(reads) >= 8 else 0)
-    iterator = batches(source, workers=1, timeout=0.9)
+    assert said.count(f"warning: no image {what} for 0.01 minutes; after 1 that ends the run") == 1
+    stalled = itertools.count()
+    source.act = lambda: over.wait(600 if next(stalled) >= 8 else 0)
+    iterator = batches(source, workers=count, timeout=0.9)
     for whole in expected[:1]:
         assert rows([next(iterator)]) == [whole]
-    with pytest.raises(RunFailed, match=r"no image came .* for 0.0\d+ minutes: the disk that holds the images may not"):
+    with pytest.raises(RunFailed, match=rf"no image {what} for 0.0\d+ minutes: the disk that holds the images may not"):
         next(iterator)
-    assert "warning: no image came" in capsys.readouterr().err
+    assert f"warning: no image {what}" in capsys.readouterr().err
+    over.set()
     assert gone(workers_now())
 
 
@@ -456,7 +460,7 @@ def test_an_error_of_the_order_or_of_what_joins_parts_arrives_as_it_is(source):
 def test_a_process_whose_reply_nobody_took_is_asked_no_more(source, monkeypatch):
     """Else its reply would be taken for the next one's."""
 
-    def fail(silence, connection):
+    def fail(silence, poll):
         raise BrokenPipeError("no stderr to warn on")
 
     with Workers([source], 1) as readers:

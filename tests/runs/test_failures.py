@@ -4,7 +4,6 @@ import itertools
 import multiprocessing
 import os
 import threading
-import time
 
 import pytest
 
@@ -33,18 +32,23 @@ def unbroken(world, tmp_path_factory) -> list[float]:
     return losses(directory)
 
 
-def test_a_disk_that_does_not_answer_ends_a_run_which_is_saved(world, tmp_path, monkeypatch, unbroken):
-    reads, own = itertools.count(), TorchvisionSource.read
+@pytest.mark.parametrize(("count", "what"), [(1, "came from the loading processes"), (0, "could be read")])
+def test_a_disk_that_does_not_answer_ends_a_run_which_is_saved(world, tmp_path, monkeypatch, unbroken, count, what):
+    reads, over, own = itertools.count(), threading.Event(), TorchvisionSource.read
 
     def read(self, i):
-        in_worker = multiprocessing.parent_process() is not None
-        return time.sleep(600 if in_worker and next(reads) >= 24 else 0) or own(self, i)
+        is_for_a_batch = multiprocessing.parent_process() is not None or threading.current_thread().name == "read"
+        if is_for_a_batch and next(reads) >= 24:
+            over.wait(600)
+            raise OSError("nobody waits any more")
+        return own(self, i)
 
     monkeypatch.setattr(TorchvisionSource, "read", read)
     with pytest.raises(RunFailed) as failure:
-        train(world, tmp_path, "run.timeout_minutes=0.01")
+        train(world, tmp_path, "run.timeout_minutes=0.01", f"data.workers={count}")
+    over.set()
     assert str(failure.value) == (
-        "no image came from the loading processes for 0.01 minutes: the disk that holds the images may not answer; "
+        f"no image {what} for 0.01 minutes: the disk that holds the images may not answer; "
         "checkpoint step_0000003 is kept, and the same command goes on"
     )
     monkeypatch.setattr(TorchvisionSource, "read", own)
