@@ -4,22 +4,22 @@ that are gone."""
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from engine.checkpoint.layout import read_pointer
+from engine.checkpoint.layout import read_pointer, step_of
 from engine.data.workers import LoadingFailed
 from engine.distributed.roll import lost_ranks
 from engine.errors import RunFailed, one_line
 from engine.runs.task import Task
 
 
-def kept(checkpoints: Path) -> str:
-    """How a run that has failed goes on, in words."""
-    return f"{_newest(checkpoints)}, and the same command goes on"
+def kept(checkpoints: Path, step: int = 0) -> str:
+    """How a run that has failed goes on, in words; step: after which it ends, where that is known."""
+    return f"{_newest(checkpoints)}, and the same command goes on{_made_again(checkpoints, step)}"
 
 
 def _newest(checkpoints: Path) -> str:
@@ -28,6 +28,15 @@ def _newest(checkpoints: Path) -> str:
     except OSError:  # what is said here is said of another failure
         return "the newest checkpoint is kept"
     return f"checkpoint {newest} is kept" if newest else "there is no checkpoint yet"
+
+
+def _made_again(checkpoints: Path, step: int) -> str:
+    with suppress(OSError, ValueError):
+        newest = read_pointer(checkpoints, "latest")
+        first = step_of(Path(newest)) + 1 if newest else 1
+        if first <= step:
+            return f": step {step} is made again" if first == step else f": steps {first} to {step} are made again"
+    return ""
 
 
 @contextmanager

@@ -91,13 +91,14 @@ class Trainer:
             self._wait_at_most(TIMEOUT)
 
     def _batches(self) -> Iterator[Any]:
-        """The task's. Where none comes any more, the state is whole as long as no other rank is in the next step."""
+        """The task's. Where none comes any more, the state is whole as long as no other rank is in the next step, which
+        moves its momentum encoder before it waits for this one: on several ranks steps since the last save are lost."""
         try:
             yield from self.task.batches(self.plan.last_step)
         except (RunFailed, UserError) as failure:
             if self.world.size == 1 and self.task.step:
                 self.saves.secure()
-            words = f"{failure}; {kept(self.saves.checkpoints)}"
+            words = f"{failure}; {kept(self.saves.checkpoints, self.task.step)}"
             raise (UserError(words) if isinstance(failure, UserError) else RunFailed(words, alone=True)) from failure
 
     def _log_if_due(self, output: Any, batch: Any) -> None:

@@ -29,7 +29,7 @@ pytestmark = [
     ON_LINUX,
 ]
 THREE_RANKS = (*OWN_RANKS[:-1], "3")
-LAST = 8
+LAST = 14
 TIMEOUT = {"run__timeout_minutes": 0.1, "checkpoint__every_steps": 3, "train__global_batch_size": 33}
 
 
@@ -43,6 +43,26 @@ def befallen(folder: Path, rank: int, signum: int, seconds: float = 0, *, step: 
             time.sleep(seconds)
             os.kill(pid, signal.SIGCONT)
         return command.end()
+
+
+def test_a_rank_whose_images_do_not_come_says_so_and_which_steps_are_lost(tmp_path, unbroken):
+    """It is in no place to save: others are in the next step. What is lost is made again."""
+    with Command(*THREE_RANKS, QUICKSTART, *overrides(tmp_path, train__max_steps=LAST, **TIMEOUT)) as command:
+        command.wait_for("step 4/")
+        (worker,) = children_of(ranks_of(command)[1])
+        os.kill(worker, signal.SIGSTOP)
+        ended = command.end()
+    assert ended.code == 1, ended
+    last = timeless(tmp_path)[-1]["step"]
+    saved = 3 * (last // 3)
+    lost = f"step {last} is" if last == saved + 1 else f"steps {saved + 1} to {last} are"
+    assert failures(ended)[0] == (
+        "no image came from the loading processes for 0.1 minutes: the disk that holds the images may not answer; "
+        f"checkpoint step_{saved:07} is kept, and the same command goes on" + f": {lost} made again" * (last > saved)
+    )
+    again = run(*THREE_RANKS, QUICKSTART, *overrides(tmp_path, train__max_steps=LAST, **TIMEOUT))
+    assert (again.code, resumed_at(again)) == (0, saved)
+    assert timeless(tmp_path) == unbroken
 
 
 def failures(ended: Ended) -> list[str]:
