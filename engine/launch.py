@@ -18,7 +18,7 @@ from importlib import import_module
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
-from engine.distributed.launcher import RESTARTS, cores, end_with_launcher, is_launched, share_compilers
+from engine.distributed.launcher import cores, end_with_launcher, is_launched, share_compilers
 from engine.door import carry_out
 from engine.errors import RunFailed, UserError
 from engine.logger import warn
@@ -64,7 +64,6 @@ def launch(door: str, arguments: list[str], ranks: int, restarts: int) -> None:
     # It lets go of signals that the thread of its start holds back, so it starts before the agents' do so.
     multiprocessing.resource_tracker.ensure_running()
     for left in reversed(range(restarts + 1)):
-        os.environ[RESTARTS] = str(restarts - left)
         end = _start(door, arguments, ranks)
         if end.status != 1 or end.is_stopped or not left:
             break

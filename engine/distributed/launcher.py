@@ -18,7 +18,6 @@ from engine.errors import UserError
 from engine.logger import FIRST_WORD_SECONDS
 
 ORPHAN_CHECK_SECONDS = 1.0
-RESTARTS = "MOCOV3_RESTARTS"  # how often engine.launch has started its ranks again, for them to read
 MOST_PORTS = 65_536  # more than there are ports, or ranks
 MOST_DECODERS = 12  # processes per rank
 MOST_COMPILERS = 32  # of one process; torch's own bound
@@ -112,13 +111,6 @@ def allow_open_files() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS calls its limit infinite and has another
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def is_restarted() -> bool:
-    """Whether a launcher has started these ranks again by itself: --max-restarts, or a requeue of Slurm's."""
-    return any(
-        os.environ.get(name, "0") != "0" for name in (RESTARTS, "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    )
 
 
 def leave_mark(name: str) -> None:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from engine.checkpoint.layout import checkpoint_folders, damaged_folders, point, read_pointer, rename_aside, step_of
 from engine.checkpoint.load import check_whole
-from engine.distributed.launcher import is_restarted
 from engine.errors import UserError, listed
 from engine.files import remove, replace_file
 from engine.logger import say
@@ -12,26 +11,34 @@ from engine.runs.directory import WENT_BACK, RunDirectory
 from engine.weights.opening import checkpoint_folder
 
 
-def find_earlier(directory: RunDirectory, wanted: Path) -> Path | None:
-    """The run's checkpoint that `--from` means, found whole; None where a launcher has started the ranks again after
-    they went back to it, and there may be later ones by now. Called on rank 0.
+def find_earlier(directory: RunDirectory, wanted: Path | None) -> Path | None:
+    """The run's checkpoint that `--from` means, found whole; None where it says nothing, or where the start before this
+    one has obeyed it: the same command goes on. Called on rank 0.
 
     Raises:
         UserError: it is no checkpoint of this run, or damaged.
     """
+    done = directory.path / WENT_BACK
+    if wanted is not None and done.exists() and _name(directory, wanted) == done.read_text().strip():
+        say(f"went back to {wanted} before, and goes on from there; remove {done} to go back to it again")
+        return None
+    remove(done)
+    if wanted is None:
+        return None
     found = checkpoint_folder(wanted) if wanted.exists() else None
     if found is None or found.resolve() not in {own.resolve() for own in checkpoint_folders(directory.checkpoints)}:
         raise UserError(
             f"--from ({wanted}) must be a checkpoint of the run in {directory.path}, {_choice(directory)}; a new run "
             f"that begins with another one's weights says run.continue_from"
         )
-    own, done = directory.checkpoints / found.resolve().name, directory.path / WENT_BACK
-    if is_restarted() and done.exists() and done.read_text().strip() == own.name:
-        say(f"restarted after it went back to {own.name}: --from is not obeyed twice")
-        return None
-    remove(done)
+    own = directory.checkpoints / found.resolve().name
     check_whole(own, own)
     return own
+
+
+def _name(directory: RunDirectory, wanted: Path) -> str | None:
+    """By which a checkpoint of the run is called, though it may be there no more; None where it is by the run's."""
+    return wanted.name if wanted.resolve().parent == directory.checkpoints.resolve() else None
 
 
 def _choice(directory: RunDirectory) -> str:
@@ -39,9 +46,11 @@ def _choice(directory: RunDirectory) -> str:
     return f"which has {listed(names) or 'none'}"
 
 
-def go_back(directory: RunDirectory, checkpoint: Path) -> None:
+def go_back(directory: RunDirectory, checkpoint: Path, wanted: Path) -> None:
     """Make a checkpoint the run's newest: later ones get another name, under which they are not taken again, and stay.
-    Called on rank 0. Raises OSError."""
+
+    wanted: what `--from` called it. Called on rank 0. Raises OSError.
+    """
     folders = [(folder, folder) for folder in checkpoint_folders(directory.checkpoints)]
     folders += damaged_folders(directory.checkpoints)  # which would be taken once they are mended
     later = [
@@ -53,7 +62,7 @@ def go_back(directory: RunDirectory, checkpoint: Path) -> None:
     best = read_pointer(directory.checkpoints, "best")
     if best is not None and not (directory.checkpoints / best).exists():
         remove(directory.checkpoints / "best")  # the next save names the best of those that are there
-    replace_file(directory.path / WENT_BACK, f"{checkpoint.name}\n")
+    replace_file(directory.path / WENT_BACK, f"{_name(directory, wanted) or checkpoint.name}\n")
     if later:
         say(f"set aside {', '.join(later)}, later than {checkpoint.name}: yours to remove")
-    say(f"back to {checkpoint.name}: leave --from out from now on, or the next start goes back again")
+    say(f"back to {checkpoint.name}: the same command goes on from here")

@@ -24,7 +24,7 @@ from engine.runs.claim import claimed
 STOP = "STOP"  # a file by which a person stops the run; the run that obeys removes it
 REQUEUE = "REQUEUE"  # a file that a run leaves which a scheduler's signal stopped: it wants to go on
 SCHEDULERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM)
-WENT_BACK = ".from"  # a file that names the checkpoint to which `--from` went back
+WENT_BACK = ".from"  # a file that says what `--from` of the newest start was, once it has gone back there
 # What a run replaces.
 OWN = (
     *("recipe.yaml", "metrics.jsonl", "classes.csv", "confusion.png", "timm", "timm_ema", REQUEUE, WENT_BACK),

@@ -118,11 +118,11 @@ def _found(directory: RunDirectory, task: Task, earlier: Path | None) -> tuple[P
     """
     group, checkpoint = task.world.host_group, None
     clean(directory.checkpoints)
-    if earlier is not None:
-        with agreement(group):
-            checkpoint = find_earlier(directory, earlier) if task.world.is_first else None
-        checkpoint = broadcast(checkpoint, group)
-    goes_back = checkpoint is not None
+    with agreement(group):
+        if task.world.is_first:
+            checkpoint = find_earlier(directory, earlier)
+    checkpoint = broadcast(checkpoint, group)
+    goes_back_to = earlier if checkpoint is not None else None
     checkpoint = checkpoint or newest_valid(directory.checkpoints, group)
     with agreement(group):
         if checkpoint is None:
@@ -137,8 +137,8 @@ def _found(directory: RunDirectory, task: Task, earlier: Path | None) -> tuple[P
         check_images(task, state)
         task.check_resume(state)
     with agreement(group):
-        if goes_back and task.world.is_first:
-            go_back(directory, checkpoint)
+        if goes_back_to is not None and task.world.is_first:
+            go_back(directory, checkpoint, goes_back_to)
     return checkpoint, manifest, state
 
 

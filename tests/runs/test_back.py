@@ -46,7 +46,7 @@ def test_it_makes_the_steps_again_and_keeps_the_first_ones(world, whole, run, ca
     assert names(run) == left
     out = capfd.readouterr().out
     assert "set aside step_0000006.left-1, step_0000004.left-1, later than step_0000002" in out
-    assert "back to step_0000002: leave --from out from now on" in out, "the same command would go back again"
+    assert "back to step_0000002: the same command goes on from here" in out
     assert trajectory(run) == trajectory(whole)[:2]
     train(world, run)  # which does not take the later ones
     assert f"resumed   {step_2} at step 2" in capfd.readouterr().out
@@ -72,19 +72,37 @@ def test_the_best_is_one_that_is_there(world, run):
         assert (run / "checkpoints" / pointed).is_dir()
 
 
-def test_a_restarted_launch_does_not_go_back_twice(world, run, monkeypatch, capfd):
-    """Unless it was ended before it went back."""
-    step_2 = run / "checkpoints/step_0000002"
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+def test_the_same_command_goes_back_once(world, run, capfd):
+    """Though the checkpoint is there no more; another start between them makes it the user's word again."""
+    step_2, best = (run / "checkpoints" / name for name in ("step_0000002", "best"))
     train(world, run, "train.max_steps=4", earlier=step_2)
     assert names(run) == ["step_0000002", "step_0000004", "step_0000004.left-1", "step_0000006.left-1"]
-    train(world, run, "train.max_steps=5", earlier=step_2)
-    assert "--from is not obeyed twice" in capfd.readouterr().out
+    train(world, run, "train.max_steps=5", "checkpoint.keep=1", earlier=step_2)
+    assert f"went back to {step_2} before, and goes on from there; remove {run / '.from'}" in capfd.readouterr().out
     assert trajectory(run)[-1]["step"] == 5
-    assert "step_0000004" in names(run)
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
-    train(world, run, "train.max_steps=2", earlier=step_2)  # the user's own word is
-    assert "step_0000004" not in names(run)
+    assert "step_0000002" not in names(run)
+    train(world, run, earlier=step_2)
+    assert trajectory(run)[-1]["step"] == 6
+    train(world, run)
+    with pytest.raises(UserError, match="must be a checkpoint of the run"):
+        train(world, run, earlier=step_2)
+    best.write_text("step_0000006")
+    train(world, run, "train.max_steps=7", earlier=best)
+    train(world, run, "train.max_steps=8", earlier=best)
+    assert "step_0000007" in names(run)
+    train(world, run, "train.max_steps=9")
+    train(world, run, "train.max_steps=9", earlier=run / "checkpoints/step_0000008")
+    assert "step_0000009.left-1" in names(run)
+
+
+def test_a_start_that_is_ended_before_it_went_back_goes_back_at_the_next(world, run, monkeypatch):
+    step_2 = run / "checkpoints/step_0000002"
+    with monkeypatch.context() as patched:
+        patched.setattr("engine.runs.run.go_back", lambda *_: (_ for _ in ()).throw(UserError("ended")))
+        with pytest.raises(UserError, match="ended"):
+            train(world, run, earlier=step_2)
+    train(world, run, "train.max_steps=2", earlier=step_2)
+    assert "step_0000004.left-1" in names(run)
 
 
 def test_what_is_no_whole_checkpoint_of_the_run_is_refused(world, run, tmp_path):
