@@ -16,15 +16,16 @@ SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 FILE = 0  # stands for the file among the signals' numbers
 WORDS = (*SIGNALS, FILE)  # where several came, the last of these counts: a person's word goes before a scheduler's
 LOOK_SECONDS = 1.0
+NOTHING_LOST = "before a step was made; nothing is lost"
 
 
 class StopSignal:
     """A signal of SIGNALS on any rank, or a file that rank 0 finds, known to all ranks at the same point.
 
     A context manager, within which signals are heeded: while `at_once`, the first raises Interrupted wherever its rank
-    is; later, a signal is noted, and a second SIGINT ends the process at once. A second one of the others changes
-    nothing: schedulers send it to ranks and launcher alike, and the launcher passes it on. A SIGHUP that was ignored
-    before, as under nohup, stays ignored.
+    is; before and later, a signal is noted, and a second SIGINT ends the process at once. A second one of the others
+    changes nothing: schedulers send it to ranks and launcher alike, and the launcher passes it on. A SIGHUP that was
+    ignored before, as under nohup, stays ignored.
 
     What a rank knows travels as `message` with a sum over ranks that a step makes anyway, which `loudest` reads; where
     none is made, `agreed` sends it.
@@ -49,13 +50,19 @@ class StopSignal:
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
 
+    def end_at_once(self) -> None:
+        """From now on a signal is heeded `at_once`. Raises Interrupted where one has come before."""
+        self.at_once = True
+        if (word := self.loudest(self._counts(self.received).tolist())) is not None:
+            raise Interrupted(word, NOTHING_LOST)
+
     def _receive(self, signum: int, _frame: object) -> None:
         is_first = not self.received
         self.received.add(signum)
         if signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
         if self.at_once and is_first:
-            raise Interrupted(signum, "before a step was made; nothing is lost")
+            raise Interrupted(signum, NOTHING_LOST)
 
     def message(self) -> Tensor:
         """What this rank knows, on the device, to be added up over ranks. Does not wait for the device."""

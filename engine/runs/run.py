@@ -53,7 +53,7 @@ def run(task: Task, started: float, earlier: Path | None = None) -> Row:
         failures_in_words(task, directory.checkpoints),
         as_deterministic_as_asked(task),
     ):
-        stop.at_once = True  # until there is a step that could be lost
+        stop.end_at_once()  # until there is a step that could be lost
         _say_opening(task)
         task.look_at_images()
         found = _found(directory, task, earlier)

@@ -14,6 +14,7 @@ from engine.errors import Interrupted, RunFailed, UserError
 from engine.evaluation import features
 from engine.recipe.load import load
 from engine.runs import trainer
+from engine.runs.directory import RunDirectory
 from engine.runs.linear import LinearClassification, linear
 from engine.runs.pretrain import Pretraining, pretrain
 from engine.runs.saves import Saves
@@ -77,19 +78,22 @@ def test_a_hangup_that_is_ignored_stays_so(world, tmp_path, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("where", ["start", "batches", "train_step"])
-def test_before_a_step_is_made_a_signal_ends_the_run_at_once(world, tmp_path, monkeypatch, where):
-    """On the way to the loop, and on the way to the first step of a run that goes on."""
+@pytest.mark.parametrize(
+    ("owner", "where"),
+    [(RunDirectory, "__enter__"), *((Pretraining, name) for name in ("start", "batches", "train_step"))],
+)
+def test_before_a_step_is_made_a_signal_ends_the_run_at_once(world, tmp_path, monkeypatch, owner, where):
+    """While it waits for its directory, on the way to the loop, and to the first step of a run that goes on."""
     train(world, tmp_path, "train.max_steps=2")
-    own = getattr(Pretraining, where)
+    own = getattr(owner, where)
     stopping = lambda self, *a, **k: os.kill(os.getpid(), signal.SIGUSR1) or own(self, *a, **k)  # noqa: E731
-    monkeypatch.setattr(Pretraining, where, stopping)
+    monkeypatch.setattr(owner, where, stopping)
     with pytest.raises(Interrupted) as stop:
         train(world, tmp_path, "train.max_steps=4")
     assert stop.value.where == "before a step was made; nothing is lost"
     assert (tmp_path / "checkpoints/latest").read_text().strip() == "step_0000002"
     assert (tmp_path / "REQUEUE").exists()
-    monkeypatch.setattr(Pretraining, where, own)
+    monkeypatch.setattr(owner, where, own)
     train(world, tmp_path, "train.max_steps=4")
     assert (tmp_path / "checkpoints/latest").read_text().strip() == "step_0000004"
     assert not (tmp_path / "REQUEUE").exists()
