@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from engine.distributed.launcher import end_with_launcher, take_place
 from engine.errors import Interrupted, RunFailed, UserError
-from engine.logger import complain, complain_once, note, rank, say
+from engine.logger import complain, complain_once, note, rank
 
 if TYPE_CHECKING:
     from engine.distributed.world import World
@@ -61,8 +61,6 @@ def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
         complain(f"failed: {failure}", at_once=failure.alone)
         return 1
     except Interrupted as stop:
-        by = signal.Signals(stop.signum).name if stop.signum else "the file STOP"
-        say(f"stopped by {by} {stop.where}; the same command goes on")
         return stop.status
     except KeyboardInterrupt:
         return 130

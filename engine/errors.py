@@ -28,8 +28,8 @@ class Interrupted(BaseException):
     """A run was asked to stop, and ends in good order. Like KeyboardInterrupt it is no Exception, so that nothing on
     its way takes it for a fault.
 
-    signum: of the signal that asked, 0 for the file STOP; where: at which point, and what is saved, in words. Front
-    doors say both and exit with 128 + signum, as shells have it, or with 0.
+    signum: of the signal that asked, 0 for the file STOP; where: at which point, and what is saved, in words. Both are
+    said (engine.distributed.signals), and front doors exit with 128 + signum, as shells have it, or with 0.
     """
 
     def __init__(self, signum: int, where: str):

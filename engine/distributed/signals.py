@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.distributed.world import World
 from engine.errors import Interrupted
+from engine.logger import say
 
 SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 FILE = 0  # stands for the file among the signals' numbers
@@ -25,7 +26,7 @@ class StopSignal:
     A context manager, within which signals are heeded: while `at_once`, the first raises Interrupted wherever its rank
     is; before and later, a signal is noted, and a second SIGINT ends the process at once. A second one of the others
     changes nothing: schedulers send it to ranks and launcher alike, and the launcher passes it on. A SIGHUP that was
-    ignored before, as under nohup, stays ignored.
+    ignored before, as under nohup, stays ignored. What stopped the run is said at its end.
 
     What a rank knows travels as `message` with a sum over ranks that a step makes anyway, which `loudest` reads; where
     none is made, `agreed` sends it.
@@ -46,7 +47,11 @@ class StopSignal:
         self.previous = {s: signal.signal(s, self._receive) for s in heeded}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, Interrupted):
+            # Before signals act as ever: a launcher ends all ranks as soon as the first has ended.
+            by = signal.Signals(error.signum).name if error.signum else "the file STOP"
+            say(f"stopped by {by} {error.where}; the same command goes on")
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
 

@@ -68,6 +68,19 @@ def test_a_file_stops_a_run_which_removes_it_and_leaves_no_mark(world, tmp_path,
     assert not (tmp_path / "STOP").exists(), "a run at its end has stopped"
 
 
+@pytest.mark.parametrize("by", ["SIGTERM", "the file STOP"])
+def test_what_stopped_it_is_said_while_signals_are_heeded(world, tmp_path, monkeypatch, by):
+    """A launcher ends the ranks that are on their way out when another has ended: their words would be lost."""
+    said, before = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(signals, "say", lambda text: said.append((text, signal.getsignal(signal.SIGTERM) != before)))
+    monkeypatch.setattr(signals, "LOOK_SECONDS", 0)
+    ask = kill_self if by == "SIGTERM" else (tmp_path / "STOP").touch
+    before_steps(monkeypatch, Pretraining, lambda step: ask() if step == 1 else None)
+    with pytest.raises(Interrupted) as stop:
+        train(world, tmp_path)
+    assert said == [(f"stopped by {by} {stop.value.where}; the same command goes on", True)]
+
+
 def test_a_hangup_that_is_ignored_stays_so(world, tmp_path, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
