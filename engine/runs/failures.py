@@ -88,7 +88,7 @@ def torn_code_in_words() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        torn = re.search(r"(/\S+): file too short", _words_of_all(error))
+        torn = re.search(r"(/\S+): (file too short|cannot read file data|invalid ELF header)", _words_of_all(error))
         if torn is None:
             raise
         folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", Path(torn[1]).parent)  # torch sets it when it compiles

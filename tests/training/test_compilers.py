@@ -1,6 +1,7 @@
 """What compiling needs is looked for before a run, and what is left of a killed compilation is said in one line."""
 
 import ctypes
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,12 +33,16 @@ def test_a_gpu_without_a_c_compiler_is_refused_in_one_line(tmp_path, monkeypatch
     check_compiler(Parallel(compile=False, precision="bf16"), torch.device("cuda"))
 
 
-def test_half_a_file_of_compiled_code_names_the_folder_to_delete(tmp_path, monkeypatch):
+HEADER = Path(torch._C.__file__).read_bytes()[:64]
+
+
+@pytest.mark.parametrize("found", [b"", b"\x7fELF", HEADER, bytes(1000)], ids=["none", "begun", "header", "zeros"])
+def test_half_a_file_of_compiled_code_names_the_folder_to_delete(tmp_path, monkeypatch, found):
     """The words are the system's own, inside an error of torch's."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torn = tmp_path / "ab/cd.so"
     torn.parent.mkdir()
-    torn.write_bytes(b"\x7fELF")
+    torn.write_bytes(found)
 
     @torn_code_in_words()
     def load() -> None:
