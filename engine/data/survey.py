@@ -6,6 +6,7 @@ from engine.errors import listed
 
 _MOST = 8  # kinds that the line names
 _LONGEST = 10  # characters of a suffix
+_PHOTOGRAPHS = (".heic", ".heif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".rw2", ".orf")  # cameras' own
 
 
 class Survey:
@@ -37,9 +38,11 @@ class Survey:
         return None if self.otherwise is None else "{} ({})".format(*self.otherwise)
 
     def words(self) -> str | None:
-        """`120 .heic, 3 .txt`; None where nothing was left out."""
+        """`120 .heic, 3 .txt; convert .heic to JPEG ...`; None where nothing was left out."""
         kinds = [f"{count} {kind}" for kind, count in self.left_out.most_common()]
-        return listed(kinds, most=_MOST) if kinds else None
+        photographs = [kind for kind, _ in self.left_out.most_common() if kind in _PHOTOGRAPHS]
+        do = f"; convert {listed(photographs)} to JPEG where they shall count" if photographs else ""
+        return f"{listed(kinds, most=_MOST)}{do}" if kinds else None
 
 
 def suffix_of(name: bytes) -> str:

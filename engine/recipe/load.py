@@ -210,14 +210,15 @@ def _check_model(model: Model) -> None:
     name, resolved = model.name, shape(model)
     if model.freeze_patch_projection and not may_freeze_patches(name):
         raise wrong("model.freeze_patch_projection", True, f"false for {name}, which is no plain ViT")
-    for field in VIT_KEYS:
-        value = getattr(model, field)
+    values = {f"model.{field}": getattr(model, field) for field in VIT_KEYS}
+    for key, value in values.items():
         if name in ("vit", "vit_conv") and value is None:
-            raise wrong(f"model.{field}", value, f"an integer >= 1 for {name}, which has no shape of its own")
-        if resolved is None and value is not None:
-            raise wrong(f"model.{field}", value, f"null for {name}, whose shape is fixed")
+            raise wrong(key, value, f"an integer >= 1 for {name}, which has no shape of its own")
     if resolved is not None:
         _check_shape(model.image_size, **resolved)
+    elif given := [key for key, value in values.items() if value is not None]:
+        do = f"pass {' '.join(f'{key}=null' for key in given)}"
+        raise wrong(given[0], values[given[0]], f"null for {name}, whose shape is fixed", do)
 
 
 def _check_shape(image_size: int, patch_size: int, dim: int, depth: int, heads: int, conv_stem: bool) -> None:

@@ -170,6 +170,7 @@ def test_formats_of_the_list_count_and_others_are_counted(tmp_path):
     (note,) = source.notes
     assert "left out in" in note
     assert all(count in note for count in ("2 .heic", "1 .eps", "2 other files", "1 hidden"))
+    assert note.endswith("; convert .heic to JPEG where they shall count")
     tar = tmp_path / "x.tar"
     tar.write_bytes(pack({"a/1.ppm": png(1), "a/1.heic": b"", "__MACOSX/a/1.png": b"", "a/._1.ppm": b""}))
     source = opened("shards", tar)

@@ -253,6 +253,7 @@ OWN_SHAPE = [f"model.{name}=null" for name in recipes.VIT_KEYS]
         (RESNET, ["model.name=timm/convnext_tiny", "model.freeze_patch_projection=true"], "must be false for timm/"),
         (RESNET, ["model.patch_size=16"], "model.patch_size (16) must be null for resnet50"),
         (RESNET, ["model.name=timm/vit_base_patch16_224", "model.dim=8"], "model.dim (8) must be null for timm/"),
+        (CONV, ["model.name=resnet50"], f"must be null for resnet50, whose shape is fixed; pass {' '.join(OWN_SHAPE)}"),
         (QUICK, ["train.warmup_epochs=30.5"], "train.warmup_epochs (30.5) must be at most train.epochs (30)"),
         (QUICK, ["data.source=torchvision"], "data.dataset (null) must be the name of a class of torchvision.datasets"),
         (QUICK, ["data.dataset=CIFAR10"], "data.dataset (CIFAR10) must be null under data.source shards"),
