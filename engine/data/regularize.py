@@ -26,17 +26,20 @@ from engine.recipe.sections import Interpolation
 
 
 @contextmanager
-def generators_at(seed: int, epoch: int, sample: int, stream: int) -> Iterator[None]:
+def generators_at(seed: int, epoch: int, sample: int, stream: int, device: str = "cpu") -> Iterator[None]:
     """The global generators of Python, NumPy and PyTorch (CPU) start from these numbers inside, and go on afterwards.
 
-    A GPU's generator starts from them too and is not put back: nothing else here draws from it.
+    So does that of the GPU, if the `device` is cuda, but it is not put back: nothing else here draws from it.
     """
     words = random_bits(seed, epoch, torch.tensor([sample]), 0, stream)[0].tolist()
     of_python, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         random.seed(words[0] << 32 | words[1])
         np.random.seed(words)
-        torch.manual_seed(words[2] << 31 | words[3] >> 1)
+        number = words[2] << 31 | words[3] >> 1
+        torch.default_generator.manual_seed(number)  # torch.manual_seed formats its stack for each kind of device
+        if device == "cuda":
+            torch.cuda.manual_seed(number)
         try:
             yield
         finally:
@@ -86,7 +89,7 @@ def erase(images_BCSS: Tensor, sample_B: Tensor, epoch: int, probability: float,
     eraser = RandomErasing(1.0, mode="pixel", device=str(images_BCSS.device))
     chosen_B = uniform(seed, epoch, sample_B, 0, ERASE_WHETHER, 1)[:, 0] < probability
     for b in chosen_B.nonzero().flatten().tolist():
-        with generators_at(seed, epoch, int(sample_B[b]), ERASE_HOW):
+        with generators_at(seed, epoch, int(sample_B[b]), ERASE_HOW, images_BCSS.device.type):
             eraser(images_BCSS[b])
 
 
