@@ -286,9 +286,10 @@ def test_any_settings_give_finite_images_of_the_normalised_range(kind, side, see
     assert images.max() <= 1 + 1e-5
 
 
-def test_compiled_images_are_the_same_and_new_epochs_and_samples_compile_nothing():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_images_are_the_same_and_new_epochs_and_samples_compile_nothing(backend):
     recipe = augmenting(dtype=torch.float32)
-    compiled = torch.compile(recipe, fullgraph=True)
+    compiled = torch.compile(recipe, fullgraph=True, backend=backend)
     crops = random_crops(4, 8)
     for epoch in range(3):
         sample_B = torch.arange(4) + 1000 * epoch

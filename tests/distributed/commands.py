@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.distributed import loaded
 from tests.distributed.launch import ROOT, TIMEOUT, environment
 from tests.machine import trajectory
 
@@ -130,6 +131,14 @@ def children_of(pid: int) -> list[int]:
 def run(*arguments: object, **options) -> Ended:
     with Command(*arguments, **options) as command:
         return command.end()
+
+
+def forked(ranks: int, *arguments: object, env: dict[str, str] | None = None) -> Ended:
+    """How `engine.run` ends on so many ranks, or in a process of its own (0), where it matters to nobody who starts it;
+    torchrun would say 1 where a rank says 2."""
+    bare = (env or environment()) | {"CUDA_VISIBLE_DEVICES": ""}
+    code, *said = loaded.launch(ranks, "engine.run", list(map(str, arguments)), bare, TIMEOUT)
+    return Ended(code, *(LEAD.sub("", text) for text in said))
 
 
 def torchrun_ranks(command: Command) -> dict[int, int]:

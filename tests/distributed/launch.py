@@ -1,4 +1,4 @@
-"""Real launches for tests: torchrun on this machine, over gloo or whatever the devices ask for."""
+"""Launches for tests, over gloo or whatever the devices ask for: ranks of torchrun's, and ranks that are at hand."""
 
 import json
 import os
@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from tests.distributed import loaded
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 900  # seconds after which a launch counts as hanging: one that compiles takes minutes on a busy machine
@@ -34,8 +36,14 @@ def torchrun(ranks: int, module: str, *arguments: object, **extra: str) -> subpr
     )
 
 
+def on_ranks(ranks: int, module: str, *arguments: object) -> tuple[str, str]:
+    """(stdout, stderr) of a module that ends well on so many ranks, which no launcher has to start."""
+    status, out, err = loaded.launch(ranks, module, list(map(str, arguments)), environment(), TIMEOUT)
+    assert status == 0, out[-2000:] + err[-6000:]
+    return out, err
+
+
 def results(ranks: int, module: str, *arguments: object) -> list[dict[str, Any]]:
-    """Launch a module that prints JSON objects on rank 0; returns them, or fails with what it said."""
-    done = torchrun(ranks, module, *arguments)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    """The JSON objects that a module prints on rank 0."""
+    out, _ = on_ranks(ranks, module, *arguments)
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]

@@ -24,6 +24,7 @@ from tests.distributed.commands import (
     TWO_RANKS,
     Command,
     Ended,
+    forked,
     overrides,
     resumed_at,
     rows,
@@ -99,16 +100,14 @@ def stories(tmp_path_factory) -> Stories:
     with ThreadPoolExecutor(2) as pool:
         deaths, terminations = pool.submit(killed_and_interrupted, killed), pool.submit(terminated_twice, terminated)
         deaths, terminations = deaths.result(), terminations.result()
-        last = max(stopped_at(deaths[-1]), stopped_at(terminations[-1])) + 3
-        rest = [(TWO_RANKS, killed, deaths), (ONE_PROCESS, terminated, terminations)]
-        ends = pool.map(lambda one: run(*one[0], QUICKSTART, *overrides(one[1], train__max_steps=last)), rest)
-        for (_, _, story), ended in zip(rest, ends, strict=True):
-            story.append(ended)
+    last = max(stopped_at(deaths[-1]), stopped_at(terminations[-1])) + 3
+    for ranks, folder, story in ((2, killed, deaths), (0, terminated, terminations)):
+        story.append(forked(ranks, QUICKSTART, *overrides(folder, train__max_steps=last)))
     commands, before_more = [], []
     for steps in (last, last, last + 2):
         arguments = overrides(unbroken, train__max_steps=steps, evaluate__knn_every_epochs=1)
         before_more.append(contents(unbroken))
-        commands.append(run(*TWO_RANKS, QUICKSTART, *arguments))
+        commands.append(forked(2, QUICKSTART, *arguments))
     return Stories(killed, deaths, terminated, terminations, unbroken, commands, tuple(before_more[1:]), last)
 
 
@@ -197,7 +196,7 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def mistakes(stories, pictures, tmp_path_factory) -> dict[str, tuple[Ended, Path]]:
-    """{mistake: how its command ended, its run.dir}, two at a time."""
+    """{mistake: how its command ended, its run.dir}."""
     folder = tmp_path_factory.mktemp("mistakes")
     tar = folder / "other.tar"
     with tarfile.open(tar, "w") as file:
@@ -210,15 +209,17 @@ def mistakes(stories, pictures, tmp_path_factory) -> dict[str, tuple[Ended, Path
     bare = {k: v for k, v in environment(PATH=str(folder / "no compilers")).items() if k != "CXX"}
     begun = stories.unbroken
 
-    def mistake(name: str, launch: tuple = ONE_PROCESS, env: dict | None = None, **values) -> tuple[str, tuple]:
+    def mistake(name: str, env: dict | None = None, **values) -> tuple[Ended, Path]:
         at = Path(values.pop("at", folder / name))
         values = {"train__max_steps": 1} | values  # one that is overlooked ends soon
-        return name, (run(*launch, QUICKSTART, *overrides(at, **values), env=env), at)
+        if name == "batch":
+            return run(*TWO_RANKS, QUICKSTART, *overrides(at, **values)), at
+        return forked(0, QUICKSTART, *overrides(at, **values), env=env), at
 
     cases = [
         {"name": "in use", "at": folder / "held"},
         {"name": "key", "train__epoch": 3},
-        {"name": "batch", "launch": TWO_RANKS, "train__global_batch_size": 33},
+        {"name": "batch", "train__global_batch_size": 33},
         {"name": "root", "data__root": "no/such/place"},
         {"name": "nothing", "data__source": "folder", "data__root": folder / "unreadable"},
         {"name": "few", "train__global_batch_size": 5001},
@@ -230,10 +231,10 @@ def mistakes(stories, pictures, tmp_path_factory) -> dict[str, tuple[Ended, Path
         {"name": "images", "at": begun, "data__root": tar},
         {"name": "compiler", "parallel__compile": "true", "env": bare},
     ]
-    with Command(*ONE_PROCESS, QUICKSTART, *overrides(folder / "held")) as holder, ThreadPoolExecutor(2) as pool:
+    with Command(*ONE_PROCESS, QUICKSTART, *overrides(folder / "held")) as holder:
         holder.wait_for("step 1/")
         holder.process.send_signal(signal.SIGSTOP)  # it holds its folder without taking the processor
-        return dict(pool.map(lambda case: mistake(**case), cases))
+        return {case["name"]: mistake(**case) for case in cases}
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_unlabelled_and_unreadable_images_and_a_damaged_checkpoint(pictures, tmp
     values |= {"evaluate__knn_every_epochs": 1, "log__every_steps": 5, "checkpoint__every_steps": 4}
     values |= {"evaluate__online_probe": "true"}
 
-    none_borne = run(*ONE_PROCESS, QUICKSTART, *overrides(tmp_path / "none borne", **values))
+    none_borne = forked(0, QUICKSTART, *overrides(tmp_path / "none borne", **values))
     assert none_borne.code == 1
     failed = [line for line in none_borne.err.splitlines() if line.startswith("failed: ")]
     assert len(failed) == 1
@@ -302,7 +303,7 @@ def test_unlabelled_and_unreadable_images_and_a_damaged_checkpoint(pictures, tmp
     assert "Traceback" not in none_borne.err
 
     arguments = overrides(folder, data__max_bad_fraction=0.5, **values)
-    borne = run(*ONE_PROCESS, QUICKSTART, *arguments)
+    borne = forked(0, QUICKSTART, *arguments)
     assert borne.code == 0, borne
     assert [line.split()[0] for line in borne.out.splitlines() if "kNN" in line] == ["monitor"]
     assert "kNN is off: it needs labelled validation images" in borne.out
@@ -319,7 +320,7 @@ def test_unlabelled_and_unreadable_images_and_a_damaged_checkpoint(pictures, tmp
         byte = file.read(1)
         file.seek(0)
         file.write(bytes([byte[0] ^ 1]))
-    mended = run(*ONE_PROCESS, QUICKSTART, *arguments)
+    mended = forked(0, QUICKSTART, *arguments)
     assert mended.code == 0, mended
     assert f"warning: checkpoint {newest} is damaged: " in mended.err
     assert mended.err.count("it is set aside as step_0000005.damaged-1") == 1

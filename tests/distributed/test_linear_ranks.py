@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine import evaluate
-from tests.distributed.launch import ROOT, torchrun
+from tests.distributed.launch import ROOT, on_ranks, torchrun
 
 CHECKPOINT = ROOT / "tests/golden/I_vit_small_shape.pth.tar"
 VAL = ROOT / "recipes/data/fashion_mnist/val.tar"
@@ -19,9 +19,7 @@ EPOCHS = 2
 def output(ranks: int, *arguments: object) -> str:
     """What engine.evaluate prints; one rank needs no launch."""
     if ranks > 1:
-        done = torchrun(ranks, "engine.evaluate", *arguments)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+        return on_ranks(ranks, "engine.evaluate", *arguments)[0]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         evaluate.main(list(map(str, arguments)))

@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.distributed.launch import ROOT, environment, results, torchrun
+from tests.distributed.launch import results, torchrun
 from tests.distributed.replays import GOLDEN, TRACES
 
 TOLERANCE = {"float64": (1e-9, 1e-6), "float32": (1e-3, 0.1)}  # of losses; of parameters and buffers
@@ -48,14 +46,7 @@ def test_command_line_sees_a_wrong_trace(tmp_path):
     probe = next(name for name in tensors if name.startswith("final.momentum.") and name.endswith(".value"))
     tensors[probe][0] += 1e-4
     save_file(tensors, tmp_path / "wrong.safetensors", metadata)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.replay", str(tmp_path / "wrong.safetensors")],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    result = json.loads(done.stdout.splitlines()[-1])
+    (result,) = results(1, "tests.replay", tmp_path / "wrong.safetensors")
     assert 9e-7 < result["max_loss_rel"] < 1.1e-6
     assert result["max_param_rel"] > 1e-6
 

@@ -17,7 +17,7 @@ from engine.checkpoint.layout import read_pointer
 from engine.data.opening import open_source
 from engine.data.source import Root
 from engine.errors import RunFailed, UserError
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.runs.small import CHECKPOINT, VAL, finetune_recipe, linear_recipe, run_finetune, run_linear
 
 COUNT = 300  # two batches and a partial one; one is unreadable, and some are copies
@@ -71,8 +71,7 @@ def test_embed_writes_a_row_for_each_image(images, tmp_path, capsys):
         torch.testing.assert_close(torch.tensor(feature_ND[row]), ours, rtol=1e-4, atol=1e-5)
 
     two = tmp_path / "two.npy"
-    done = torchrun(2, "engine.embed", CHECKPOINT, two, "--data", images, "--workers", 1)
-    assert done.returncode == 0, done.stderr
+    on_ranks(2, "engine.embed", CHECKPOINT, two, "--data", images, "--workers", 1)
     assert (two.read_bytes(), two.with_suffix(".csv").read_bytes()) == (
         out.read_bytes(),
         out.with_suffix(".csv").read_bytes(),
@@ -108,8 +107,7 @@ def test_duplicates_are_grouped_by_the_name_of_their_first(images, tmp_path, cap
     many = [CHECKPOINT, str(tmp_path / "many.csv"), "--data", str(images), "--least", "0.1", "--workers", "0"]
     with pytest.raises(UserError, match=r"--least \(0\.1\) must be higher: over 50 pairs"):
         duplicates.main(many)
-    done = torchrun(2, "engine.duplicates", CHECKPOINT, tmp_path / "two.csv", "--data", images, "--least", 0.995)
-    assert done.returncode == 0, done.stderr
+    on_ranks(2, "engine.duplicates", CHECKPOINT, tmp_path / "two.csv", "--data", images, "--least", 0.995)
     assert (tmp_path / "two.csv").read_bytes() == out.read_bytes()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.checkpoint.load import read_tensors
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.machine import MACHINE
 
 WITHOUT = "evaluate.online_probe=false"
@@ -22,8 +22,7 @@ FLOOR = 0.01  # of a tensor's largest entry, under which differences are absolut
 def launch(ranks: int, directory: Path, *runs: tuple) -> None:
     """Train (name, kind, overrides) each below `directory`, all in one launch."""
     described = [{"dir": str(directory / name), "kind": kind, "overrides": list(o)} for name, kind, *o in runs]
-    done = torchrun(ranks, "tests.distributed.trajectories", json.dumps(described))
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    on_ranks(ranks, "tests.distributed.trajectories", json.dumps(described))
 
 
 def rows(run: Path) -> list[dict]:

@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from engine.distributed.world import process_group
 from engine.recipe.load import load
 from engine.runs.pretrain import pretrain
@@ -49,6 +51,7 @@ KINDS = {
 
 
 def main(runs: str) -> None:
+    torch.manual_seed = torch.default_generator.manual_seed  # FakeData calls it for each image; torch's formats stacks
     with process_group() as world:
         for run in json.loads(runs):
             values = [*SMALL, *KINDS[run["kind"]], f"run.dir={run['dir']}", *run["overrides"]]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.weights.exports import NO_SHAPE, fresh_checkpoint, run
+from tests.distributed.launch import on_ranks
+from tests.weights.exports import NO_SHAPE, fresh_checkpoint
 from tests.weights.files import trunk_of
 
 # The checkpoint holds the online probe as well, which is no part of the networks.
@@ -16,11 +17,7 @@ FEW_STEPS = ["train.max_steps=3", "evaluate.knn_every_epochs=0", "evaluate.onlin
 def trained(tmp_path_factory) -> Path:
     """The quickstart after three steps on two ranks: its checkpoint lies in two shards."""
     folder = tmp_path_factory.mktemp("runs") / "quickstart"
-    done = run(
-        *("torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "engine.run"),
-        *("recipes/quickstart.yaml", f"run.dir={folder}", *FEW_STEPS),
-    )
-    assert done.returncode == 0, done.stderr
+    on_ranks(2, "engine.run", "recipes/quickstart.yaml", f"run.dir={folder}", *FEW_STEPS)
     assert len(list((folder / "checkpoints" / "step_0000003").glob("*.distcp"))) == 2
     return folder
 

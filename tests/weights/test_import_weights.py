@@ -1,8 +1,6 @@
 """Imported weights: a checkpoint that pre-training goes on from, in the weights that the file has."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from engine.weights.formats.table import format_page
 from engine.weights.opening import open_weights
 from engine.weights.read import read_weights
 from models.vit import sincos_position
+from tests.distributed.launch import on_ranks
 from tests.weights.files import GOLDEN, ROOT, assert_same, state_dict, trunk_of
 
 PUBLISHED = GOLDEN / "I_vit_small_shape.pth.tar"
@@ -52,10 +51,8 @@ def test_a_published_file_becomes_a_checkpoint_that_a_run_goes_on_from(tmp_path,
     format_page("moco_v3").write(open_weights(str(folder)), tmp_path / "back.pth.tar")
     assert_same(state_dict(tmp_path / "back.pth.tar"), state_dict(PUBLISHED))
 
-    command = [sys.executable, "-m", "engine.run", "recipes/quickstart.yaml", f"run.dir={folder}", *SHAPE]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "step_0000000 at step 0" in done.stdout + done.stderr
+    out, _ = on_ranks(1, "engine.run", "recipes/quickstart.yaml", f"run.dir={folder}", *SHAPE)
+    assert "step_0000000 at step 0" in out
     trained = read_manifest(folder / "checkpoints" / "step_0000002")
     assert trained.state["licence"] == "CC-BY-NC-4.0"
     assert trained.state["images"]["train"]
