@@ -22,6 +22,8 @@ class RunState:
         former versions have none.
     accepted: how images of a split differ, or once differed, from what the run began with, in words
         (data.accept_changes).
+    left_out: images of a split that could not be read when the run began, by their number among all of it, each with
+        its name and why; runs that former versions began leave none out.
     image_rules: the number of the rules that said what is an image of the set (engine.data.rules); before they had
         numbers it was 1.
     order: the law by which the run permutes its images (engine.data.order); before there were two it was "sorted".
@@ -53,6 +55,7 @@ class RunState:
     classes: list[str] = field(default_factory=list)
     frozen: dict[str, str] = field(default_factory=dict)
     accepted: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,8 +90,12 @@ class RunState:
                 return f"{name} is no table of texts"
         if not isinstance(self.classes, list) or not all(isinstance(name, str) for name in self.classes):
             return "classes is no list of texts"
-        if not isinstance(self.contents, dict) or not all(map(_is_table_of_texts, self.contents.values())):
-            return "contents is no table of tables of texts"
+        for name in ("contents", "left_out"):
+            tables = getattr(self, name)
+            if not isinstance(tables, dict) or not all(map(_is_table_of_texts, tables.values())):
+                return f"{name} is no table of tables of texts"
+        if not all(i.isascii() and i.isdecimal() for table in self.left_out.values() for i in table):
+            return "left_out has what is no number of an image"
         return None
 
 

@@ -16,7 +16,7 @@ from engine.data.listing import SUFFIX, open_listing
 from engine.data.names import Names
 from engine.data.naming import called, is_system_folder, is_tar_name
 from engine.data.outputs import holds_run
-from engine.data.paths import FileSource
+from engine.data.paths import FileSource, first_bytes
 from engine.data.source import Root, Source, Split, part_of
 from engine.data.survey import Survey
 from engine.data.unchanged import Timed, Times, append_times, is_unchanged, list_settled, times_of
@@ -140,6 +140,9 @@ class FolderSource(FileSource):
 
     def content(self, i: int) -> bytes:
         return (self._root / os.fsdecode(self.path(i))).read_bytes()
+
+    def head(self, i: int, most: int) -> bytes:
+        return first_bytes(self._root / os.fsdecode(self.path(i)), most)
 
 
 # ---- the listing -----------------------------------------------------------------------------------------------------

@@ -45,6 +45,10 @@ class JoinedSource(Source):
         k, inner = self._find(i)
         return self._parts[k].file(inner)
 
+    def head(self, i: int, most: int) -> bytes | None:
+        k, inner = self._find(i)
+        return self._parts[k].head(inner, most)
+
     def name(self, i: int) -> str:
         k, inner = self._find(i)
         return f"{self._leads[k]}{self._parts[k].name(inner)}"

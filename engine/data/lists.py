@@ -14,7 +14,7 @@ from engine.data.decode import IMAGE_SUFFIXES, is_image_name
 from engine.data.labels import read_label
 from engine.data.listing import Listing, open_listing
 from engine.data.names import Names
-from engine.data.paths import FileSource
+from engine.data.paths import FileSource, first_bytes
 from engine.data.source import Root, Source, Split
 from engine.data.survey import Survey, printable
 from engine.data.unchanged import Timed, Times, append_times, is_unchanged, list_settled, times_of
@@ -174,6 +174,9 @@ class ListSource(FileSource):
 
     def content(self, i: int) -> bytes:
         return (self._folder / os.fsdecode(self.path(i))).read_bytes()
+
+    def head(self, i: int, most: int) -> bytes:
+        return first_bytes(self._folder / os.fsdecode(self.path(i)), most)
 
     def path(self, i: int) -> bytes:
         return self._shared + super().path(i)

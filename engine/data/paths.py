@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,3 +65,9 @@ class FileSource(Source):
         self.__dict__ |= state
         if own:
             self.labels = self._listing.labels_N
+
+
+def first_bytes(path: Path, most: int) -> bytes:
+    """Raises OSError."""
+    with path.open("rb", buffering=0) as file:
+        return file.read(most)

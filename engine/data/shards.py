@@ -147,8 +147,11 @@ class ShardSource(FileSource):
         self._folder, self._reader = tars[0].parent, TarReader()
 
     def content(self, i: int) -> bytes:
-        arrays = self._listing.arrays
-        return self._reader.read(str(self._folder / self._tar(i)), int(arrays["offsets"][i]), int(arrays["sizes"][i]))
+        return self.head(i, int(self._listing.sizes_N[i]))
+
+    def head(self, i: int, most: int) -> bytes:
+        size = min(most, int(self._listing.sizes_N[i]))
+        return self._reader.read(str(self._folder / self._tar(i)), int(self._listing.arrays["offsets"][i]), size)
 
     def name(self, i: int) -> str:
         return f"{self._tar(i)}:{super().name(i)}"

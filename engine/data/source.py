@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -76,7 +77,8 @@ class Source(ABC):
     something else, and the rule that does (engine.data.rules); None where there is none. folders: those of which every
     image file is one of the set, also one that is written later. by_folder: where first folders are the classes, how
     images lie in them; None where something else says the classes, or nothing. changes: how it differs from what a run
-    began with, in words, where that is accepted (engine.data.began).
+    began with, in words, where that is accepted (engine.data.began). left_out: images of what it is a choice of that
+    cannot be read, by number, each with its name and why (engine.data.leaving_out).
     """
 
     notes: tuple[str, ...] = ()
@@ -84,6 +86,7 @@ class Source(ABC):
     folders: tuple[Path, ...] = ()
     by_folder: ByFolder | None = None
     changes: str | None = None
+    left_out: Mapping[int, str] = MappingProxyType({})
     labels: np.ndarray | None
     classes: tuple[str, ...] | None
     fingerprint: str
@@ -120,6 +123,11 @@ class Source(ABC):
 
     def file(self, i: int) -> bytes | None:
         """The file that image i is; None where it has none. Raises as `read`."""
+        return None
+
+    def head(self, i: int, most: int) -> bytes | None:
+        """The first bytes of that file, at most so many, for less than the whole costs; None where nothing is less.
+        Raises as `read`."""
         return None
 
     def labels_among(self, classes: tuple[str, ...]) -> np.ndarray:

@@ -55,7 +55,7 @@ def open_splits(
             val = open_source(root, "val")
         else:
             val = open_validation(_root(data, _located(data.val_root, recipe_file), "data.val_root", read_only))
-        _check_batch(batch, train, named(data.root))
+        check_batch(batch, train, named(data.root))
         return Splits(*settle_classes(data.classes, root, train, val))
 
     return _open_together(find, world, f"data.root ({named(data.root)})")
@@ -124,7 +124,7 @@ def open_labelled(
         if world.is_first and found.train.fingerprint == found.val.fingerprint:
             warn("the images of training and validation are the same: the result says nothing of new ones")
         splits = Splits(take_labels(found.train, share, seed), align_labels(*found))
-        _check_batch(batch, splits.train, ", ".join(str(part.path) for part in train.each()))
+        check_batch(batch, splits.train, ", ".join(str(part.path) for part in train.each()))
         return splits
 
     return _open_together(find, world, " and ".join(dict.fromkeys((str(train), str(val)))))
@@ -159,7 +159,8 @@ def _root(data: Data, paths: Sequence[Path], key: str, read_only: bool = False) 
     return Root(data.source, first, key, data.dataset, data.dataset_options, read_only, tuple(more))
 
 
-def _check_batch(batch: int, train: Source, root: str) -> None:
+def check_batch(batch: int, train: Source, root: str) -> None:
+    """Raises UserError where the training images, which lie in `root`, do not fill a batch."""
     if len(train) < batch:
         raise UserError(
             f"train.global_batch_size ({batch}) must be at most the number of images ({len(train)} in {root}); "

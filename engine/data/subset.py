@@ -30,10 +30,13 @@ class Subset(Source):
 
     @property
     def whole(self) -> Source:
-        return self._source
+        return self._source.whole
 
     def read(self, i: int) -> Image.Image | Jpeg:
         return self._source.read(int(self._chosen_M[i]))
+
+    def head(self, i: int, most: int) -> bytes | None:
+        return self._source.head(int(self._chosen_M[i]), most)
 
     def content(self, i: int) -> bytes:
         return self._source.content(int(self._chosen_M[i]))

@@ -4,6 +4,7 @@ Shapes: B images, S side of a view.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 from engine.data import bad_images
 from engine.data.augment import Augment, denormalise
 from engine.data.decode import Crops, Reading, crop_box, to_rgb
+from engine.data.leaving_out import leave_out
 from engine.data.loader import Batch, train_batches
 from engine.data.order import Order
 from engine.data.outputs import check_picture
@@ -43,6 +45,7 @@ def show_views(recipe: Pretrain, recipe_file: Path, out: Path) -> None:
     """Draws the first images of the run's first batch. Raises UserError where its images are missing."""
     with process_group() as world:
         source = open_splits(recipe.data, recipe_file, world, batch=recipe.train.global_batch_size).train
+        source = leave_out(source, replace(recipe.data, max_bad_fraction=1.0), world)
     check_picture(out, source)
     title = f"What the model sees: {recipe_file.stem}"
     subtitle = (

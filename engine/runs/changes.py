@@ -1,13 +1,17 @@
 """Images that are not as a run began with them: named, and refused or accepted (`data.accept_changes`)."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from engine.checkpoint.manifest import read_manifest
 from engine.checkpoint.state import RunState
 from engine.data.began import changes_in_words, list_of, write_began
 from engine.data.contents import count, difference
+from engine.data.leaving_out import leave_out
 from engine.data.rules import by_rules
 from engine.data.source import Source
+from engine.data.splits import Splits
 from engine.distributed.agreement import agreement, broadcast
 from engine.distributed.world import World
 from engine.errors import UserError
@@ -22,6 +26,27 @@ def begun(recipe: Recipe, world: World) -> Path | None:
     """The directory of a run that has begun and accepts other images; None where there is no such run."""
     with agreement(world.host_group):
         return expand(recipe.run.dir) if recipe.data.accept_changes and checkpoints_of(recipe) else None
+
+
+def readable(splits: Splits, recipe: Recipe, world: World, *, batch: int = 1) -> Splits:
+    """The splits without the training images that could not be read when the recipe's run began, or begins now.
+
+    All ranks call it together. Raises UserError as `leave_out` does.
+    """
+    with agreement(world.host_group):
+        found = _left_out(recipe) if world.is_first else None
+    known = broadcast(found, world.host_group)
+    return splits._replace(train=leave_out(splits.train, recipe.data, world, batch=batch, known=known))
+
+
+def _left_out(recipe: Recipe) -> dict[int, str] | None:
+    """What the run left out when it began; None where it begins now."""
+    for path in checkpoints_of(recipe):
+        with suppress(UserError):  # what is wrong with it is said where it is loaded
+            state = RunState.read(path, read_manifest(path))
+            if state.images:  # imported weights have seen none
+                return {int(i): words for i, words in state.left_out.get("train", {}).items()}
+    return None
 
 
 def find_changes(task: Task, state: RunState, directory: Path) -> dict[str, str]:

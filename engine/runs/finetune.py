@@ -33,7 +33,7 @@ from engine.recipe.keys import wrong
 from engine.recipe.load import dump
 from engine.recipe.sections import Finetune
 from engine.runs.auto import settled
-from engine.runs.changes import begun
+from engine.runs.changes import begun, readable
 from engine.runs.log import Row
 from engine.runs.run import run
 from engine.runs.supervised import Supervised
@@ -71,6 +71,7 @@ def finetune(
     recipe = settled(written, world)
     batch, former = recipe.train.global_batch_size, begun(recipe, world)
     splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed, batch=batch, begun=former)
+    splits = readable(splits, recipe, world, batch=batch)
     weights = in_turn(world, lambda: open_fetched(checkpoint, encoder, untrained=baseline == "initial", heads=heads))
     with agreement(world.host_group):
         check_randaugment(recipe)

@@ -20,7 +20,7 @@ from engine.evaluation.linear import LinearClassifier, linear_step
 from engine.evaluation.subject import Subject, open_subject_together
 from engine.recipe.sections import Linear
 from engine.runs.auto import settled
-from engine.runs.changes import begun
+from engine.runs.changes import begun, readable
 from engine.runs.log import Row
 from engine.runs.run import run
 from engine.runs.supervised import Supervised
@@ -43,6 +43,7 @@ def linear(
     started, written = time.perf_counter(), recipe
     recipe = settled(written, world)
     splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed, begun=begun(recipe, world))
+    splits = readable(splits, recipe, world)
     form = {"crop_fraction": recipe.evaluate.crop_fraction, "reading": Reading.of(recipe.data)}
     subject = open_subject_together(checkpoint, world, encoder=encoder, heads=heads, **form)
     frozen = {"checkpoint": _lasting(checkpoint), "encoder": encoder} | ({"heads": str(heads)} if heads else {})

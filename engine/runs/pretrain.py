@@ -27,7 +27,7 @@ from engine.logger import say, warn
 from engine.recipe.keys import wrong
 from engine.recipe.sections import Pretrain
 from engine.runs.auto import settled
-from engine.runs.changes import begun
+from engine.runs.changes import begun, readable
 from engine.runs.continuing import find_source
 from engine.runs.log import Row
 from engine.runs.monitor import has_monitor, make_probe, monitor_in_words, monitor_row, open_bank, open_watched
@@ -63,6 +63,7 @@ def pretrain(recipe: Pretrain, recipe_file: Path, world: World, earlier: Path | 
     begin = open_first(recipe, recipe_file, world)
     batch, former = recipe.train.global_batch_size, begun(recipe, world)
     splits = open_splits(recipe.data, recipe_file, world, batch=batch, begun=former)
+    splits = readable(splits, recipe, world, batch=batch)
     watched = open_watched(recipe, recipe_file, world, splits)
     task = Pretraining(recipe, recipe_file, world, splits, watched, moco)
     task.written, task.begin = written, begin

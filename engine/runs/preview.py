@@ -11,7 +11,7 @@ from engine.recipe.load import dump, locate, located
 from engine.recipe.paths import each
 from engine.recipe.sections import Pretrain
 from engine.runs.auto import on_this_machine, settled
-from engine.runs.changes import begun
+from engine.runs.changes import begun, readable
 from engine.runs.monitor import open_watched
 from engine.runs.pretrain import Pretraining, make_moco
 from engine.runs.starting import open_first
@@ -45,6 +45,7 @@ def _opening(recipe: Pretrain, recipe_file: Path, world: World, moco: MoCo) -> l
     try:
         former = begun(recipe, world)
         splits = open_splits(recipe.data, recipe_file, world, batch=batch, read_only=True, begun=former)
+        splits = readable(splits, recipe, world, batch=batch)
         watched = open_watched(recipe, recipe_file, world, splits, read_only=True)
         return Pretraining(recipe, recipe_file, world, splits, watched, moco).opening()
     except UserError as error:

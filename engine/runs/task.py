@@ -305,6 +305,11 @@ class Task(ABC):
             | self.began_with[0],
             contents=self.contents | self.began_with[1],
             accepted=self.accepted,
+            left_out={
+                split: {str(i): words for i, words in source.left_out.items()}
+                for split, (source, _) in self.images_bound().items()
+                if source.left_out
+            },
             bad_images=self.bad_images.count(),
             licence=self.licence,
             continued_from=self.continued_from,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.data import leaving_out
 from engine.data.order import Order
 from engine.errors import RunFailed, UserError
 from engine.recipe.load import load
@@ -121,7 +122,14 @@ def test_archives_that_a_resume_gives_up_are_announced(world, tmp_path, capfd):
         assert (f"  archive   {every} was 1.5 and is null: of check" in capfd.readouterr().out) == said
 
 
-def test_unreadable_images_are_borne_up_to_their_share(world, tmp_path):
+@pytest.fixture
+def looks_at_one(monkeypatch):
+    """Of the images of a set that begins, as of a large one at some."""
+    monkeypatch.setattr(leaving_out, "_HEADERS", 0)
+    monkeypatch.setattr(leaving_out, "_WHOLE", 1)
+
+
+def test_unreadable_images_are_borne_up_to_their_share(world, tmp_path, looks_at_one):
     images = tmp_path / "images"
     images.mkdir()
     draw = np.random.default_rng(0)
@@ -142,12 +150,12 @@ def test_unreadable_images_are_borne_up_to_their_share(world, tmp_path):
     assert losses(train(world, tmp_path / "not_borne", *few, "data.max_bad_fraction=0.03")) == losses(rows)
 
 
-def test_a_run_whose_images_all_break_is_saved_before_it_ends(world, tmp_path):
+def test_a_run_whose_images_all_break_is_saved_before_it_ends(world, tmp_path, looks_at_one):
     images = tmp_path / "images"
     images.mkdir()
     first = Order(0, 1000, 8).share(0, 0, 1)[1].tolist()
     for number in range(1000):
-        (images / f"{number:03}.png").write_bytes(png(number % 256) if number in first else b"")
+        (images / f"{number:03}.png").write_bytes(png(number % 256) if number in (0, *first) else b"")
     folder = ["data.source=folder", f"data.root={images}", "data.dataset=null", "data.dataset_options={}"]
     words = "data.root must hold readable images; .* and the 100 after it are not; repair them; checkpoint step_0000001"
     with pytest.raises(UserError, match=f"^{words} is kept, and the same command goes on$"):
