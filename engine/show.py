@@ -107,7 +107,7 @@ def neighbours(options: Namespace) -> None:
 
 
 def embedding(options: Namespace) -> None:
-    """A map of images by their features, coloured by class where they have one."""
+    """A map of images by their features, coloured by class; without classes some of the images themselves are on it."""
     note("loading PyTorch")
     from engine.pictures.map import check_method, show_map
 

@@ -49,6 +49,12 @@ class Featured:
         of = f" of {len(self.source):,}" if len(self.id_N) < len(self.source) else ""
         return f"{len(self.id_N):,}{of} images" + (f" of {len(self.classes)} classes" if self.classes else "")
 
+    def caption(self, row: int) -> str:
+        """What is written beside the image of this row: its class, else the name of its file."""
+        if self.classes:
+            return self.classes[int(self.label_N[row])]
+        return self.source.name(int(self.id_N[row])).rpartition("/")[2]
+
     @torch.no_grad()
     def of_file(self, key: str, file: Path) -> tuple[Tensor, Tensor]:
         """(uint8 [S, S, 3], [D]): what the network sees of another image, and its features. Raises as `read_view`."""

@@ -1,11 +1,11 @@
-"""A flat map of images by their features, coloured by class.
+"""A flat map of images by their features: points coloured by class, or some of the images themselves.
 
 Features are compared by cosine, as in kNN: every row is scaled to length 1 first.
 Shapes: N images, D features.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +16,13 @@ from matplotlib.colors import to_rgb
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.pictures.canvas import COLOURS, HEADER, MARGIN, WIDTH, Sheet, style
+from engine.pictures.canvas import COLOURS, DOTS, HEADER, MARGIN, WIDTH, Sheet, style
 from engine.pictures.features import Featured, unit
 
 METHODS = {"pca": "principal components", "tsne": "t-SNE"}
 SIDE = 560
+THUMBNAIL = 44  # side of an image on the map
+LEFT = MARGIN + 18  # of the map
 OTHERS = "#c8cdd3"  # classes that are not told apart
 LEGEND_ROWS = 18  # classes that are
 LEGEND_PITCH = 22
@@ -35,10 +37,10 @@ class Map(NamedTuple):
 
 
 def show_map(images: Featured, method: str, out: Path) -> None:
-    """Draws the images as points. Raises UserError as `flat_map`."""
+    """Draws the images as points, and without classes as many of them as find room. Raises UserError as `flat_map`."""
     places = flat_map(images.feature_ND, method)
-    subtitle = f"{images.number} by {METHODS[method]}"
-    draw_map(places, images.label_N.numpy(), images.classes, f"Map of the features: {images.name}", subtitle, out)
+    title, subtitle = f"Map of the features: {images.name}", f"{images.number} by {METHODS[method]}"
+    draw_map(places, images.label_N.numpy(), images.classes, title, subtitle, out, images.pixels)
 
 
 def check_method(method: str) -> None:
@@ -77,11 +79,22 @@ def _tsne(unit_ND: Tensor) -> Map:
 # ---- the drawing -----------------------------------------------------------------------------------------------------
 
 
-def draw_map(places: Map, label_N: np.ndarray, classes: Sequence[str], title: str, subtitle: str, out: Path) -> None:
-    """Points on a plane, coloured by class; of many classes the most frequent are told apart."""
+def draw_map(
+    places: Map,
+    label_N: np.ndarray,
+    classes: Sequence[str],
+    title: str,
+    subtitle: str,
+    out: Path,
+    pixels: Callable[[Tensor], Tensor],
+) -> None:
+    """Points on a plane, coloured by class; of many classes the most frequent are told apart.
+
+    pixels: the images of rows, uint8 [N, S, S, 3], which are shown where there are no classes.
+    """
     with style():
         sheet = Sheet(HEADER + SIDE + 24 + MARGIN, title, subtitle)
-        axes = sheet.axes(MARGIN + 18, HEADER, SIDE, SIDE)
+        axes = sheet.axes(LEFT, HEADER, SIDE if classes else WIDTH - MARGIN - LEFT, SIDE)
         axes.set(xticks=[], yticks=[], xlabel=places.axes[0], ylabel=places.axes[1])
         axes.spines[:].set_visible(True)
         place_N2, colour_N3 = places.place_N2.numpy(), np.tile(to_rgb(COLOURS[0]), (len(label_N), 1))
@@ -90,12 +103,32 @@ def draw_map(places: Map, label_N: np.ndarray, classes: Sequence[str], title: st
             colour_N3[:] = to_rgb(OTHERS)
             for label, colour in zip(shown, _distinct(len(shown)), strict=True):
                 colour_N3[label_N == label] = colour
-            _draw_legend(sheet, MARGIN + 18 + SIDE + 20, label_N, shown, classes)
+            _draw_legend(sheet, LEFT + SIDE + 20, label_N, shown, classes)
         # In a random order, so that no class lies on top of the others.
         order_N = np.random.default_rng(0).permutation(len(label_N))
         axes.scatter(*place_N2[order_N].T, s=14, c=colour_N3[order_N], alpha=0.75, linewidths=0)
         axes.set_aspect("equal", adjustable="datalim")
+        if not classes:
+            axes.margins(0.06)  # an image at the edge is whole
+            axes.apply_aspect()
+            _draw_images(sheet, axes.transData.transform(place_N2) / DOTS, pixels)
         sheet.save(out)
+
+
+def _draw_images(sheet: Sheet, point_N2: np.ndarray, pixels: Callable[[Tensor], Tensor]) -> None:
+    """In the place of their points, which are counted from the lower left corner."""
+    rows = apart(point_N2, THUMBNAIL)
+    for (x, y), image in zip(point_N2[rows], pixels(torch.from_numpy(rows)).numpy(), strict=True):
+        sheet.image(x - THUMBNAIL / 2, sheet.height - y - THUMBNAIL / 2, THUMBNAIL, image)
+
+
+def apart(point_N2: np.ndarray, side: float) -> np.ndarray:
+    """Rows of as many points, in a random order, as squares of this side around them do not overlap: int64."""
+    kept: list[int] = []
+    for row in np.random.default_rng(0).permutation(len(point_N2)):
+        if (np.abs(point_N2[kept] - point_N2[row]).max(1) >= side).all():
+            kept.append(row)
+    return np.array(kept)
 
 
 def _most_frequent(label_N: np.ndarray) -> np.ndarray:

@@ -25,13 +25,14 @@ UNKNOWN = -1  # the label of an image of no source
 class Gallery(NamedTuple):
     """A row per query: itself, then its K neighbours, the nearest first.
 
-    image_QKSS3 uint8 [Q, 1 + K, S, S, 3]; label_QK [Q, 1 + K], where a query's may be UNKNOWN; classes: names by label,
-    empty without labels.
+    image_QKSS3 uint8 [Q, 1 + K, S, S, 3]; label_QK [Q, 1 + K], where a query's is UNKNOWN, or all are; captions: of the
+    images, row by row; possible: how many neighbours of the queries' own classes there could be at most.
     """
 
     image_QKSS3: np.ndarray
     label_QK: np.ndarray
-    classes: Sequence[str]
+    captions: Sequence[str]
+    possible: int = 0
 
 
 def show_neighbours(images: Featured, queries: int, k: int, out: Path) -> None:
@@ -39,7 +40,9 @@ def show_neighbours(images: Featured, queries: int, k: int, out: Path) -> None:
     query_Q = spread(images.label_N, queries)
     row_QK = torch.cat((query_Q[:, None], nearest(images.feature_ND, query_Q, k)), dim=1)
     pixels_QKSS3 = images.pixels(row_QK.flatten()).unflatten(0, row_QK.shape)
-    gallery = Gallery(pixels_QKSS3.numpy(), images.label_N[row_QK].numpy(), images.classes)
+    label_QK = images.label_N[row_QK].numpy()
+    captions = [images.caption(row) for row in row_QK.flatten().tolist()]
+    gallery = Gallery(pixels_QKSS3.numpy(), label_QK, captions, possible(images.label_N, query_Q, k))
     draw_neighbours(gallery, f"Nearest neighbours: {images.name}", f"By cosine, among {images.number}", out)
 
 
@@ -51,7 +54,8 @@ def show_query(images: Featured, query: Path, k: int, out: Path) -> None:
     (row_K,) = nearest(feature_ND, torch.tensor([len(feature_ND) - 1]), k)
     pixels_KSS3 = torch.cat((image_SS3[None], images.pixels(row_K)))
     label_K = torch.cat((torch.tensor([UNKNOWN]), images.label_N[row_K]))
-    gallery = Gallery(pixels_KSS3[None].numpy(), label_K[None].numpy(), images.classes)
+    captions = [query.name, *(images.caption(row) for row in row_K.tolist())]
+    gallery = Gallery(pixels_KSS3[None].numpy(), label_K[None].numpy(), captions)
     draw_neighbours(gallery, f"Nearest to {query.name}: {images.name}", f"By cosine, among {images.number}", out)
 
 
@@ -61,6 +65,11 @@ def spread(label_N: Tensor, count: int) -> Tensor:
         raise UserError(f"--queries ({count}) must be at most {len(label_N)}, the number of images; lower it")
     middle_Q = (torch.arange(count) * 2 + 1) * len(label_N) // (2 * count)
     return label_N.argsort(stable=True)[middle_Q]
+
+
+def possible(label_N: Tensor, query_Q: Tensor, k: int) -> int:
+    """How many of the k neighbours of each query, added up, can be of its class, of which there may be fewer others."""
+    return int((label_N == label_N[query_Q, None]).sum(1).sub(1).clamp_max(k).sum())
 
 
 def nearest(feature_ND: Tensor, query_Q: Tensor, k: int) -> Tensor:
@@ -79,31 +88,30 @@ def nearest(feature_ND: Tensor, query_Q: Tensor, k: int) -> Tensor:
 def draw_neighbours(gallery: Gallery, title: str, subtitle: str, out: Path) -> None:
     """The gallery, with a frame around each neighbour that tells whether it is of the query's class."""
     queries, columns = gallery.label_QK.shape
-    line = NAME if gallery.classes else 0
     side = min(LARGEST, (WIDTH - 2 * MARGIN - APART - (columns - 1) * GAP) / columns)
-    pitch, top = side + line + GAP + 4, HEADER + 20
+    pitch, top = side + NAME + GAP + 4, HEADER + 20
     with style():
         sheet = Sheet(top + queries * pitch + MARGIN - GAP, title, subtitle)
         sheet.text(MARGIN, HEADER + 12, "query", weight="bold")
         sheet.text(MARGIN + APART + side + GAP, HEADER + 12, "its neighbours, the nearest first", weight="bold")
-        knows = bool(gallery.classes) and bool((gallery.label_QK[:, 0] != UNKNOWN).all())
+        knows = bool((gallery.label_QK[:, 0] != UNKNOWN).all())
         if knows:
-            _explain_frames(sheet, gallery.label_QK)
+            _explain_frames(sheet, gallery)
         for row, column in np.ndindex(queries, columns):
             x, y = MARGIN + APART * (column > 0) + column * (side + GAP), top + row * pitch
-            label, frame = gallery.label_QK[row, column], None
-            if gallery.classes:
-                if column and knows:
-                    frame = RIGHT if label == gallery.label_QK[row, 0] else WRONG
-                name = "" if label == UNKNOWN else gallery.classes[label]
-                sheet.text(x, y + side + 15, name, size=11, width=side, color=frame or INK)
+            frame = None
+            if column and knows:
+                frame = RIGHT if gallery.label_QK[row, column] == gallery.label_QK[row, 0] else WRONG
+            caption = gallery.captions[row * columns + column]
+            sheet.text(x, y + side + 15, caption, size=11, width=side, color=frame or INK)
             sheet.image(x, y, side, gallery.image_QKSS3[row, column], frame=frame)
         sheet.save(out)
 
 
-def _explain_frames(sheet: Sheet, label_QK: np.ndarray) -> None:
-    is_same_QK = label_QK[:, 1:] == label_QK[:, :1]
+def _explain_frames(sheet: Sheet, gallery: Gallery) -> None:
+    is_same_QK = gallery.label_QK[:, 1:] == gallery.label_QK[:, :1]
     right, same = WIDTH - MARGIN, is_same_QK.sum()
     others = f"{is_same_QK.size - same} of another class"
     sheet.text(right, HEADER + 12, others, color=WRONG, weight="bold", ha="right")
-    sheet.text(right - 140, HEADER + 12, f"{same} of the same class", color=RIGHT, weight="bold", ha="right")
+    words = f"{same} of the same class, {gallery.possible} at most"
+    sheet.text(right - 140, HEADER + 12, words, color=RIGHT, weight="bold", ha="right")

@@ -1,13 +1,14 @@
 """Maps are those of scikit-learn, and their colours are the classes'."""
 
 import numpy as np
+import pytest
 import torch
 from sklearn.decomposition import PCA
 from torch.nn import functional as F
 
 from engine.data.opening import open_source
 from engine.data.source import Root
-from engine.pictures.map import OTHERS, Map, draw_map, flat_map
+from engine.pictures.map import OTHERS, Map, apart, draw_map, flat_map
 from tests.pictures.drawn import VIT, show
 
 
@@ -42,12 +43,31 @@ def test_embedding_picture(images, tmp_path):
         assert points.count(f"fill: {colour}") == (labels == label).sum()
 
 
+def test_images_without_classes_are_seen_where_there_is_room(images, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in images.glob("*/*.png"):
+        (flat / file.name).write_bytes(file.read_bytes())
+    show("embedding", VIT, "--data", flat, tmp_path / "e.svg", "--workers", 0)
+    text = (tmp_path / "e.svg").read_text()
+    assert "<!-- 12 images by principal components" in text
+    assert 3 <= text.count("<image ") <= 12
+
+
+def test_no_two_images_overlap_and_none_could_be_added():
+    point_N2 = np.random.default_rng(3).normal(size=(300, 2)) * 200
+    kept = apart(point_N2, 44)
+    distance_NN = np.abs(point_N2[:, None] - point_N2[kept]).max(2)
+    assert (distance_NN[kept] + 44 * np.eye(len(kept)) >= 44).all()
+    assert (np.delete(distance_NN, kept, 0) < 44).any(1).all()
+
+
 def test_many_classes_share_a_grey(tmp_path):
     label_N = np.repeat(np.arange(25), 2)
     label_N[:4] = 24  # classes 0 and 1 have no image, class 24 has the most
     places = Map(torch.randn(50, 2), ("", ""))
     with_names = [f"class {i}" for i in range(25)]
-    draw_map(places, label_N, with_names, "title", "", tmp_path / "m.svg")
+    draw_map(places, label_N, with_names, "title", "", tmp_path / "m.svg", pytest.fail)
     text = (tmp_path / "m.svg").read_text()
     shown = [name for name in with_names if f"<!-- {name} -->" in text]
     assert shown == [f"class {i}" for i in (*range(2, 19), 24)]

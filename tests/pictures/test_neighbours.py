@@ -67,6 +67,12 @@ def test_neighbours_picture(images, tmp_path):
     assert colours == {RIGHT, WRONG}
 
 
+def test_neighbours_of_the_class_are_counted_against_how_many_there_are(images, tmp_path):
+    """Five others of its class, of eight neighbours."""
+    show("neighbours", VIT, "--data", images, tmp_path / "n.svg", "--queries", 4, "--k", 8, "--workers", 0)
+    assert " of the same class, 20 at most -->" in (tmp_path / "n.svg").read_text()
+
+
 def test_unlabelled_images_have_neighbours_without_frames(images, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -76,6 +82,7 @@ def test_unlabelled_images_have_neighbours_without_frames(images, tmp_path):
     show("neighbours", VIT, "--data", flat, tmp_path / "n.svg", "--queries", 2, "--k", 3, "--workers", 0)
     text = (tmp_path / "n.svg").read_text()
     assert "<!-- By cosine, among 12 of 13 images -->" in text
+    assert text.count(".png -->") == 2 * (1 + 3)
     assert RIGHT not in text
     assert WRONG not in text
 
