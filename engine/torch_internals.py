@@ -194,3 +194,10 @@ def stored_chunk(file: str, offset: int, length: int) -> Any:
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     return _StorageInfo(file, offset, length)
+
+
+def file_prefix(rank: int) -> Any:
+    """How a rank's files in a checkpoint begin, as torch.distributed.checkpoint's FileSystemWriter wants it."""
+    from torch.distributed.checkpoint.filesystem import _StoragePrefix
+
+    return _StoragePrefix(f"__{rank}_")

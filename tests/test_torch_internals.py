@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from engine.distributed.world import make_mesh, process_group
@@ -18,6 +19,7 @@ from engine.torch_internals import (
     allow_variants,
     copy_each_,
     descend_each_,
+    file_prefix,
     forget_forwards,
     graph_breaks,
     graphs_compiled,
@@ -204,6 +206,11 @@ def test_a_stored_chunk_is_what_torch_writes(tmp_path):
     dcp.save({"a": torch.ones(3)}, checkpoint_id=tmp_path, no_dist=not dist.is_initialized())
     (info,) = dcp.FileSystemReader(tmp_path).read_metadata().storage_data.values()
     assert stored_chunk(info.relative_path, info.offset, info.length) == info
+
+
+def test_a_rank_names_its_files_as_torch_does(tmp_path):
+    plans = dcp.FileSystemWriter(tmp_path).prepare_global_plan([SavePlan([])] * 4)
+    assert [plan.storage_data for plan in plans] == [file_prefix(rank) for rank in range(4)]
 
 
 def private(name: str) -> bool:

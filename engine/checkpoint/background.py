@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from engine.checkpoint import dcp
+from engine.checkpoint.plan import Plan, entries_of, make_plan
 from engine.checkpoint.save import commit
 from engine.checkpoint.state import RunState
 from engine.distributed.agreement import rank
@@ -43,7 +44,7 @@ class Saver:
     ):
         self.checkpoints, self.recipe_sha256, self.group = checkpoints, recipe_sha256, group
         self.beside, self.before, self.after = beside, before, after
-        self._plan: dcp.Plan | None = None
+        self._plan: Plan | None = None
         self._copies: dcp.Shards = {}  # kept from save to save: on a GPU's host, memory that is pinned
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -68,7 +69,7 @@ class Saver:
         if self.under_way:
             raise RuntimeError("a save is under way: wait for it first")
         self.wait()  # for the plan
-        if self._plan is None or self._plan.entries != dcp.entries_of(tensors):
+        if self._plan is None or self._plan.entries != entries_of(tensors):
             self._make_plan(tensors)
         self.under_way = True
         shards = dcp.shards_of(tensors, self._plan)
@@ -97,7 +98,7 @@ class Saver:
             self._error = error
 
     def _make_plan(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._plan, self._copies = dcp.make_plan(tensors, self.group), {}
+        self._plan, self._copies = make_plan(tensors, self.group), {}
 
     def _copy(self, shards: dcp.Shards) -> torch.cuda.Event | None:
         """Copy to the host; what a GPU changes later waits for that there, and nothing here does."""

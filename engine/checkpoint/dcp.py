@@ -1,10 +1,8 @@
 """Tensors to files and back by torch.distributed.checkpoint (DCP), in whatever sharding they have on each rank."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,55 +13,15 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from engine.checkpoint.manifest import Damaged
-from engine.checkpoint.metadata import entry
-from engine.distributed.agreement import agreement, broadcast, by_rank, describe, gather, rank, scatter, size
+from engine.checkpoint.manifest import METADATA, Damaged
+from engine.checkpoint.plan import Plan
+from engine.distributed.agreement import agreement, all_gather, by_rank, describe, gather, rank
 from engine.errors import Interrupted
-from engine.files import naming
+from engine.files import naming, replace_file
 
 _REASON = 300  # characters of what one rank says of a failure
 
 Shards = dict[MetadataIndex, torch.Tensor]  # of this rank, those that it writes
-
-
-class Plan(NamedTuple):
-    """How a set of tensors is saved, of which each rank has its shards. It holds as long as names and shardings do.
-
-    entries: of the whole tensors, as the manifest has them.
-    mine: the shards that this rank writes; each is written by one.
-    table: of contents, all ranks', on rank 0.
-    """
-
-    entries: dict[str, dict[str, Any]]
-    mine: SavePlan
-    table: Metadata | None
-
-
-def entries_of(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
-    return {name: entry(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-
-
-def make_plan(tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> Plan:
-    """All ranks of `group` call it, with the same names, whole shapes and dtypes. Raises ValueError for others."""
-    entries = entries_of(tensors)
-    _check_same(entries, group)
-    planner, shares, table = _planner(), None, None
-    planner.set_up_planner(tensors, is_coordinator=rank(group) == 0)
-    plans = gather(planner.create_local_plan(), group)
-    with agreement(group):
-        if plans is not None:
-            shares, table = planner.create_global_plan(plans)
-            shares = _Writer(Path()).prepare_global_plan(shares)  # the names of files, the same in any folder
-    return Plan(entries, scatter(shares, group), table)
-
-
-def _check_same(entries: dict[str, dict], group: dist.ProcessGroup | None) -> None:
-    """Ranks that save different things would write a checkpoint that fits none of them."""
-    first = broadcast(entries, group)
-    with agreement(group):
-        different = [name for name in sorted(entries.keys() | first) if entries.get(name) != first.get(name)]
-        if different:
-            raise ValueError(f"all ranks must save the same tensors; {different[0]!r} is not as on rank 0")
 
 
 def shards_of(tensors: dict[str, torch.Tensor], plan: Plan) -> Shards:
@@ -79,11 +37,19 @@ def write(folder: Path, plan: Plan, shards: Shards, group: dist.ProcessGroup | N
     writer = _Writer(folder, single_file_per_rank=True, sync_files=True, overwrite=False, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(rank(group) == 0)
     with agreement(group):
-        mine = writer.write_data(plan.mine, _Given(shards)).wait()
-    results = gather(mine, group)
-    with agreement(group), naming(folder):
-        if results is not None:
-            writer.finish(plan.table, results)
+        written = plan.written_as(writer.write_data(plan.mine, _Given(shards)).wait())
+    if not all(all_gather(written == plan.written, group)):
+        found = gather(written, group)
+        with agreement(group), naming(folder):
+            if found is not None:
+                table, results = plan.chunks.table(found)
+                writer.finish(table, [results])
+                plan.contents = (folder / METADATA).read_bytes()
+        plan.written = written
+        return
+    with agreement(group):
+        if rank(group) == 0:
+            replace_file(folder / METADATA, plan.contents)
 
 
 def _planner() -> dcp.DefaultSavePlanner:
@@ -112,18 +78,31 @@ def read(
 
     Raises Damaged on every rank, or Interrupted where one was asked to stop; the tensors are then spoiled.
     """
+    failure = _failure(folder, metadata, tensors)
+    failures = dict(enumerate([failure] if alone else all_gather(failure, group)))
+    for stop in failures.values():
+        if isinstance(stop, Interrupted):
+            raise stop
+    if said := {number: text for number, text in failures.items() if text is not None}:
+        reasons = by_rank(said, len(failures))
+        raise Damaged(folder, f"its data is refused, the tensors to fill are spoiled: {reasons}")
+
+
+def _failure(folder: Path, metadata: Metadata, tensors: dict[str, torch.Tensor]) -> str | Interrupted | None:
+    """Why this rank could not fill its tensors; each reads for itself, as nothing about it is to be agreed on."""
     # FileSystemReader reads tensors by torch.load(weights_only=True). The planner's load_bytes, which would unpickle
-    # freely, is never reached: read_metadata lets nothing but tensors through.
+    # freely, is never reached: a checked table of contents names nothing but tensors.
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        with _arguments(group, alone) as arguments:
-            dcp.load(dict(tensors), storage_reader=_Reader(folder, metadata), planner=planner, **arguments)
-    except CheckpointException as error:  # not an Exception; DCP raises it on every rank
-        reasons = _reasons(error, group)
-        for cause, _ in error.failures.values():
-            if isinstance(cause, Interrupted):
-                raise cause from None
-        raise Damaged(folder, f"its data is refused, the tensors to fill are spoiled: {reasons}") from error
+        with warnings.catch_warnings():  # to read alone is no reason to warn
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            dcp.load(dict(tensors), storage_reader=_Reader(folder, metadata), planner=planner, no_dist=True)
+    except Interrupted as stop:
+        return stop
+    except CheckpointException as error:  # not an Exception
+        cause = next(iter(error.failures.values()))[0]
+        return cause if isinstance(cause, Interrupted) else describe(cause)[:_REASON]
+    return None
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -158,16 +137,3 @@ class _Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.metadata
-
-
-@contextmanager
-def _arguments(group: dist.ProcessGroup | None, alone: bool) -> Iterator[dict[str, Any]]:
-    alone = alone or not dist.is_initialized()
-    with warnings.catch_warnings():  # one process without a group is no reason to warn
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield {"process_group": None if alone else group, "no_dist": alone}
-
-
-def _reasons(error: CheckpointException, group: dist.ProcessGroup | None) -> str:
-    failures = {number: describe(cause)[:_REASON] for number, (cause, _) in error.failures.items()}
-    return by_rank(failures, size(group))

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from engine.checkpoint import dcp, layout
 from engine.checkpoint.manifest import Damaged, Manifest, read_manifest, verify
-from engine.checkpoint.metadata import entry, read_metadata
+from engine.checkpoint.metadata import checked, entry, read_table
 from engine.checkpoint.state import RunState
 from engine.distributed.agreement import agreement, broadcast, rank, size
 from engine.errors import UserError, listed
@@ -114,7 +114,7 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> Iterator[tup
     path = Path(path)
     manifest = read_manifest(path)
     verify(path, manifest)
-    metadata = read_metadata(path, manifest)
+    metadata = checked(path, read_table(path), manifest)
     names = sorted(manifest.tensors) if names is None else list(names)
     unknown = [f"{name} is not in the checkpoint" for name in names if name not in manifest.tensors]
     if unknown:
@@ -131,7 +131,8 @@ def _one_by_one(path: Path, names: list[str], metadata: Metadata) -> Iterator[tu
 
 
 def _open(path: Path, group: dist.ProcessGroup | None) -> tuple[Manifest, Metadata]:
-    """Manifest and table of contents, which rank 0 reads, after each rank has compared its share of the files."""
+    """Manifest and table of contents, which rank 0 reads, after each rank has compared its share of the files. The
+    table travels as it was written, and each rank checks it: a pickle is made of it sooner than of what it says."""
     first = rank(group) == 0
     with agreement(group):
         manifest = read_manifest(path) if first else None
@@ -139,8 +140,10 @@ def _open(path: Path, group: dist.ProcessGroup | None) -> tuple[Manifest, Metada
     with agreement(group):
         verify(path, manifest, sorted(manifest.files)[rank(group) :: size(group)])
     with agreement(group):
-        metadata = read_metadata(path, manifest) if first else None
-    return manifest, broadcast(metadata, group)
+        table = read_table(path) if first else None
+    table = broadcast(table, group)
+    with agreement(group):
+        return manifest, checked(path, table, manifest)
 
 
 def _match(path: Path, manifest: Manifest, tensors: dict[str, torch.Tensor], ignore: tuple[str, ...]) -> None:

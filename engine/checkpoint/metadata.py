@@ -5,6 +5,7 @@ classes of DCP's table of contents, and even those are replaced by inert records
 checked against the manifest and only then turned into the classes that DCP's reader works with.
 """
 
+import io
 import math
 import pickle
 from pathlib import Path
@@ -61,13 +62,24 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place in a checkpoint")
 
 
-def read_metadata(path: Path, manifest: Manifest) -> Metadata:
-    """The table of contents of a checkpoint whose manifest was read. Raises UserError (Damaged)."""
+def read_table(path: Path) -> bytes:
+    """The table of contents of a checkpoint, as it was written. Raises UserError (Damaged)."""
     try:
-        with (path / METADATA).open("rb") as file:
-            return _checked(_Unpickler(file).load().state, manifest)
+        return (path / METADATA).read_bytes()
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def checked(path: Path, table: bytes, manifest: Manifest) -> Metadata:
+    """What the table of contents says of a checkpoint whose manifest was read. Raises UserError (Damaged)."""
+    try:
+        return _checked(_Unpickler(io.BytesIO(table)).load().state, manifest)
     except Exception as error:  # unpickling hostile bytes may raise anything
-        raise Damaged(path, f"{METADATA} is refused ({one_line(error) or type(error).__name__})") from error
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: Exception) -> Damaged:
+    return Damaged(path, f"{METADATA} is refused ({one_line(error) or type(error).__name__})")
 
 
 def _checked(content: dict[str, Any], manifest: Manifest) -> Metadata:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from engine.checkpoint import dcp, layout
 from engine.checkpoint.manifest import Damaged, Manifest, checksum, read_manifest, verify, write_manifest
+from engine.checkpoint.plan import Plan, make_plan
 from engine.checkpoint.state import RunState
 from engine.distributed.agreement import agreement, all_gather, broadcast, rank, size
 from engine.errors import RunFailed, SystemRefused, UserError
@@ -37,14 +38,14 @@ def save(
     Returns the folder. Raises what `commit` raises, and ValueError for a mistake of the caller: ranks hand in different
     tensors.
     """
-    plan = dcp.make_plan(tensors, group)
+    plan = make_plan(tensors, group)
     shards = dcp.shards_of(tensors, plan)
     return commit(checkpoints, plan, shards, state, recipe_sha256=recipe_sha256, group=group)
 
 
 def commit(
     checkpoints: Path,
-    plan: dcp.Plan,
+    plan: Plan,
     shards: dcp.Shards,
     state: RunState,
     *,

@@ -258,7 +258,7 @@ def two_ranks_load_what_four_saved(checkpoints: Path) -> None:
     assert newest_valid(checkpoints) == checkpoints / "step_0000004"
     with pytest.MonkeyPatch.context() as patched:
         if dist.get_rank() == 1:  # one rank reads the table of contents, for all
-            patched.delattr("engine.checkpoint.load.read_metadata")
+            patched.delattr("engine.checkpoint.load.read_table")
         load_all(checkpoints / "step_0000004", tensors)
     save(checkpoints, tensors, state(5), recipe_sha256=SHA)
 
