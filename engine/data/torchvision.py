@@ -6,12 +6,13 @@ Shapes: N images.
 import difflib
 import hashlib
 import inspect
+import sys
 
 import numpy as np
 import torchvision.datasets
 from PIL import Image
 
-from engine.data.decode import to_rgb
+from engine.data.decode import Reading, to_rgb
 from engine.data.joined import JoinedSource
 from engine.data.source import Root, Source, Split
 from engine.errors import UserError, one_line
@@ -22,6 +23,7 @@ _EVERYTHING = {"train", "val", "valid", "test"}
 _HOLDS = {"trainval": {"train", "val"}, "all": _EVERYTHING, "10fold": _EVERYTHING}  # the images of other splits
 _LABELS = ("targets", "labels", "_labels", "_samples")
 _FAKE_VAL_OFFSET = 10**9
+_OF_ANY_SIZE = Reading(max_pixels=sys.maxsize)  # whoever uses an image knows how large it may be
 _MOST_CLASSES = 10**6  # where classes have no names: a label beyond is no label but damage
 
 
@@ -68,7 +70,8 @@ class TorchvisionSource(Source):
         return len(self._dataset)
 
     def read(self, i: int) -> Image.Image:
-        return to_rgb(self._dataset[i][0])
+        Image.MAX_IMAGE_PIXELS = None  # torchvision opens files itself; `engine.data.decode` knows data.max_pixels
+        return to_rgb(self._dataset[i][0], _OF_ANY_SIZE)
 
     def name(self, i: int) -> str:
         return f"{self._title} {i}"

@@ -4,16 +4,21 @@ taken out of it."""
 import hashlib
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torchvision.datasets
+from PIL import Image
 from scipy.io import savemat
 
+from engine.data.decode import Reading, to_rgb
 from engine.data.opening import align_labels, open_source
+from engine.data.orientation import TAG
 from engine.data.source import Root
+from engine.data.torchvision import TorchvisionSource
 from engine.errors import UserError
-from tests.data.images import fill, shades
+from tests.data.images import encoded, fill, picture, shades
 
 
 def opened(root, dataset, side="train", /, **options):
@@ -139,6 +144,27 @@ def test_fake_data():
     assert train.fingerprint == fake("train").fingerprint != val.fingerprint
     assert train.fingerprint != fake("train", random_offset=1).fingerprint
     assert fake("train", image_size=(1, 8, 8)).read(0).mode == "RGB"
+
+
+def test_files_are_read_as_the_recipe_says(tmp_path, monkeypatch):
+    """Under max_pixels of the recipe, not of Pillow; turned, where it is wanted."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    exif = Image.Exif()
+    exif[TAG] = 6
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.jpg").write_bytes(encoded(picture(8, 4), "JPEG", exif=exif.tobytes()))
+    source = opened(tmp_path, "ImageFolder")
+    assert to_rgb(source.read(0)).size == (8, 4)
+    assert to_rgb(source.read(0), Reading(exif_orientation=True)).size == (4, 8)
+    with pytest.raises(ValueError, match=r"pass data.max_pixels=32"):
+        to_rgb(source.read(0), Reading(max_pixels=31))
+    most = Reading().max_pixels
+    large = TorchvisionSource(
+        [(SimpleNamespace(width=most + 1, height=1, mode="RGB", load=lambda: None), 0)], None, None, "", ""
+    )
+    Reading(max_pixels=most + 1).check_size(large.read(0))
+    with pytest.raises(ValueError, match=rf"more than data.max_pixels \({most}\)"):
+        Reading().check_size(large.read(0))
 
 
 def test_a_dataset_with_a_train_flag(tmp_path):
