@@ -140,11 +140,14 @@ def _smaller(data: bytes, short_side: int) -> tuple[bytes, str] | None:
 
 
 def _noted(image: Image.Image) -> bytes:
-    """The EXIF of an image whose pixels were read; where it has none and says elsewhere how it lies, EXIF of that."""
-    exif = image.info.get("exif", b"")
-    if exif or (found := orientation(image)) == UPRIGHT:
+    """The EXIF of an image whose pixels were read; where something else says how it lies, with that in it."""
+    exif, found = image.info.get("exif", b""), orientation(image)
+    if found == UPRIGHT:
         return exif
     made = Image.Exif()
+    made.load(exif)
+    if made.get(TAG) == found:
+        return exif
     made[TAG] = found
     return made.tobytes()
 

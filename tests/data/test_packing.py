@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from engine import pack as door
 from engine.data import packing
-from engine.data.decode import to_rgb
+from engine.data.decode import Reading, to_rgb
 from engine.data.opening import open_source
 from engine.data.packing import Form, Packing
 from engine.data.source import Root, Source
@@ -417,3 +418,34 @@ def test_images_are_made_smaller(tmp_path):
             assert difference.mean() < (3 if image.format == "JPEG" else 1e-9)
     assert [line.partition(" (")[0] for line in made.said] == ["packed as it is: 5.png", "packed as it is: 6.png"]
     assert sum(tar.as_they_were for tar in made.tars) == 2
+
+
+@pytest.mark.parametrize("says", ["EXIF", "XMP", "both"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_a_smaller_image_lies_as_its_file_says(tmp_path, kind, says):
+    """And what else EXIF says is kept."""
+    (tmp_path / "from").mkdir()
+    exif, xmp = Image.Exif(), b'<a tiff:Orientation="6"/>'
+    exif[0x010F] = "maker"
+    if says == "EXIF":
+        exif[0x0112] = 6
+    noted = {} if says == "EXIF" else {"xmp": xmp}
+    if kind == "PNG" and noted:
+        noted = {"pnginfo": PngInfo()}
+        noted["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp.decode())
+    if kind == "TIFF" and noted:
+        noted = {"tiffinfo": {700: xmp, 0x010F: "maker"}}
+    elif says != "XMP":
+        noted["exif"] = exif
+    data = encoded(Image.linear_gradient("L").convert("RGB").resize((80, 64)), kind, **noted)
+    (tmp_path / "from/1").with_suffix(f".{kind.lower()}").write_bytes(data)
+    source = opened(tmp_path / "from")
+    packed(source, tmp_path / "to", short_side=32)
+    upright = Reading(exif_orientation=True)
+    whole, small = to_rgb(source.read(0), upright), to_rgb(opened(tmp_path / "to", "shards").read(0), upright)
+    assert (whole.size, small.size) == ((64, 80), (32, 40))
+    difference = np.asarray(whole.resize(small.size), int) - np.asarray(small, int)
+    assert np.abs(difference).mean() < 4
+    if kind != "TIFF" and says != "XMP":
+        file = opened(tmp_path / "to", "shards").content(0)
+        assert Image.open(io.BytesIO(file)).getexif()[0x010F] == "maker"
