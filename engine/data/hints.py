@@ -1,24 +1,30 @@
 """What some images show of how all of them should be read, in a line each that names the key."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
+from PIL import Image
 
 from engine.data.contents import spread
 from engine.data.decode import Reading
 from engine.data.jpeg import Jpeg
+from engine.data.orientation import UPRIGHT, orientation
 from engine.data.source import Source
 
-_LOOKED_AT = 16  # images
+T = TypeVar("T")
+
+_DECODED = 16  # images
+_OPENED = 64  # images
 _DARK = 65535 // 4  # 14 bits of 16, or fewer
+_TURNED = 0.1  # of the images: whose cameras nobody turned afterwards; published sets have a handful
 
 
 def hints(source: Source, reading: Reading) -> list[str]:
-    """Lines on images that come out dark as they are read; images that cannot be read say nothing here."""
-    if reading.range is not None:
-        return []
-    found = [most for i in spread(len(source), _LOOKED_AT) if (most := _largest(source, i)) is not None]
-    return [line] if (line := in_words(found)) else []
+    """Lines on images that come out dark, or on their side, as they are read; those that cannot be read say nothing."""
+    found = [] if reading.range else [in_words(_of_some(source, _DECODED, _largest))]
+    found += [] if reading.exif_orientation else [_about_orientation(_of_some(source, _OPENED, _is_turned))]
+    return [line for line in found if line]
 
 
 def in_words(largest: Sequence[int]) -> str | None:
@@ -32,12 +38,34 @@ def in_words(largest: Sequence[int]) -> str | None:
     )
 
 
-def _largest(source: Source, i: int) -> int | None:
-    """The largest value of a grey image of 16 bits; None for another."""
-    try:
-        image = source.read(i)
-        if isinstance(image, Jpeg) or not image.mode.startswith("I"):
-            return None
-        return int(np.asarray(image).max())
-    except Exception:  # it is reported where it is used
+def _about_orientation(turned: Sequence[bool]) -> str | None:
+    if not any(turned) or sum(turned) < _TURNED * len(turned):
         return None
+    return (
+        f"{sum(turned)} of {len(turned)} looked at say that their camera was turned, and are taken as they lie; "
+        "data.exif_orientation=true turns them upright"
+    )
+
+
+def _of_some(source: Source, most: int, look: Callable[[Image.Image | Jpeg], T | None]) -> list[T]:
+    """What a look at each of some images finds, where it finds anything."""
+    found = []
+    for i in spread(len(source), most):
+        try:
+            found.append(look(source.read(i)))
+        except Exception:  # it is reported where it is used
+            continue
+    return [each for each in found if each is not None]
+
+
+def _largest(image: Image.Image | Jpeg) -> int | None:
+    """The largest value of a grey image of 16 bits; None for another."""
+    if isinstance(image, Jpeg) or not image.mode.startswith("I"):
+        return None
+    return int(np.asarray(image).max())
+
+
+def _is_turned(image: Image.Image | Jpeg) -> bool:
+    if isinstance(image, Jpeg):
+        return image.upright().orientation != UPRIGHT
+    return image.format != "TIFF" and orientation(image) != UPRIGHT  # Pillow turns a TIFF always
