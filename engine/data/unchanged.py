@@ -42,27 +42,42 @@ def append_times(collector: Collector, times: Mapping[bytes, Times]) -> np.ndarr
     return time_F2
 
 
-def list_settled(
-    what: Path, list_once: Callable[[], tuple[Columns, dict, np.ndarray]]
-) -> tuple[Columns, dict[str, Any]]:
-    """What `list_once` finds, with its folders' times; once more where one was changed just now: what is changed in the
-    same tick of a clock changes no time. Its `settled` is whether all times are of use."""
-    columns, facts, waits = _timed(list_once)
-    if waits and is_worth_a_file(facts):
-        time.sleep(waits / 1e9)
-        columns, facts, waits = _timed(list_once)
-        if waits:
-            warn(f"{what} is being changed, or its times are wrong: every rank looks at all its files, at each start")
-    return columns, facts | {"settled": not waits, "rules": RULES}
+def list_settled(what: Path, list_once: Callable[[], Timed]) -> tuple[Columns, dict[str, Any]]:
+    """What `list_once` finds, with its folders' times; once more where one was changed just now, or has a time that is
+    still to come: what is changed in the same tick of a clock changes no time. Its `settled` is whether all times are
+    of use."""
+    columns, facts, time_F2, wait = _timed(list_once)
+    if wait and is_worth_a_file(facts) and not _timeless(time_F2):
+        former_F2 = time_F2
+        time.sleep(wait / 1e9)
+        columns, facts, time_F2, wait = _timed(list_once)
+        wait *= not np.array_equal(time_F2, former_F2)  # a tick later all is as it was: the clock is wrong, and goes on
+    if wait and is_worth_a_file(facts):
+        warn(_why_unsettled(what, _timeless(time_F2)))
+    return columns, facts | {"settled": not wait, "rules": RULES}
 
 
-def _timed(list_once: Callable[[], Timed]) -> tuple[Columns, dict, int]:
-    """A list, and how many nanoseconds it came too soon, or without times."""
+def _timed(list_once: Callable[[], Timed]) -> tuple[Columns, dict, np.ndarray, int]:
+    """A list, its folders' times, and how many nanoseconds it came too soon, or without times."""
     began = time.time_ns()
     columns, facts, time_F2 = list_once()
-    known = time_F2[time_F2 != -1]
-    soon = TICK_NS - (began - int(known.max())) if known.size and known.min() > 0 else TICK_NS
-    return columns, facts, max(0, min(soon, TICK_NS))
+    soon = TICK_NS if _timeless(time_F2) else TICK_NS - (began - int(time_F2.max()))
+    return columns, facts, time_F2, max(0, min(soon, TICK_NS))
+
+
+def _timeless(time_F2: np.ndarray) -> int:
+    """How many folders have no time that a change of their entries would change, whoever sets the other one."""
+    return int(((time_F2[:, 1] <= 0) & (time_F2[:, 1] != -1)).sum())
+
+
+def _why_unsettled(what: Path, timeless: int) -> str:
+    outlook = "so no index is kept, and every rank looks at all its files, at each start"
+    if not timeless:
+        return f"{what} is being changed, {outlook}"
+    return (
+        f"{what} has {timeless} folders that do not say when they were changed (their time is 1970, as on some network "
+        f"mounts), {outlook}; of tars an index is kept: mocov3 pack makes them"
+    )
 
 
 def is_unchanged(root: Path, listing: Listing, lead: bytes = b"") -> bool:

@@ -417,7 +417,42 @@ def test_a_folder_that_was_changed_just_now_is_listed_twice(tmp_path, monkeypatc
     assert len(slept) == 1
     assert 0 < slept[0] <= 0.3
     assert not (tmp_path / "root.index").exists()  # this one too was changed just now, by its second time
-    assert "is being changed, or its times are wrong" in capsys.readouterr().err
+    assert "is being changed, so no index is kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("year", [1969, 1970, 2100])
+@pytest.mark.parametrize("kind", ["folder", "list"])
+def test_times_that_an_archive_brought_along_do_not_matter(root, monkeypatch, kind, year):
+    """A change of a folder changes its other time."""
+    at = {"folder": root, "list": root / "b/all.txt"}[kind]
+    (root / "b/all.txt").write_text("../a/1.png\n2.png\n")
+    monkeypatch.setattr(unchanged, "TICK_NS", 10**8)
+    for place in (root, *root.rglob("*")):
+        os.utime(place, ns=(0, (year - 1970) * 365 * 86400 * 10**9))
+    time.sleep(0.15)
+    found = facts(opened(at, kind))
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "_walk", None)
+        patch.setattr(lists, "_lines", None)
+        assert facts(opened(at, kind)) == found
+    times = (root / "b").stat()
+    (root / "b/2.png").unlink()
+    os.utime(root / "b", ns=(0, times.st_mtime_ns))
+    assert facts(opened(at, kind)) != found
+
+
+@pytest.mark.parametrize(("change", "said"), [(0, "2 folders that do not say when"), (AN_HOUR, "")])
+def test_a_mount_whose_clock_is_wrong(tmp_path, monkeypatch, capsys, change, said):
+    """Times of change that stay 1970 tell nothing; those of a clock that is ahead are waited for, once."""
+    root = fill(tmp_path / "root", {"a/1.png": 1, "2.png": 2})
+    monkeypatch.setattr(unchanged, "TICK_NS", 10**8)
+    shown = change and time.time_ns() + change * 10**9
+    monkeypatch.setattr(folder, "times_of", lambda path: (unchanged.times_of(path)[0], shown))
+    opened(root)
+    line = capsys.readouterr().err
+    assert said in line
+    assert bool(said) == bool(line)
+    assert (tmp_path / "root.index").exists() is not bool(said)
 
 
 @pytest.mark.parametrize("count", [1, 3])
