@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.data import twice
 from engine.data.collect import Collector
 from engine.data.decode import IMAGE_SUFFIXES, is_image_name, is_new_suffix
 from engine.data.listing import SUFFIX, open_listing
@@ -23,6 +25,7 @@ from engine.data.unchanged import Timed, Times, append_times, is_unchanged, list
 from engine.errors import UserError, listed
 
 _BATCH = 1 << 14  # images
+_MOST_VISITS = 100  # of one folder, by links: ten that lead to each other would be entered millions of times
 
 
 class _Parts(NamedTuple):
@@ -48,7 +51,10 @@ def open_folder(root: Root, split: Split) -> Source | None:
     if not len(source):
         raise _no_images(root, folder, source.survey)
     found = source.survey.words()
-    source.notes = (*parts.notes, *([f"{root}: left out in {folder}: {found}"] if found else []))
+    notes = [f"{root}: left out in {folder}: {found}"] if found else []
+    if source.again:
+        notes.append(f"{root}: {source.again} images in {folder} are others again, by links, and count again")
+    source.notes = (*parts.notes, *notes)
     source.otherwise = parts.otherwise or source.otherwise
     return source
 
@@ -130,13 +136,14 @@ def _folders_in(folder: Path) -> list[Path]:
 
 
 class FolderSource(FileSource):
-    """All image files below a folder, in the order of their paths."""
+    """All image files below a folder, in the order of their paths. again: how many of them lead to one before."""
 
     def __init__(self, root: Path, *, read_only: bool = False):
         make = partial(list_settled, root, partial(_list, root))
         listing = open_listing(root, partial(is_unchanged, root), make, read_only=read_only)
         super().__init__(listing)
         self._root, self.folders = root, (root,)
+        self.again: int = listing.facts["again"]
 
     def content(self, i: int) -> bytes:
         return (self._root / os.fsdecode(self.path(i))).read_bytes()
@@ -153,26 +160,37 @@ def _list(root: Path) -> Timed:
     survey, collector, times = Survey(), Collector(), {}
     files = _walk(root, survey, times)
     while batch := list(islice(files, _BATCH)):
-        sizes_N = np.array([size for _, size in batch], np.int64)
+        sizes_N = np.array([-1 if status is None else status.st_size for _, status in batch], np.int64)
         collector.append("lost", np.flatnonzero(sizes_N < 0) + collector.images)
+        collector.append(twice.COLUMN, twice.numbers_of(status for _, status in batch))
         collector.add(Names.of(name for name, _ in batch), sizes_N)
     time_F2 = append_times(collector, times)
-    return *collector.finish(collector.label_by_folder(), survey), time_F2
+    again = twice.again(partial(collector.chunks, twice.COLUMN), collector.images)
+    return *collector.finish(collector.label_by_folder(), survey, again=again), time_F2
 
 
-def _walk(root: Path, survey: Survey, times: dict[bytes, Times] | None = None) -> Iterator[tuple[bytes, int]]:
-    """Path below root and size in bytes of every image file except hidden ones, in the order of paths; links are
-    followed. times: takes those of every folder, before it is looked into.
+def _walk(
+    root: Path, survey: Survey, times: dict[bytes, Times] | None = None
+) -> Iterator[tuple[bytes, os.stat_result | None]]:
+    """Path below root and status of every image file except hidden ones, in the order of paths; links are followed.
+    times: takes those of every folder, before it is looked into.
 
-    A link that leads nowhere counts as an image of size -1, so that it is reported when it is read. What else there is
-    goes to the survey.
+    A link that leads nowhere counts as an image without a status, so that it is reported when it is read. What else
+    there is goes to the survey. Raises UserError where links multiply folders.
     """
     todo: list[tuple[os.DirEntry[bytes], bytes, frozenset]] = []
+    visits = Counter[tuple[int, int]]()
 
     def enter(path: bytes, name: bytes, status: os.stat_result, above: frozenset) -> None:
         identity = (status.st_dev, status.st_ino)
         if identity in above:  # a link to a folder that it lies in would never end
             return
+        visits[identity] += 1
+        if visits[identity] > _MOST_VISITS:
+            raise UserError(
+                f"folder ({root / os.fsdecode(name)}) must not be reached by more than {_MOST_VISITS} ways; links "
+                "between folders lead there again and again: remove some"
+            )
         if times is not None:
             times[name] = times_of(path)
         prefix = name + b"/" if name else b""
@@ -194,7 +212,7 @@ def _walk(root: Path, survey: Survey, times: dict[bytes, Times] | None = None) -
         elif is_image_name(name) and (status is None or stat.S_ISREG(status.st_mode)):
             if is_new_suffix(name):
                 survey.takes_otherwise(name, "its suffix counts as an image's")
-            yield name, status.st_size if status else -1
+            yield name, status
         elif not name.endswith(SUFFIX.encode()):
             survey.leave_out_file(name)
 

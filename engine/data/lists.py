@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.data import twice
 from engine.data.collect import Collector, Numbering
 from engine.data.decode import IMAGE_SUFFIXES, is_image_name
 from engine.data.labels import read_label
@@ -90,6 +91,7 @@ class _Found:
         self.root, self.folder = root, root.path.parent
         self.paths: list[bytes] = []
         self.sizes: list[int] = []
+        self.numbers: list[int] = []
         self.labels: list[bytes] = []
         self.times: dict[bytes, Times] = {}
         self.survey = Survey()
@@ -112,6 +114,7 @@ class _Found:
             self.paths.append(path)
             self.labels.append(label)
             self.sizes.append(status.st_size if status else -1)
+            self.numbers.extend(twice.numbers_of([status]).tolist())
             if status is None and not self.first_lost:
                 self.first_lost = f"line {line}: {printable(path)}"
 
@@ -142,6 +145,7 @@ class _Found:
         sizes_N = np.array(self.sizes, np.int64)
         collector.add(Names.of(path[len(shared) :] for path in self.paths), sizes_N)
         collector.append("lost", np.flatnonzero(sizes_N < 0))
+        collector.append(twice.COLUMN, np.array(self.numbers, np.int64))
         classes = None if lacking else collector.label([labels.of(self.labels)], labels.number)
         time_F2 = append_times(collector, self.times)
         facts = {"notes": [line for line, holds in notes.items() if holds], "shared": os.fsdecode(shared)}

@@ -11,9 +11,11 @@ from engine.data.joined import JoinedSource
 from engine.data.lists import LIST_SUFFIXES, open_list
 from engine.data.naming import is_tar_name
 from engine.data.outputs import lies_among
+from engine.data.paths import FileSource
 from engine.data.shards import ShardSource, open_shards
 from engine.data.source import Root, Source, Split
 from engine.data.torchvision import open_torchvision
+from engine.data.twice import in_several
 from engine.errors import UserError, listed, reason
 
 # What data.source may name (engine.recipe.sections.Data has the same list), and what opens a split of such a root.
@@ -24,6 +26,9 @@ OPENERS: dict[str, Callable[[Root, Split], Source | None]] = {
     "list": open_list,
     "hf": open_hf,
 }
+
+
+_MOST_COMPARED = 4_000_000  # images of several roots: the index of more is not read through
 
 
 def open_source(root: Root, split: Split) -> Source | None:
@@ -56,6 +61,10 @@ def _joined(root: Root, found: Sequence[Source | None]) -> Source | None:
         return found[0]
     _check_apart(root, parts)
     source = JoinedSource([part for _, part in parts], [title for title, _ in parts])
+    numbers = [part.file_numbers for _, part in parts if isinstance(part, FileSource)]
+    known = [number_N for number_N in numbers if number_N is not None]
+    if sum(map(len, known)) <= _MOST_COMPARED and (again := in_several(known)):
+        source.notes += (f"{root}: {again} images of one root are another's too, and count again",)
     bare = [title for title, part in parts if part.labels is None]
     if 0 < len(bare) < len(parts):
         source.notes += (f"{root}: the images of {listed(bare, most=5)} have no labels, so none of them is read",)

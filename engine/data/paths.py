@@ -13,6 +13,7 @@ from engine.data.jpeg import Jpeg
 from engine.data.listing import Listing
 from engine.data.source import Source
 from engine.data.survey import Survey, printable
+from engine.data.twice import COLUMN
 
 
 class FileSource(Source):
@@ -31,6 +32,11 @@ class FileSource(Source):
     @abstractmethod
     def content(self, i: int) -> bytes:
         """The bytes of file i. Raises OSError."""
+
+    @property
+    def file_numbers(self) -> np.ndarray | None:
+        """By which each file is known, whatever it is called (engine.data.twice); None of what is in tars."""
+        return self._listing.arrays.get(COLUMN)
 
     def files(self) -> Iterable[tuple[str, int]]:
         return zip(map(printable, self._listing.names), self._listing.sizes_N.tolist(), strict=True)

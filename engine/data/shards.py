@@ -125,10 +125,20 @@ def _open(root: Root, split: Split, tars: Sequence[Path], *, is_split: bool = Fa
         found = f"its tars have none{f', but {found}' if found else ''}{do}"
         raise UserError(f"{root} must hold tars of images ({' '.join(IMAGE_SUFFIXES)}); {found}")
     notes = [f"left out in {where}: {found}"] if found else []
+    if again := _linked(tars):
+        notes.append(f"a tar again, by a link, and its images count again: {listed(again, most=5)}")
     source.notes = tuple(
         f"{root}: {line}" for line in (*notes, *([source.about_labels] if source.about_labels else []))
     )
     return source
+
+
+def _linked(tars: Sequence[Path]) -> list[str]:
+    """Tars that are others, in words."""
+    first: dict[tuple[int, int], str] = {}
+    statuses = ((tar.name, tar.stat()) for tar in tars)
+    found = ((name, first.setdefault((status.st_dev, status.st_ino), name)) for name, status in statuses)
+    return [f"{name} is {other}" for name, other in found if name != other]
 
 
 class ShardSource(FileSource):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.data import twice
 from engine.data.collect import Collector
 from engine.data.contents import spread
 from engine.data.listing import Columns, Listing, is_worth_a_file
@@ -85,7 +86,7 @@ def is_unchanged(root: Path, listing: Listing, lead: bytes = b"") -> bool:
 
     root: to which all paths are relative; lead: how those of images begin.
     """
-    if listing.facts.get("rules") != RULES:
+    if listing.facts.get("rules") != RULES or twice.COLUMN not in listing.arrays:  # a former version's
         return False
     folders, time_F2 = listing.names_of("folder"), listing.arrays["folder_times"].reshape(-1, 2)
     for folder, times in zip(folders, time_F2.tolist(), strict=True):

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from engine.data import twice
 from engine.data.decode import IMAGE_SUFFIXES
 from engine.data.naming import class_of_tar, split_of_tar
 from engine.data.opening import guess_kind, open_source
@@ -209,3 +210,63 @@ def test_every_file_is_an_image_or_is_counted(tmp_path_factory, names):
         (root / name).write_bytes(b"no image")
     source = opened("folder", root)
     assert len(source) + sum(source.survey.left_out.values()) == 1 + 2 * len(names)
+
+
+# ---- the same images twice -------------------------------------------------------------------------------------------
+
+
+def said_again(root: Root) -> list[str]:
+    return [note for note in open_source(root, "train").notes if "again" in note]
+
+
+def test_images_that_links_lead_to_again_are_said(tmp_path, monkeypatch):
+    root = fill(tmp_path / "d", {"a/1.png": 1, "a/2.png": 2, "b/3.png": 3, "b/4.png": 4})
+    fill(tmp_path / "away", {"5.png": 5})
+    (root / "c").symlink_to(tmp_path / "away")
+    assert not said_again(Root("folder", root))
+    (root / "b/up").symlink_to("..")  # without end, if it were followed
+    (root / "b/self").symlink_to("self")
+    (root / "e").symlink_to("a")
+    (root / "b/5.png").symlink_to("../a/1.png")
+    (root / "b/6.png").hardlink_to(root / "b/3.png")
+    (root / "b/lost.png").symlink_to("nothing")
+    (root / "b/gone.png").symlink_to("nothing")
+    for parts in (1 << 24, 3):
+        monkeypatch.setattr(twice, "_AT_ONCE", parts)
+        (line,) = said_again(Root("folder", root))
+        assert f"4 images in {root} are others again, by links, and count again" in line
+        assert len(opened("folder", root)) == 11
+
+
+def test_links_that_multiply_folders_are_refused(tmp_path):
+    root = tmp_path / "d"
+    for k in range(12):
+        fill(root, {f"{k}/1.png": k})
+        for other in range(12):
+            (root / f"{k}/{other}").symlink_to(root / str(other))
+    with pytest.raises(UserError, match=r"must not be reached by more than 100 ways; links"):
+        opened("folder", root)
+
+
+def test_images_that_several_roots_have_in_common_are_said(tmp_path, monkeypatch):
+    root = fill(tmp_path / "d", {"a/1.png": 1, "a/2.png": 2, "a/3.png": 3})
+    fill(tmp_path / "e", {"4.png": 4})
+    (tmp_path / "one.txt").write_text("d/a/1.png\nd/a/1.png\nd/a/2.png\nlost.png\n")
+    (root / "two.txt").write_text(f"./a/2.png\n{root}/../d/a/1.png\na/3.png\n../lost.png\n")
+    (tmp_path / "e.txt").write_text("e/4.png\n")
+    lists = Root("list", tmp_path / "one.txt", more=(root / "two.txt", tmp_path / "e.txt"))
+    inside, between = said_again(lists)
+    assert inside.endswith("1 lines name an image again, and it counts again")
+    assert between.endswith("2 images of one root are another's too, and count again")
+    assert not said_again(Root("list", root / "two.txt", more=(tmp_path / "e.txt",)))
+    (tmp_path / "e/link").symlink_to(root)
+    (line,) = said_again(Root("folder", root, more=(tmp_path / "e",)))
+    assert "3 images of one root are another's too" in line
+
+
+def test_a_tar_beside_a_link_to_it_is_said(tmp_path):
+    root = tars(tmp_path / "d", **{"cat.tar": 1, "dog.tar": 2})
+    (root / "cow.tar").symlink_to("cat.tar")
+    (root / "emu.tar").hardlink_to(root / "dog.tar")
+    (line,) = said_again(Root("shards", root))
+    assert line.endswith("a tar again, by a link, and its images count again: cow.tar is cat.tar, emu.tar is dog.tar")

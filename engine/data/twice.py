@@ -1,0 +1,40 @@
+"""Files that are images of a set twice: by links, or in several roots. A file is known by a number of its own, whatever
+it is called.
+
+Shapes: N files.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
+from types import SimpleNamespace
+
+import numpy as np
+
+COLUMN = "file_numbers"  # of a listing
+_AT_ONCE = 1 << 24  # numbers that are sorted together
+_NONE = np.zeros(0, np.int64)
+_IDENTITY = attrgetter("st_ino", "st_size", "st_mtime_ns")  # no st_dev: each machine that mounts a file has its own
+_GONE = SimpleNamespace(st_ino=0, st_size=0, st_mtime_ns=0)
+_NUMBER_OF_GONE = hash(_IDENTITY(_GONE))
+
+
+def numbers_of(files: Iterable[os.stat_result | None]) -> np.ndarray:
+    """int64 [N]; the same one for all that are not there."""
+    return np.fromiter(map(hash, map(_IDENTITY, (file or _GONE for file in files))), np.int64)
+
+
+def again(chunks: Callable[[], Iterable[np.ndarray]], count: int) -> int:
+    """How many of `count` files, whose numbers come in chunks, each time anew, were there before."""
+    parts, found = 1 + count // _AT_ONCE, 0
+    for part in range(parts):
+        chosen = (chunk[(chunk % parts == part) & (chunk != _NUMBER_OF_GONE)] for chunk in chunks())
+        number_N = np.concatenate([_NONE, *chosen])
+        found += len(number_N) - len(np.unique(number_N))
+    return found
+
+
+def in_several(sets: Sequence[np.ndarray]) -> int:
+    """How many files of sets, each int64 [N], a set before had too; what is twice in one is not counted."""
+    inside = sum(again(lambda one=one: [one], len(one)) for one in sets)
+    return again(lambda: sets, sum(map(len, sets))) - inside
