@@ -8,6 +8,10 @@ from typing import Any
 class UserError(Exception):
     """What the user must put right. Front doors print it as one line and exit with status 2."""
 
+    def __str__(self) -> str:
+        """On one line, whatever the names in it."""
+        return escaped(super().__str__())
+
 
 class SystemRefused(UserError):
     """The system did not read or write for a reason that may pass: a full disk, a server that restarts."""
@@ -39,6 +43,11 @@ class Interrupted(BaseException):
     @property
     def status(self) -> int:
         return 128 + self.signum if self.signum else 0
+
+
+def escaped(text: str) -> str:
+    """The text with line breaks, and what else a terminal would not show as it is, as Python writes them."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(value: Any) -> str:

@@ -1,6 +1,7 @@
 """The kinds of sources, and how one is opened. One more is a file with its opener, and a row here."""
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from itertools import permutations, product
 from pathlib import Path
@@ -16,7 +17,7 @@ from engine.data.shards import ShardSource, open_shards
 from engine.data.source import Root, Source, Split
 from engine.data.torchvision import open_torchvision
 from engine.data.twice import in_several
-from engine.errors import UserError, listed, reason
+from engine.errors import UserError, escaped, listed, reason
 
 # What data.source may name (engine.recipe.sections.Data has the same list), and what opens a split of such a root.
 OPENERS: dict[str, Callable[[Root, Split], Source | None]] = {
@@ -53,10 +54,10 @@ def open_validation(root: Root) -> Source:
 
 def _joined(root: Root, found: Sequence[Source | None]) -> Source | None:
     """What several roots hold as one source; those that hold nothing of a split are left out."""
-    paths = [path.resolve() for path in (root.path, *root.more)]
+    paths = [path.resolve() for path in root.paths]
     if len(set(paths)) < len(paths):
         raise UserError(f"{root} must name each root once; leave out what comes again")
-    parts = [(str(path), part) for path, part in zip((root.path, *root.more), found, strict=True) if part is not None]
+    parts = [(str(path), part) for path, part in zip(root.paths, found, strict=True) if part is not None]
     if len(found) == 1 or not parts:
         return found[0]
     _check_apart(root, parts)
@@ -85,13 +86,18 @@ def _tars(source: Source) -> set[Path]:
 
 def _open(root: Root, split: Split) -> Source | None:
     try:
-        return OPENERS[root.kind](root, split)
+        source = OPENERS[root.kind](root, split)
     except OSError as error:
         if root.path.exists():
-            raise UserError(f"{root} must be readable; {reason(error)}") from error
+            inside = error.filename is not None and os.fsdecode(error.filename) != str(root.path)
+            where = f"{os.fsdecode(error.filename)}: " if inside else ""
+            raise UserError(f"{root} must be readable; {where}{reason(error)}") from error
         is_option = "." in root.key or root.key.startswith("-")
         do = f"pass {root.key}=/path/to/images" if is_option else "pass another path"
         raise UserError(f"{root} must exist; {do}") from error
+    if source is not None:
+        source.notes = tuple(map(escaped, source.notes))
+    return source
 
 
 def guess_kind(root: Path) -> str:

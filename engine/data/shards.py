@@ -22,7 +22,7 @@ from engine.data.paths import FileSource
 from engine.data.rules import RULES
 from engine.data.source import Root, Source, Split, part_of
 from engine.data.survey import Survey, printable
-from engine.errors import UserError, listed
+from engine.errors import UserError, escaped, listed
 from engine.files import sweep
 
 _PLACE = ".tars"  # their index has a name that no folder beside them, which they may be packed of, gives its own
@@ -164,7 +164,7 @@ class ShardSource(FileSource):
         return self._reader.read(str(self._folder / self._tar(i)), int(self._listing.arrays["offsets"][i]), size)
 
     def name(self, i: int) -> str:
-        return f"{self._tar(i)}:{super().name(i)}"
+        return f"{escaped(self._tar(i))}:{super().name(i)}"
 
     def files(self) -> Iterable[tuple[str, int]]:
         tars = chain.from_iterable(repeat(tar, images) for tar, images, _ in self.groups())

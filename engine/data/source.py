@@ -44,11 +44,15 @@ class Root:
     more: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.key} ({listed([str(path) for path in (self.path, *self.more)], most=5)})"
+        return f"{self.key} ({listed([str(path) for path in self.paths], most=5)})"
 
     def each(self) -> "list[Root]":
         """A root for each path."""
-        return [replace(self, path=path, more=()) for path in (self.path, *self.more)]
+        return [replace(self, path=path, more=()) for path in self.paths]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return (self.path, *self.more)
 
     def of_source(self, kind: str) -> str:
         """What to pass where the images are of another kind."""

@@ -1,5 +1,7 @@
 """Roots as people have them: what is trained on, what is left out and said, what is asked."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -270,3 +272,17 @@ def test_a_tar_beside_a_link_to_it_is_said(tmp_path):
     (root / "emu.tar").hardlink_to(root / "dog.tar")
     (line,) = said_again(Root("shards", root))
     assert line.endswith("a tar again, by a link, and its images count again: cow.tar is cat.tar, emu.tar is dog.tar")
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """Root may read all of them."""
+    root, scandir = fill(tmp_path / "d", {"a/1.png": 1, "secret/2.png": 2}), os.scandir
+
+    def refuse(path):
+        if os.fsencode(path).endswith(b"secret"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=rf"must be readable; {root}/secret: Permission denied"):
+        opened("folder", root)
