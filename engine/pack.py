@@ -77,7 +77,7 @@ def _gains(packing: "Packing", split: str) -> str:
     from engine.data.packing import bytes_of
 
     source, packed = packing.splits[split], packing.packed(split)
-    tars = [tar for tar in packing.tars if tar.split == split]
+    tars = packing.tars_of(split)
     size, images = sum(tar.bytes for tar in tars), sum(tar.images for tar in tars)
     before = "" if source.files() is None else f", before {_readable(bytes_of(source))}"
     sooner = f"decoded in {_milliseconds(packed):.2f} ms of CPU time each, before in {_milliseconds(source):.2f}"

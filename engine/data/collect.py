@@ -108,7 +108,7 @@ class Collector:
         facts |= {"images": self.images, "classes": classes, "fingerprint": self._fingerprint()}
         by_folder = classes is not None and self._classes is None
         facts["by_folder"] = ("directly" if self._slashes == self.images else "deeper") if by_folder else None
-        facts["survey"] = {"left_out": survey.left_out, "otherwise": survey.otherwise}
+        facts["survey"] = vars(survey)
         return {name: column for name, column in self._columns.items() if not name.startswith("_")}, facts
 
     def _fingerprint(self) -> str:

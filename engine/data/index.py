@@ -144,9 +144,8 @@ def checksum_of_headers(images: Iterable[tuple[str, int]]) -> bytes:
 
 
 def _save(index: TarIndex, tar: Path, stamp: np.ndarray) -> None:
-    survey = {"left_out": index.survey.left_out, "otherwise": index.survey.otherwise}
     arrays = {"stamp": stamp, "headers": _headers(index, tar), "offsets": index.offsets_N, "sizes": index.sizes_N}
-    arrays["survey"] = np.frombuffer(json.dumps(survey).encode(), np.uint8)
+    arrays["survey"] = np.frombuffer(json.dumps(vars(index.survey)).encode(), np.uint8)
     for what, texts in (("name", index.names), ("label", index.labels)):
         arrays |= {f"{what}_text": texts.text_U, f"{what}_ends": texts.ends_N}
     for path in places(tar):

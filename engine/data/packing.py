@@ -91,10 +91,14 @@ class Packing:
             self.tars = self._begun()
             self._check_room()
             for split, source in self.splits.items():
-                done = [tar for tar in self.tars if tar.split == split]
+                done = self.tars_of(split)
                 self._write(split, len(done), range(done[-1].end if done else 0, len(source)))
             for split in self.splits:
                 self._verify(split)
+
+    def tars_of(self, split: str) -> list[Tar]:
+        """Those that are whole, in order."""
+        return [tar for tar in self.tars if tar.split == split]
 
     @contextmanager
     def _held(self) -> Iterator[None]:
@@ -218,7 +222,7 @@ class Packing:
         return source
 
     def _verify(self, split: str) -> None:
-        tars = [tar for tar in self.tars if tar.split == split]
+        tars = self.tars_of(split)
         for tar in self._follow(tars, len(tars), f"reading {split} back"):
             if _sha256(self.out / tar.name) != tar.sha256:
                 raise RunFailed(
