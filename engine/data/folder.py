@@ -20,7 +20,7 @@ from engine.data.naming import called, is_system_folder, is_tar_name
 from engine.data.outputs import holds_run
 from engine.data.paths import FileSource, first_bytes
 from engine.data.source import Root, Source, Split, part_of
-from engine.data.survey import Survey
+from engine.data.survey import NO_FILES, Survey
 from engine.data.unchanged import Timed, Times, append_times, is_unchanged, list_settled, times_of
 from engine.errors import UserError, listed
 
@@ -209,7 +209,9 @@ def _walk(
                 survey.takes_otherwise(name, "a folder that holds a run holds no images of the set")
             else:
                 enter(entry.path, name, status, above)
-        elif is_image_name(name) and (status is None or stat.S_ISREG(status.st_mode)):
+        elif status and not stat.S_ISREG(status.st_mode):
+            survey.leave_out(NO_FILES)
+        elif is_image_name(name):
             if is_new_suffix(name):
                 survey.takes_otherwise(name, "its suffix counts as an image's")
             yield name, status

@@ -17,7 +17,7 @@ from engine.data.listing import Listing, open_listing
 from engine.data.names import Names
 from engine.data.paths import FileSource, first_bytes
 from engine.data.source import Root, Source, Split
-from engine.data.survey import Survey, printable
+from engine.data.survey import NO_FILES, Survey, printable
 from engine.data.unchanged import Timed, Times, append_times, is_unchanged, list_settled, times_of
 from engine.errors import UserError
 
@@ -108,7 +108,9 @@ class _Found:
             status = None
         if status and stat.S_ISDIR(status.st_mode):
             self.survey.leave_out("folders")
-        elif not is_image_name(path) or (status and not stat.S_ISREG(status.st_mode)):
+        elif status and not stat.S_ISREG(status.st_mode):
+            self.survey.leave_out(NO_FILES)
+        elif not is_image_name(path):
             self.survey.leave_out_file(path)
         else:
             self.paths.append(path)

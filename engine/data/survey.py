@@ -4,6 +4,7 @@ from collections import Counter
 
 from engine.errors import listed
 
+NO_FILES = "pipes or devices"  # whatever their suffix
 _MOST = 8  # kinds that the line names
 _LONGEST = 10  # characters of a suffix
 _PHOTOGRAPHS = (".heic", ".heif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".rw2", ".orf")  # cameras' own

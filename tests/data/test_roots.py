@@ -286,3 +286,13 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match=rf"must be readable; {root}/secret: Permission denied"):
         opened("folder", root)
+
+
+def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
+    root = fill(tmp_path / "d", {"1.png": 1})
+    os.mkfifo(root / "2.png")
+    (root / "all.lst").write_text("1.png\n2.png\n")
+    for kind, place in (("folder", root), ("list", root / "all.lst")):
+        source = opened(kind, place)
+        assert shades(source) == [1]
+        assert any("1 pipes or devices" in note for note in source.notes)
