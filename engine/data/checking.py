@@ -130,10 +130,10 @@ def _look(source: Source, i: int, reading: Reading) -> Seen:
     try:
         data = source.file(i)
         image = source.read(i) if data is None else decode(data)
-        header = opened(data) if isinstance(image, Jpeg) and data is not None else image
-        seen = _shown(header)
+        seen = _shown(opened(data) if data is not None and isinstance(image, Jpeg) else image)
         read_whole(image, reading)
-        return seen._replace(digest=_digest(source.content(i) if data is None else data), brightest=_brightest(image))
+        seen = seen._replace(lies=_lies(image), brightest=_brightest(image))
+        return seen._replace(digest=_digest(source.content(i) if data is None else data))
     except MemoryError:
         raise
     except Exception as error:  # whatever its file, or whoever decodes it, has to say
@@ -144,7 +144,12 @@ def _look(source: Source, i: int, reading: Reading) -> Seen:
 def _shown(header: Image.Image) -> Seen:
     shorter, longer = sorted(header.size)
     kind = f"{header.format} {header.mode}" if header.format else header.mode
-    return Seen(kind=kind, shorter=shorter, longer=longer, lies=orientation(header))
+    return Seen(kind=kind, shorter=shorter, longer=longer)
+
+
+def _lies(image: Image.Image | Jpeg) -> int:
+    """Of an image that was read: to ask a PNG reads it, whatever its size, and its damage is said once alone."""
+    return image.upright().orientation if isinstance(image, Jpeg) else orientation(image)
 
 
 def _brightest(image: Image.Image | Jpeg) -> int | None:

@@ -11,6 +11,10 @@ import pytest
 from PIL import Image
 
 from engine.check import main
+from engine.data.decode import AS_IT_IS
+from engine.data.leaving_out import look
+from engine.data.opening import open_source
+from engine.data.source import Root
 from engine.errors import UserError
 from tests.data.images import encoded, fill, pack, picture, png
 
@@ -22,9 +26,10 @@ def turned_jpeg() -> bytes:
 
 
 def broken_png() -> bytes:
-    """The length of its chunk of pixels is another."""
+    """Some bytes of its chunk of pixels are others."""
     data = bytearray(encoded(picture(30, 20, seed=2), "PNG"))
-    data[data.index(b"IDAT") - 2] ^= 1
+    at = data.index(b"IDAT") + 20
+    data[at : at + 200] = bytes(200)
     return bytes(data)
 
 
@@ -73,6 +78,7 @@ def test_every_kind_of_root_shows_the_same(tmp_path, capsys):
     keys = ("images", "unreadable", "too_large", "lying", "kinds", "shorter_side", "longer_side", "below")
     shown = [{key: each["splits"]["train"][key] for key in keys} for each in seen]
     assert all(each == shown[0] for each in shown)
+    assert shown[0]["unreadable"] == len(look(open_source(Root("folder", folder), "train"), AS_IT_IS, 1).unreadable)
     assert {(each["copies"], each["groups_with_other_labels"]) for each in seen[:8]} == {(2, 2)}
     of = seen[0]["splits"]["train"]
     assert (of["images"], of["unreadable"], of["too_large"], of["lying"]) == (12, 5, 1, 1)
