@@ -2,6 +2,7 @@
 with words and an exit code; and no process outlives its launcher."""
 
 import json
+import multiprocessing
 import os
 import pwd
 import signal
@@ -14,15 +15,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from engine.distributed.launcher import end_with_launcher, take_place
 from engine.errors import Interrupted, RunFailed, UserError
-from engine.logger import complain, complain_once, note, rank
+from engine.files import abandon_drafts
+from engine.logger import complain, complain_once, last_word, note, rank
 
 if TYPE_CHECKING:
     from engine.distributed.world import World
+
+STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def enter(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a front door on the command line's arguments and exit: 0 done, 2 user error (one line), else failure."""
     _name_user()
+    _heed_stops()
     end_with_launcher(os.getppid())
     carry_out(lambda arguments: main(take_place(arguments)), sys.argv[1:])
     sys.exit()
@@ -37,6 +42,25 @@ def _name_user() -> None:
         name = f"uid{os.getuid()}"
         os.environ.setdefault("LOGNAME", name)
         os.environ.setdefault("HOME", str(Path(tempfile.gettempdir()) / f"mocov3-{name}"))
+
+
+def _heed_stops() -> None:
+    """From now on a signal that asks this process to stop ends it at once and leaves nothing half done, until a run
+    has better ways. What was ignored before, as SIGHUP under nohup, stays so."""
+    for signum in STOPS:
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, _stop)
+
+
+def _stop(signum: int, _frame: object) -> NoReturn:
+    for other in STOPS:
+        signal.signal(other, signal.SIG_IGN)  # a process group may get several
+    for child in multiprocessing.active_children():
+        child.kill()
+    abandon_drafts()
+    if rank() == 0 and not isinstance(sys.exc_info()[1], Interrupted):  # else a run has just said it
+        last_word(f"stopped by {signal.Signals(signum).name}; nothing half done is left")
+    os._exit(128 + signum)
 
 
 def carry_out(main: Callable[[list[str]], None], arguments: list[str]) -> None:

@@ -20,6 +20,8 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _RETRY_SECONDS = 0.2
 _SWEPT_SECONDS = 10.0  # that a draft may be held by who looks whether its writer lives
 _BLOCK = 1 << 16  # bytes that are read at once from a file's end
+_OWN_DRAFTS: set[Path] = set()  # of this process
+os.register_at_fork(after_in_child=_OWN_DRAFTS.clear)
 
 
 def replace_file(path: Path, content: bytes | str) -> None:
@@ -47,11 +49,19 @@ def naming(path: Path) -> Iterator[None]:
 def draft(path: Path) -> Iterator[Path]:
     """A free name beside `path`, to write a file or a folder there and `publish` it; what is left at the end goes."""
     place = aside(path, "tmp")
+    _OWN_DRAFTS.add(place)
     try:
         yield place
     finally:
         if os.path.lexists(place):
             remove_or_warn(place)  # a failure must not hide what happened inside
+        _OWN_DRAFTS.discard(place)
+
+
+def abandon_drafts() -> None:
+    """Remove what lies under the names of this process's drafts, which ends now."""
+    for place in tuple(_OWN_DRAFTS):
+        remove_or_warn(place)
 
 
 def publish(place: Path, path: Path) -> None:
@@ -73,8 +83,8 @@ def aside(path: Path, kind: str) -> Path:
 def remove_drafts(folder: Path, names: Collection[str]) -> None:
     """Remove what a killed process left of drafts of these names; for who alone writes them. Raises OSError."""
     for path in folder.iterdir():
-        name, found, _ = path.name.rpartition(".tmp-")
-        if found and name in names:
+        found = re.fullmatch(r"(.+)\.tmp-[0-9a-f]{8}", path.name, re.DOTALL)
+        if found and found[1] in names:
             remove(path)
 
 

@@ -56,6 +56,14 @@ def complain_once(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def last_word(text: str) -> None:
+    """Say on stderr, bare and on a line of its own, why this process ends now; from a signal's handler, which may have
+    come in the middle of a print."""
+    end_of_bar = "\n" if getattr(tqdm, "_instances", ()) else ""
+    with suppress(OSError):
+        os.write(2, f"{end_of_bar}{text}\n".encode())
+
+
 def _wait_for_first_word() -> None:
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         time.sleep(FIRST_WORD_SECONDS)

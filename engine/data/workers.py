@@ -1,6 +1,5 @@
 """Loading processes: made once, before a run has threads of its own, and asked for a part of a batch at a time."""
 
-import ctypes
 import gc
 import math
 import mmap
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 
 from engine.data.source import Source
+from engine.distributed.launcher import end_with_parent
 from engine.errors import RunFailed, UserError, one_line, reason
 from engine.logger import warn
 
@@ -31,7 +31,6 @@ SAY_SECONDS = 60.0  # between two lines about images that do not come
 TIMEOUT = 300.0  # seconds
 END_SECONDS = 5.0  # at most, for the end of processes that were killed
 _TICK = 0.5
-_PR_SET_PDEATHSIG = 1
 _ON_LINUX = sys.platform == "linux"
 # What a whole process group gets: it asks the parent to stop in good order, for which it may still need batches.
 _NOT_THEIRS = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1} | ({signal.SIGTERM} if _ON_LINUX else set())
@@ -260,10 +259,8 @@ def _reply(work: Work, source: Source, argument: Any, out: np.ndarray) -> Any:
 
 def _start(parent: int) -> None:
     """parent: the process id of the one that reads."""
+    end_with_parent(parent)
     if _ON_LINUX:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above took hold
-            os._exit(1)
         threading.Thread(target=_obey, args=(parent,), daemon=True).start()
     # Garbage of the training process is not this process's to collect. Not touching inherited objects also leaves their
     # pages shared.

@@ -3,9 +3,11 @@
 It is known before PyTorch is loaded, which takes seconds.
 """
 
+import ctypes
 import os
 import re
 import resource
+import signal
 import sys
 import threading
 import time
@@ -21,6 +23,7 @@ ORPHAN_CHECK_SECONDS = 1.0
 MOST_PORTS = 65_536  # more than there are ports, or ranks
 MOST_DECODERS = 12  # processes per rank
 MOST_COMPILERS = 32  # of one process; torch's own bound
+_PR_SET_PDEATHSIG = 1
 
 
 def take_place(arguments: list[str]) -> list[str]:
@@ -142,6 +145,14 @@ def end_with_launcher(launcher: int) -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_exit_with, args=(launcher,), daemon=True).start()
+
+
+def end_with_parent(parent: int) -> None:
+    """From now on this process, which `parent` (its process id) started for its own ends, dies with it; on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above took hold
+            os._exit(1)
 
 
 def may_be_launcher(process: int) -> bool:

@@ -20,9 +20,8 @@ from engine.distributed.world import World
 from engine.errors import UserError
 from engine.evaluation.features import Features, features, progress
 from engine.evaluation.knn import gather_rows
-from engine.evaluation.rows import writing
+from engine.evaluation.rows import writing, written
 from engine.evaluation.subject import open_subject_together
-from engine.files import replace_file
 
 TILE = 1024  # rows and columns of the similarities that are there at a time
 MOST = 10_000_000  # pairs, above which groups say nothing and memory may end
@@ -52,9 +51,9 @@ def find_duplicates(
         raise UserError(f"--least ({least:g}) must be higher: over {MOST:,} pairs of images are alike; raise it")
     pairs = Pairs(*(torch.cat(column) for column in zip(*parts, strict=True)))
     group_of = groups(pairs)
-    with writing(world):
+    with written(world, out) as (place,), writing(world):
         if world.is_first:
-            replace_file(out, as_csv(rows, source, pairs, group_of))
+            place.write_text(as_csv(rows, source, pairs, group_of), encoding="utf-8")
     return {"groups": len(set(group_of.values())), "images": len(group_of), "file": str(out)}
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from engine.distributed.launcher import end_with_parent
 from engine.errors import RunFailed, UserError, one_line, reason
-from engine.files import draft, publish, sync
+from engine.files import draft, publish, remove_drafts, sync
 from engine.logger import note
 from engine.weights.card import model_card
 from engine.weights.formats.table import NAMES, format_page
@@ -161,7 +162,8 @@ def _write(weights: Weights, target: Path, name: str, card: str | None = None) -
 
 def _in_own_process(function: Callable, *arguments: Any) -> Any:
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+    own = (os.getpid(),)
+    with concurrent.futures.ProcessPoolExecutor(1, context, end_with_parent, own) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
@@ -173,6 +175,7 @@ def _folder_beside(out: Path) -> Iterator[Path]:
     """A folder for what becomes OUT (and OUT.data), gone at the end whatever happens."""
     with draft(out) as folder:
         try:
+            remove_drafts(out.absolute().parent, [out.name])  # of an export that was killed
             folder.mkdir()
         except OSError as error:
             raise UserError(
