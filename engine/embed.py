@@ -1,6 +1,7 @@
 """Features of images: `mocov3 embed CHECKPOINT OUT.npy --data ROOT`, or by torchrun on several ranks.
 
-OUT.npy is float32 [images, width]; OUT.csv beside it says row, name and label (the class, where there is one).
+OUT.npy is float32 [images, width]; OUT.csv beside it says row, name (where the image lies below ROOT; of several roots
+with the root before it) and label (the class, where there is one).
 OUT.parquet holds all of it, where pyarrow is installed. Every image of ROOT has a row, of `train` and `val` alike.
 """
 

@@ -146,7 +146,10 @@ class FolderSource(FileSource):
         self.again: int = listing.facts["again"]
 
     def content(self, i: int) -> bytes:
-        return (self._root / os.fsdecode(self.path(i))).read_bytes()
+        return Path(self.place(i)).read_bytes()
+
+    def place(self, i: int) -> str:
+        return str(self._root / os.fsdecode(self.path(i)))
 
     def head(self, i: int, most: int) -> bytes:
         return first_bytes(self._root / os.fsdecode(self.path(i)), most)

@@ -231,6 +231,10 @@ class HfSource(Source):
         table, row = self._find(i)
         return f"{printable(table.path.name.encode())}:{row}"
 
+    def place(self, i: int) -> str:
+        table, row = self._find(i)
+        return f"{table.path}:{row}"
+
     def content(self, i: int) -> bytes:
         table, row = self._find(i)
         value = table.value(self._image, row)

@@ -53,6 +53,10 @@ class JoinedSource(Source):
         k, inner = self._find(i)
         return f"{self._leads[k]}{self._parts[k].name(inner)}"
 
+    def place(self, i: int) -> str:
+        k, inner = self._find(i)
+        return self._parts[k].place(inner)
+
     def files(self) -> Iterable[tuple[str, int]] | None:
         found = [part.files() for part in self._parts]
         if any(files is None for files in found):

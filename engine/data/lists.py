@@ -179,7 +179,10 @@ class ListSource(FileSource):
         self._folder, self._shared = folder, os.fsencode(listing.facts["shared"])
 
     def content(self, i: int) -> bytes:
-        return (self._folder / os.fsdecode(self.path(i))).read_bytes()
+        return Path(self.place(i)).read_bytes()
+
+    def place(self, i: int) -> str:
+        return str(self._folder / os.fsdecode(self.path(i)))
 
     def head(self, i: int, most: int) -> bytes:
         return first_bytes(self._folder / os.fsdecode(self.path(i)), most)

@@ -166,6 +166,9 @@ class ShardSource(FileSource):
     def name(self, i: int) -> str:
         return f"{escaped(self._tar(i))}:{super().name(i)}"
 
+    def place(self, i: int) -> str:
+        return f"{self._folder / self._tar(i)}:{os.fsdecode(self.path(i))}"
+
     def files(self) -> Iterable[tuple[str, int]]:
         tars = chain.from_iterable(repeat(tar, images) for tar, images, _ in self.groups())
         return ((f"{tar}:{name}", size) for tar, (name, size) in zip(tars, super().files(), strict=True))

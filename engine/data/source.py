@@ -107,6 +107,11 @@ class Source(ABC):
     def name(self, i: int) -> str:
         """What messages call image i."""
 
+    def place(self, i: int) -> str:
+        """Where image i lies, to be found there: its path, letter by letter as the system's calls take it (of a tar's
+        member or a table's row what follows a colon); its name where it lies nowhere."""
+        return self.name(i)
+
     @property
     def whole(self) -> "Source":
         """What it is a choice of; itself where it is none."""

@@ -3,8 +3,6 @@
 Shapes: N images, Q of a tile of queries, P pairs, D features.
 """
 
-import csv
-import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.data.source import Root, Source
+from engine.data.source import Root
 from engine.data.splits import open_all
 from engine.data.workers import Workers
 from engine.distributed.agreement import all_gather
@@ -20,7 +18,7 @@ from engine.distributed.world import World
 from engine.errors import UserError
 from engine.evaluation.features import Features, features, progress
 from engine.evaluation.knn import gather_rows
-from engine.evaluation.rows import writing, written
+from engine.evaluation.rows import FileNames, csv_lines, writing, written
 from engine.evaluation.subject import open_subject_together
 
 TILE = 1024  # rows and columns of the similarities that are there at a time
@@ -53,7 +51,7 @@ def find_duplicates(
     group_of = groups(pairs)
     with written(world, out) as (place,), writing(world):
         if world.is_first:
-            place.write_text(as_csv(rows, source, pairs, group_of), encoding="utf-8")
+            write_groups(place, rows, FileNames(source, data), pairs, group_of)
     return {"groups": len(set(group_of.values())), "images": len(group_of), "file": str(out)}
 
 
@@ -99,16 +97,15 @@ def groups(pairs: Pairs) -> dict[int, int]:
     return {row: root(row) for row in sorted(parent)}
 
 
-def as_csv(rows: Features, source: Source, pairs: Pairs, group_of: dict[int, int]) -> str:
+def write_groups(place: Path, rows: Features, names: FileNames, pairs: Pairs, group_of: dict[int, int]) -> None:
     """group (the name of its first image), name, cosine (with the most similar one of the group); groups together."""
     nearest: dict[int, float] = {}
     for first, second, cosine in zip(*(column.tolist() for column in pairs), strict=True):
         for row in (first, second):
             nearest[row] = max(cosine, nearest.get(row, -1.0))
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["group", "name", "cosine"])
-    names = {row: source.name(int(rows.id_N[row])) for row in group_of}
-    for row in sorted(group_of, key=lambda row: (group_of[row], row)):
-        writer.writerow([names[group_of[row]], names[row], f"{nearest[row]:.6f}"])
-    return text.getvalue()
+    name_of = {row: names[int(rows.id_N[row])] for row in group_of}
+    with place.open("w", encoding="utf-8", newline="") as file:
+        lines = csv_lines(file)
+        lines.writerow(["group", "name", "cosine"])
+        for row in sorted(group_of, key=lambda row: (group_of[row], row)):
+            lines.writerow([name_of[group_of[row]], name_of[row], f"{nearest[row]:.6f}"])

@@ -10,7 +10,7 @@ from engine.data.workers import Workers
 from engine.distributed.world import World
 from engine.errors import UserError
 from engine.evaluation.features import Features
-from engine.evaluation.rows import Array, Sink, Table, check_new, write_rows, written
+from engine.evaluation.rows import Array, FileNames, Sink, Table, check_new, write_rows, written
 from engine.evaluation.subject import open_subject_together
 
 if TYPE_CHECKING:
@@ -43,22 +43,22 @@ def embed(
         subject = open_subject_together(checkpoint, world, **choice)
         width = subject.width(world.device)
         with written(world, *files) as places:
-            sinks = partial(_sinks, places, files[0].suffix, source, width)
+            sinks = partial(_sinks, places, files[0].suffix, source, FileNames(source, data), width)
             count = write_rows(subject, source, "features of data", world, readers, sinks)
     return {"images": count, "width": width, "file": str(files[0])}
 
 
-def _sinks(places: list[Path], suffix: str, source: Source, width: int) -> list[Sink]:
+def _sinks(places: list[Path], suffix: str, source: Source, names: FileNames, width: int) -> list[Sink]:
     if suffix == ".parquet":
-        return [Parquet(places[0], source, width)]
-    return [Array(places[0], width), Table(places[1], source, HEADER)]
+        return [Parquet(places[0], source, names, width)]
+    return [Array(places[0], width), Table(places[1], source, names, HEADER)]
 
 
 class Parquet:
     """A .parquet file with the columns name, label and feature (a list of D float32)."""
 
-    def __init__(self, place: Path, source: Source, width: int):
-        self._pa, self._source = _load_pyarrow(), source
+    def __init__(self, place: Path, source: Source, names: FileNames, width: int):
+        self._pa, self._source, self._names = _load_pyarrow(), source, names
         feature = self._pa.list_(self._pa.float32(), width)
         fields = [("name", self._pa.string()), ("label", self._pa.string()), ("feature", feature)]
         self._schema = self._pa.schema(fields)
@@ -66,7 +66,7 @@ class Parquet:
 
     def write(self, rows: Features) -> None:
         classes = self._source.classes or ()
-        names = [self._source.name(i) for i in rows.id_N.tolist()]
+        names = [self._names[i] for i in rows.id_N.tolist()]
         labels = [classes[label] if classes and label >= 0 else None for label in rows.label_N.tolist()]
         columns = [names, labels, list(rows.feature_ND.numpy())]
         self._writer.write_table(self._pa.table(dict(zip(self._schema.names, columns, strict=True)), self._schema))

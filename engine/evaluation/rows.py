@@ -5,16 +5,17 @@ Shapes: N rows, B rows of a batch of all ranks, D outputs.
 """
 
 import csv
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 import torch
 from numpy.lib import format as npy
 
-from engine.data.source import Source
+from engine.data.source import Root, Source
 from engine.data.workers import Workers
 from engine.distributed.agreement import agreement, all_gather, broadcast, gather
 from engine.distributed.world import World
@@ -22,7 +23,7 @@ from engine.errors import RunFailed, UserError, reason
 from engine.evaluation.features import BATCH, Features, batches_for, extract, progress, rank_slice
 from engine.evaluation.subject import Subject
 from engine.files import draft, publish, remove_drafts
-from engine.logger import warn
+from engine.logger import note, warn
 
 
 class Sink(Protocol):
@@ -141,18 +142,48 @@ class Array:
         npy.write_array_header_1_0(self._file, {"descr": "<f4", "fortran_order": False, "shape": shape})
 
 
+class FileNames:
+    """What tables call an image: where it lies below the root (a tar or a list: below its folder), so that a file can
+    be opened by it; of several roots, with the root before it. Bytes of a name that are no UTF-8 are written as \\xNN,
+    which is said."""
+
+    def __init__(self, source: Source, root: Root):
+        self._source = source
+        folder = root.path if root.path.is_dir() else root.path.parent
+        self._lead = "" if root.more else f"{folder}/"
+        self._is_said = False
+
+    def __getitem__(self, i: int) -> str:
+        place = self._source.place(i).removeprefix(self._lead)
+        name = os.fsencode(place).decode(errors="backslashreplace")
+        if not self._is_said and name != place:
+            self._is_said = True
+            note(f"names that are no UTF-8 have \\xNN for such bytes in OUT, as {name!r}")
+        return name
+
+
+def csv_lines(file: IO[str]) -> "csv.Writer":
+    """A csv.writer of lines that end in \\n, and in which csv.reader finds any names again."""
+
+    class Lines:
+        def write(self, line: str) -> int:
+            return file.write(line.removesuffix("\r\n") + "\n")
+
+    return csv.writer(Lines())  # it quotes the characters that lines end in by its own account, so both of these
+
+
 class Table:
     """A .csv file with a header, a line for each row: `line` of (row, name, label) of an image and its outputs [D]."""
 
-    def __init__(self, place: Path, source: Source, header: Sequence[str]):
+    def __init__(self, place: Path, source: Source, names: FileNames, header: Sequence[str]):
         self._file = place.open("w", encoding="utf-8", newline="")
-        self._csv, self._source, self._count = csv.writer(self._file, lineterminator="\n"), source, 0
+        self._csv, self._source, self._names, self._count = csv_lines(self._file), source, names, 0
         self._csv.writerow(header)
 
     def write(self, rows: Features) -> None:
         for i, label, output_D in zip(rows.id_N.tolist(), rows.label_N.tolist(), rows.feature_ND, strict=True):
             name = self._source.classes[label] if self._source.classes and label >= 0 else ""
-            self._csv.writerow(self.line(self._count, self._source.name(i), name, output_D.numpy()))
+            self._csv.writerow(self.line(self._count, self._names[i], name, output_D.numpy()))
             self._count += 1
 
     def line(self, row: int, name: str, label: str, output_D: np.ndarray) -> list[object]:

@@ -18,7 +18,7 @@ from engine.data.splits import open_all
 from engine.data.workers import Workers
 from engine.distributed.world import World, in_turn
 from engine.errors import UserError
-from engine.evaluation.rows import Table, write_rows, written
+from engine.evaluation.rows import FileNames, Table, write_rows, written
 from engine.evaluation.subject import Subject, open_subject
 from engine.recipe.load import loads, task_of
 from engine.recipe.sections import Finetune, Linear
@@ -39,11 +39,12 @@ def predict(
     Returns {"images", "file"}. Raises UserError and RunFailed; then OUT is as it was.
     """
     source = open_all(data, world)
+    names = FileNames(source, data)
     with Workers([source], workers, device=world.device) as readers:
         subject, classes = in_turn(world, lambda: open_classifier(run, checkpoint, world.device))
         with written(world, out) as (place,):
             count = write_rows(
-                subject, source, "classes of data", world, readers, lambda: [Predictions(place, source, classes)]
+                subject, source, "classes of data", world, readers, lambda: [Predictions(place, source, names, classes)]
             )
     return {"images": count, "file": str(out)}
 
@@ -51,8 +52,8 @@ def predict(
 class Predictions(Table):
     """A .csv file of HEADER, given logits."""
 
-    def __init__(self, place: Path, source: Source, classes: Sequence[str]):
-        super().__init__(place, source, HEADER)
+    def __init__(self, place: Path, source: Source, names: FileNames, classes: Sequence[str]):
+        super().__init__(place, source, names, HEADER)
         self._classes = classes
 
     def line(self, row: int, name: str, label: str, output_D: np.ndarray) -> list[object]:

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -61,11 +62,11 @@ def test_embed_writes_a_row_for_each_image(images, tmp_path, capsys):
     assert (feature_ND.shape, feature_ND.dtype, len(listed)) == ((rows, 48), np.float32, rows)
     assert [int(line["row"]) for line in listed] == list(range(rows))
     assert {line["label"] for line in listed} == {"cat", "dog, large"}
-    assert sum(line["name"].startswith("val:") for line in listed) == 50
+    assert sum(line["name"].startswith("val/") for line in listed) == 50
 
     encoder = engine.load(CHECKPOINT)
     for row in (0, 130, rows - 1):
-        file = images / listed[row]["name"].replace(":", "/")
+        file = images / listed[row]["name"]
         assert file.parent.name == listed[row]["label"]
         ours = encoder(encoder.transform(Image.open(file))[None])[0]
         torch.testing.assert_close(torch.tensor(feature_ND[row]), ours, rtol=1e-4, atol=1e-5)
@@ -88,6 +89,31 @@ def test_a_parquet_file_holds_all_of_it(images, tmp_path):
     assert np.array_equal(np.array(content["feature"], np.float32), np.load(tmp_path / "a.npy"))
     listed = table(tmp_path / "a.csv")
     assert [content["name"], content["label"]] == [[line[key] for line in listed] for key in ("name", "label")]
+
+
+def test_names_find_their_files_whatever_stands_in_them(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    odd = ["a\nb.png", "a\rb.png", 'q"u,o te.png', "é\u2028 ✓.png", " lead.png", "x:y.png", "back\\slash.png"]
+    for root in ("one", "two"):
+        (tmp_path / root / "train").mkdir(parents=True)
+        for i, name in enumerate(odd):
+            shutil.copy(images / f"train/dog, large/{2 * i:03}.png", tmp_path / root / "train" / name)
+    shutil.copytree("one/train", "one/val")
+    few = ["--workers", "0", "--data"]
+    embed.main([CHECKPOINT, "one.npy", *few, "one"])
+    duplicates.main([CHECKPOINT, "one.csv", *few, "one", "--force"])
+    assert "UTF-8" not in capsys.readouterr().err
+    embed.main([CHECKPOINT, "both.npy", *few, "[one/train, two]"])
+    of_one = [line["name"] for line in table(Path("one.csv"))]
+    of_both = [line["name"] for line in table(Path("both.csv"))]
+    assert (len(set(of_one)), len(set(of_both))) == (2 * len(odd), 2 * len(odd))
+    assert all((tmp_path / "one" / name).is_file() for name in of_one)
+    assert all((tmp_path / name).is_file() for name in of_both)
+
+    (tmp_path / "two/train/x:y.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/two/train/\xff.png"))
+    embed.main([CHECKPOINT, "two.npy", *few, "two"])
+    assert "names that are no UTF-8" in capsys.readouterr().err
+    assert r"train/\xff.png" in [line["name"] for line in table(Path("two.csv"))]
 
 
 def test_duplicates_are_grouped_by_the_name_of_their_first(images, tmp_path, capsys, monkeypatch):
