@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from engine.data.decode import AS_IT_IS, CenterCrop, Reading
 from engine.distributed.world import World, in_turn
 from engine.evaluation.readout import readout
+from engine.logger import note
 from engine.recipe.sections import Interpolation
 from engine.weights.opening import open_trunk, open_weights
 from engine.weights.weights import EncoderName, fill_trunk
@@ -62,6 +63,7 @@ def open_subject(
     features: str = "own",
     baseline: Literal["initial", "pixels"] | None = None,
     crop_fraction: float | None = None,
+    interpolation: Interpolation | None = None,
     reading: Reading | None = None,
     heads: int | None = None,
 ) -> Subject:
@@ -71,7 +73,7 @@ def open_subject(
         features: which of the network's numbers; engine.evaluation.readout tells them apart.
         baseline: a network to compare it with on the same images: `initial` is the same one before training (with the
             seed of its recipe, 0 where it has none), `pixels` the images themselves.
-        crop_fraction, reading: None for those of the checkpoint's recipe.
+        crop_fraction, interpolation, reading: None for those of the checkpoint's recipe, or of who published it.
         heads: of a ViT whose file does not tell its number of them.
 
     Raises:
@@ -84,8 +86,19 @@ def open_subject(
         network = readout(fill_trunk(weights), features)
     about = weights.known()
     network = network.to(device).eval().requires_grad_(False)
-    fraction, reading = crop_fraction or about.crop_fraction, reading or about.reading
-    return Subject(network, about.image_size, about.mean, about.std, fraction, reading=reading)
+    fraction, by = crop_fraction or about.crop_fraction, interpolation or about.interpolation or "bilinear"
+    form = about.image_size, about.mean, about.std, fraction, by
+    subject = Subject(network, *form, reading=reading or about.reading)
+    if about.recipe is None and (crop_fraction, interpolation) == (None, None) != (
+        about.stated_crop,
+        about.interpolation,
+    ):
+        note(f"images are prepared as {weights.origin} says: {_in_words(subject.crop)}")
+    return subject
+
+
+def _in_words(crop: CenterCrop) -> str:
+    return f"the shorter side {crop.resized_side} pixels ({crop.interpolation}), of which the centre's {crop.size}"
 
 
 def open_subject_together(checkpoint: str, world: World, **choice: Any) -> Subject:

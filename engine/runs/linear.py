@@ -44,7 +44,8 @@ def linear(
     recipe = settled(written, world)
     splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed, begun=begun(recipe, world))
     splits = readable(splits, recipe, world)
-    form = {"crop_fraction": recipe.evaluate.crop_fraction, "reading": Reading.of(recipe.data)}
+    form = {"crop_fraction": recipe.evaluate.crop_fraction, "interpolation": "bilinear"}
+    form |= {"reading": Reading.of(recipe.data)}
     subject = open_subject_together(checkpoint, world, encoder=encoder, heads=heads, **form)
     frozen = {"checkpoint": _lasting(checkpoint), "encoder": encoder} | ({"heads": str(heads)} if heads else {})
     task = LinearClassification(recipe, world, splits, subject, frozen)

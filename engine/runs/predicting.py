@@ -98,7 +98,8 @@ def _of_linear(folder: Path, state: RunState, checkpoint: str | None, device: to
     if not (checkpoint.startswith(TIMM) or Path(checkpoint).exists()):
         raise UserError(f"--checkpoint ({checkpoint}) must be where the network of {folder} lies now; pass its path")
     recipe = loads(state.recipe, f"recipe of {folder}", kind=Linear)
-    form = {"crop_fraction": recipe.evaluate.crop_fraction, "reading": Reading.of(recipe.data)}
+    form = {"crop_fraction": recipe.evaluate.crop_fraction, "interpolation": "bilinear"}
+    form |= {"reading": Reading.of(recipe.data)}
     heads = int(frozen["heads"]) if "heads" in frozen else None
     encoder = "momentum" if frozen.get("encoder") == "momentum" else "base"
     subject = open_subject(checkpoint, device, encoder=encoder, heads=heads, **form)

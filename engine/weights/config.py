@@ -1,12 +1,15 @@
 """What config.json says beside weights of timm or transformers: the network, and how its images are made ready."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
-from engine.errors import UserError, one_line, reason
+from engine.data.decode import RESAMPLING
+from engine.errors import UserError, listed, one_line, reason
+from engine.recipe.sections import Interpolation
 from models.architecture import MODEL_ARGS, Architecture
 
 BESIDE = ("num_classes", "global_pool")  # of timm's model_args, nothing of a trunk
@@ -14,11 +17,31 @@ RESNET_ARGS = {"layers", "base_width"}  # which shapes of tensors show
 PROCESSOR = "preprocessor_config.json"
 
 
+class Cut(NamedTuple):
+    """How images of any shape become squares, in the words of who published a network.
+
+    fraction: side of the square over the resized shorter side; None, as interpolation, where it is not said.
+    otherwise: what of it cannot be done here, in words.
+    """
+
+    fraction: float | None = None
+    interpolation: Interpolation | None = None
+    otherwise: tuple[str, ...] = ()
+
+    def notes(self, origin: str) -> tuple[str, ...]:
+        """A line for the user on what is not done as `origin` says."""
+        left = listed(self.otherwise)
+        return (f"not taken over from {origin}: {left}; the centre of an image is cut out",) if left else ()
+
+
+UNSAID = Cut()
+
+
 @dataclass(frozen=True)
 class Config:
     """architecture: where the folder names one of timm's; else shapes tell it, with model_args or heads of a ViT.
 
-    image_size, mean, std, crop_fraction (of the resized shorter side): None where they are not said.
+    image_size, mean, std: None where they are not said.
     classifier: how the names of its tensors begin.
     """
 
@@ -29,7 +52,7 @@ class Config:
     model_args: Mapping[str, Any] | None = None
     heads: int | None = None
     classifier: tuple[str, ...] = ()
-    crop_fraction: float | None = None
+    cut: Cut = UNSAID
 
 
 def read_config(folder: Path) -> Config | None:
@@ -72,8 +95,8 @@ def _of_timm(content: dict[str, Any]) -> Config:
         arguments["img_size"] = width
     layers = said.get("classifier") or ()
     classifier = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
-    crop = None if said.get("crop_pct") is None else float(said["crop_pct"])
-    prepared = Config(width, _three(said["mean"]), _three(said["std"]), classifier=classifier, crop_fraction=crop)
+    cut = cut_of_timm(said, width)
+    prepared = Config(width, _three(said["mean"]), _three(said["std"]), classifier=classifier, cut=cut)
     if set(arguments) == set(MODEL_ARGS):
         return replace(prepared, model_args=arguments)
     if set(arguments) == RESNET_ARGS:
@@ -82,6 +105,47 @@ def _of_timm(content: dict[str, Any]) -> Config:
         raise ValueError(f"its model_args must be known; {', '.join(map(one_line, arguments))} are not")
     architecture = Architecture("timm", {"name": str(content["architecture"]), "image_size": width})
     return replace(prepared, architecture=architecture)
+
+
+def cut_of_timm(said: Mapping[str, Any], size: int) -> Cut:
+    """What a `pretrained_cfg` says, for images of this size. Raises ValueError and TypeError."""
+    fraction, otherwise = said.get("crop_pct"), []
+    if fraction is not None:
+        fraction = _fraction(size, math.floor(size / _positive(fraction)))  # timm rounds down
+    if (mode := said.get("crop_mode") or "center") != "center":
+        otherwise.append(f"crop_mode {one_line(mode)[:40]}")
+    return _cut(fraction, said.get("interpolation"), otherwise)
+
+
+def _cut_of_processor(said: Mapping[str, Any], size: int | None) -> Cut:
+    """What a transformers' image processor says: one with a centre crop keeps the shape of what it resizes."""
+    edge, fraction, otherwise = said.get("size"), None, []
+    shortest = edge.get("shortest_edge") if isinstance(edge, Mapping) else None
+    if said.get("do_center_crop") and shortest is not None and size is not None:
+        fraction = _fraction(size, shortest)
+    elif edge is not None:
+        otherwise.append("its resizing to a square")
+    names = {int(number): name for name, number in RESAMPLING.items()}
+    number = said.get("resample")
+    return _cut(fraction, None if number is None else names.get(number, f"resample {number}"), otherwise)
+
+
+def _cut(fraction: float | None, by: Any, otherwise: list[str]) -> Cut:
+    if by is not None and by not in get_args(Interpolation):
+        return Cut(fraction, None, (*otherwise, f"interpolation {one_line(by)[:40]}"))
+    return Cut(fraction, by, tuple(otherwise))
+
+
+def _fraction(size: int, side: Any) -> float:
+    if type(side) is not int or side < size:
+        raise ValueError(f"its images must be resized to {size} pixels or more")
+    return size / side
+
+
+def _positive(number: Any) -> float:
+    if not float(number) > 0:
+        raise ValueError("its crop_pct must be above 0")
+    return float(number)
 
 
 def _of_transformers(content: dict[str, Any], processor: dict[str, Any]) -> Config:
@@ -93,7 +157,8 @@ def _of_transformers(content: dict[str, Any], processor: dict[str, Any]) -> Conf
     if type(heads) is not int or heads < 1:
         raise ValueError("its num_attention_heads must be an integer >= 1")
     mean, std = (_three(processor[key]) if key in processor else None for key in ("image_mean", "image_std"))
-    return Config(content.get("image_size"), mean, std, heads=heads)
+    size = content.get("image_size")
+    return Config(size, mean, std, heads=heads, cut=_cut_of_processor(processor, size))
 
 
 def _three(values: Any) -> tuple[float, ...]:

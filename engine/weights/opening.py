@@ -22,6 +22,7 @@ from engine.files import newest_lines, row_on
 from engine.logger import note, warn
 from engine.recipe.load import loads, task_of
 from engine.recipe.sections import Pretrain
+from engine.weights.config import cut_of_timm
 from engine.weights.hub import unreachable
 from engine.weights.read import own_words, read_weights
 from engine.weights.weights import BASE, About, EncoderName, Weights, base_shapes, check_names, declared, renaming
@@ -191,7 +192,16 @@ def _from_timm(checkpoint: str) -> Weights:
         config = _create(checkpoint, pretrained=False).pretrained_cfg
     image_size = config["input_size"][-1]
     architecture = Architecture("timm", {"name": name, "image_size": image_size})
-    about = About(architecture, image_size, tuple(config["mean"]), tuple(config["std"]), licence=config.get("license"))
+    cut = cut_of_timm(config, image_size)
+    about = About(
+        architecture,
+        image_size,
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        licence=config.get("license"),
+        stated_crop=cut.fraction,
+        interpolation=cut.interpolation,
+    )
 
     def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         if why := unreachable(config):
@@ -199,7 +209,7 @@ def _from_timm(checkpoint: str) -> Weights:
         tensors = _create(checkpoint, pretrained=True).state_dict()
         return ((name, tensors[name.removeprefix(BASE)]) for name in names)
 
-    return Weights(about, base_shapes(architecture), read, checkpoint)
+    return Weights(about, base_shapes(architecture), read, checkpoint, cut.notes(checkpoint))
 
 
 def _create(checkpoint: str, pretrained: bool) -> nn.Module:

@@ -227,19 +227,12 @@ def _notes_on_images(found: Found, about: About | None) -> tuple[str, ...]:
     if MARK in found.said:
         return ()
     if config is not None and config.mean is not None and config.std is not None:
-        return _notes_on_crop(found.origin, config.crop_fraction, about)
+        return config.cut.notes(found.origin)
     if about is not None and about.architecture.kind == "resnet" and config is None:  # a ViT's positions show the size
         assumed = f"the size, mean and std of its images: {about.image_size} pixels and ImageNet's are assumed"
     else:
         assumed = "the mean and std of its images: ImageNet's are assumed"
     return (f"{found.origin} does not say {assumed}",)
-
-
-def _notes_on_crop(origin: str, fraction: float | None, about: About | None) -> tuple[str, ...]:
-    if about is None or fraction is None or abs(fraction - about.crop_fraction) < 1e-3:
-        return ()
-    ours = f"images are cropped to {about.crop_fraction:g} of the shorter side unless --crop-fraction or a recipe tells"
-    return (f"{ours}; {origin} says {fraction:g}",)
 
 
 def _about_published(architecture: Architecture) -> About:
@@ -251,7 +244,8 @@ def _about_others(architecture: Architecture, config: Config | None) -> About:
     if config is None:
         return about
     size = architecture.arguments.get("image_size", config.image_size) or RESNET_IMAGE_SIZE
-    return About(architecture, size, config.mean or about.mean, config.std or about.std)
+    cut = {"stated_crop": config.cut.fraction, "interpolation": config.cut.interpolation}
+    return About(architecture, size, config.mean or about.mean, config.std or about.std, **cut)
 
 
 def _of_base_trunk(weights: Weights) -> dict[str, torch.Size]:

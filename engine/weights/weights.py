@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class About:
     image_size, mean, std: of the images that the trunk takes. recipe: YAML. arch, epoch: as a published file has them.
     knn_top1: the run's newest at or before the step. licence: of the weights, where it is known.
     finetuned: YAML of the recipe by which labels have changed the weights since; None where they have not.
+    stated_crop, interpolation: of images in evaluation, as others say of weights of theirs; None where nobody does.
     """
 
     architecture: Architecture
@@ -46,12 +47,16 @@ class About:
     knn_top1: float | None = None
     licence: str | None = None
     finetuned: str | None = None
+    stated_crop: float | None = None
+    interpolation: Interpolation | None = None
 
     @property
     def crop_fraction(self) -> float:
-        """Of the recipe's evaluation (side of the centre crop over the resized shorter side); where none is known, the
-        usual 224 of 256."""
-        return loads(self.recipe, "recipe of CHECKPOINT").evaluate.crop_fraction if self.recipe else 224 / 256
+        """Of the recipe's evaluation (side of the centre crop over the resized shorter side); without one what is
+        stated, else the usual 224 of 256."""
+        if self.recipe:
+            return loads(self.recipe, "recipe of CHECKPOINT").evaluate.crop_fraction
+        return self.stated_crop or 224 / 256
 
     @property
     def reading(self) -> Reading:
@@ -77,6 +82,10 @@ class About:
             raise ValueError("recipe, arch, licence and finetuned must be text, step and epoch integers")
         if not isinstance(about.knn_top1, float | None) or not (about.licence or "-").isprintable():
             raise ValueError("knn_top1 must be a number and licence a name")
+        if about.interpolation not in (None, *get_args(Interpolation)):
+            raise ValueError("interpolation must be known")
+        if about.stated_crop is not None and not 0 < float(about.stated_crop) <= 1:
+            raise ValueError("stated_crop must be a fraction")
         return about
 
 
@@ -129,7 +138,7 @@ class Weights:
         about, head = self.known(), self.head
         if head is not None:
             return CenterCrop(about.image_size, head.crop_fraction, head.interpolation, about.reading)
-        return CenterCrop(about.image_size, about.crop_fraction, reading=about.reading)
+        return CenterCrop(about.image_size, about.crop_fraction, about.interpolation or "bilinear", about.reading)
 
     @property
     def head_dims(self) -> tuple[int, int]:

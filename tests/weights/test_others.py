@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import timm.data
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from torchvision.transforms import ToTensor
 
 import engine
 from engine.errors import UserError
+from engine.evaluation.subject import open_subject
 from engine.export import main
 from engine.weights import hub
 from engine.weights.opening import open_weights
@@ -152,7 +154,7 @@ def test_heads_that_a_file_tells_are_not_overruled():
 
 
 @torch.no_grad()
-def test_a_folder_of_timm_is_a_checkpoint(tmp_path):
+def test_a_folder_of_timm_is_a_checkpoint(tmp_path, capsys):
     """As timm itself writes it: heads, size, mean and std from its config.json."""
     network = small_vit(heads=6, num_classes=3, pretrained_cfg_overlay={"mean": (0.1, 0.2, 0.3)})
     arguments = {**SHAPE, "num_heads": 6}
@@ -160,11 +162,11 @@ def test_a_folder_of_timm_is_a_checkpoint(tmp_path):
     encoder, images = engine.load(tmp_path / "timm"), torch.randn(2, 3, 32, 32)
     assert close(encoder(images), network.forward_head(network.forward_features(images), pre_logits=True))
     assert (encoder.image_size, encoder.subject.mean) == (32, (0.1, 0.2, 0.3))
-    assert open_weights(str(tmp_path / "timm")).notes[-1].endswith("/model.safetensors says 0.9")
+    assert "images are prepared as" in capsys.readouterr().err
 
-    convnext = timm.create_model("test_convnext", pretrained_cfg_overlay={"crop_pct": 0.875})
+    convnext = timm.create_model("test_convnext", pretrained_cfg_overlay={"crop_mode": "squash"})
     save_for_hf(convnext, tmp_path / "convnext", safe_serialization=True)
-    assert not any("crop" in line for line in open_weights(str(tmp_path / "convnext")).notes)
+    assert "crop_mode squash" in open_weights(str(tmp_path / "convnext")).notes[-1]
     assert open_weights(str(tmp_path / "convnext")).about.architecture.arguments["name"] == "test_convnext"
 
 
@@ -181,6 +183,42 @@ def test_a_folder_of_transformers_is_a_checkpoint(tmp_path):
     pixels = torch.from_numpy(ToTensor()(Image.new("RGB", (32, 32), (10, 200, 30))).numpy())[None]
     assert close(encoder(pixels), network(pixel_values=pixels).last_hidden_state[:, 0])
     assert encoder.subject.mean == (0.1, 0.2, 0.3)
+    assert "its resizing to a square" in open_weights(str(tmp_path)).notes[-1]
+
+
+def photograph() -> Image.Image:
+    coarse = torch.randint(0, 256, (9, 13, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Image.fromarray(coarse.numpy()).resize((1300, 650), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(("fraction", "by"), [(0.9, "bicubic"), (0.95, "bilinear"), (1.0, "bicubic")])
+def test_images_are_prepared_as_a_network_s_own_library_does(fraction, by, tmp_path):
+    said = {"input_size": (3, 32, 32), "crop_pct": fraction, "interpolation": by, "std": (0.3, 0.2, 0.1)}
+    network = small_vit(heads=6, pretrained_cfg_overlay=said)
+    arguments = {**SHAPE, "num_heads": 6}
+    save_for_hf(network, tmp_path / "timm", model_config={"model_args": arguments}, safe_serialization=True)
+    theirs = timm.data.create_transform(**timm.data.resolve_model_data_config(network))(photograph())
+    torch.testing.assert_close(engine.load(tmp_path / "timm").transform(photograph()), theirs)
+    main([str(tmp_path / "timm"), str(tmp_path / "again"), "--format", "timm"])
+    torch.testing.assert_close(engine.load(tmp_path / "again").transform(photograph()), theirs)
+    chosen = open_subject(str(tmp_path / "timm"), "cpu", crop_fraction=0.5)
+    assert (chosen.crop_fraction, chosen.interpolation) == (0.5, by)
+
+    crop, config = open_weights("timm/convnext_tiny").crop, timm.create_model("convnext_tiny").pretrained_cfg
+    assert crop.resized_side == int(224 / config["crop_pct"]) == 235
+    assert crop.interpolation == config["interpolation"] == "bicubic"
+
+
+def test_transformers_own_processor_prepares_images_alike(tmp_path):
+    from transformers import AutoImageProcessor, BitImageProcessor, ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 192}
+    ViTModel(ViTConfig(image_size=32, **sizes)).save_pretrained(tmp_path)
+    size = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    BitImageProcessor(resample=3, image_mean=[0.1, 0.2, 0.3], **size).save_pretrained(tmp_path)
+    theirs = AutoImageProcessor.from_pretrained(tmp_path)(photograph(), return_tensors="pt")["pixel_values"][0]
+    ours = engine.load(tmp_path).transform(photograph())
+    assert (ours - theirs).abs().mean() < 0.01  # of values that spread by 1; bilinear, or another crop, is 3 times off
 
 
 SAID = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -199,6 +237,8 @@ CONFIG = {"architecture": "vit_small_patch16_224", "pretrained_cfg": SAID}
         (CONFIG | {"pretrained_cfg": SAID | {"input_size": [3, 32, 64]}}, "squares"),
         (CONFIG | {"model_args": {"num_heads": 3}}, "model_args must be known; num_heads"),
         (CONFIG | {"model_args": {"in_chans": 1}}, "three channels"),
+        (CONFIG | {"pretrained_cfg": SAID | {"crop_pct": 1.2}}, "resized to 32 pixels or more"),
+        (CONFIG | {"pretrained_cfg": SAID | {"crop_pct": 0}}, "crop_pct must be above 0"),
     ],
 )
 def test_a_config_that_tells_too_little_is_one_line(config, message, tmp_path):
