@@ -1,6 +1,7 @@
 """Files and folders of weights, ours and others', as `Weights`."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ HEADS = (
 class Found:
     """Tensors of a file under its own names.
 
-    said: what stands around them. config: what stands beside them in a folder. heads: of a ViT, where the user says it.
+    said: what stands around them, under `key` in a pickle. config: what stands beside them in a folder. heads: of a
+    ViT, where the user says it.
     """
 
     origin: str
@@ -42,6 +44,18 @@ class Found:
     shapes: Mapping[str, torch.Size]
     config: Config | None = None
     heads: int | None = None
+    key: str = ""
+
+    def note_on_parts(self, place: str, names: Iterable[str]) -> tuple[str, ...]:
+        """A line on what was taken of the file, at `place` below the key, and left: other tables, tensors by name."""
+        beside = [key for key, value in self.said.items() if isinstance(value, Mapping | list) and value]
+        parts = Counter(name.removeprefix("module.").split(".")[0] for name in names)
+        left = [one_line(key)[:40] for key in beside if key != "model_args"]
+        left += (f"{part} ({count} tensors)" if count > 1 else part for part, count in parts.items())
+        if not left:
+            return ()
+        taken = ".".join(filter(None, (self.key, place.strip("."))))
+        return (f"taken from {self.origin}: {taken or 'the trunk'}; left: {listed(left, most=8)}",)
 
     def only(self, names: Mapping[str, str]) -> "Found":
         """Some of the tensors under other names, {theirs: new}."""
@@ -98,7 +112,8 @@ def _open(path: Path) -> Found:
     content = opened.content
     if not isinstance(content, Mapping):
         raise UserError(f"weights ({path}) must be a table of tensors; it holds a {type(content).__name__}")
-    inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
+    key = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), "")
+    inner = content[key] if key else content
     odd = [
         one_line(key)[:80] for key, value in inner.items() if not isinstance(key, str) or not isinstance(value, Tensor)
     ]
@@ -108,7 +123,7 @@ def _open(path: Path) -> Found:
         )
     said = {} if inner is content else {k: v for k, v in content.items() if v is not inner}
     get = {name: tensor.detach for name, tensor in inner.items()}
-    return Found(str(path), said, get, {name: tensor.shape for name, tensor in inner.items()})
+    return Found(str(path), said, get, {name: tensor.shape for name, tensor in inner.items()}, key=key)
 
 
 def _interpret(found: Found) -> Weights:
@@ -146,8 +161,7 @@ def _reference(found: Found, naming: Naming, about: About | None) -> Weights:
         licence=None if stated is not None else REFERENCE_LICENCE,
     )
     weights = _whole(weights, architecture)
-    left = [key for key in ("optimizer", "scaler") if said.get(key) is not None]
-    notes = (f"ignored in {found.origin}: {listed(left)}",) if left else ()
+    notes = found.note_on_parts("", ())
     return dataclasses.replace(
         weights, about=about, notes=notes if stated is None else (*notes, *_notes_on_images(found, about))
     )
@@ -182,8 +196,7 @@ def _trunk(found: Found, about: About | None) -> Weights:
         expected = base_shapes(about.architecture)
         check_names(weights.shapes, expected, found.origin)
         weights = dataclasses.replace(weights, about=about, shapes=expected)
-    left += dropped
-    notes = (f"ignored in {found.origin}, for no trunk has it: {listed(left, most=5)}",) if left else ()
+    notes = found.note_on_parts(prefix, left + dropped)
     return dataclasses.replace(weights, notes=(*notes, *_notes_on_images(found, weights.about)))
 
 

@@ -80,6 +80,38 @@ def test_a_resnet_of_every_family_gives_its_features(family, resnet, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("content", "taken"),
+    [
+        (
+            {
+                "student": {},
+                "teacher": "t",
+                "optimizer": {"state": {0: 1}},
+                "dino_loss": {},
+                "args": {"lr": 1},
+                "epoch": 9,
+            },
+            "teacher.backbone; left: student, optimizer, dino_loss, args, fc (2 tensors)",
+        ),
+        (
+            {"state_dict": "t", "state_dict_ema": {}, "model_args": None},
+            "state_dict.backbone; left: state_dict_ema, fc",
+        ),
+        ({"model": "t", "epoch": 9}, "model.backbone; left: fc (2 tensors)"),
+    ],
+)
+def test_what_of_a_file_is_taken_and_left_is_one_line(content, taken, resnet, tmp_path):
+    tensors = under(
+        "module.backbone.", resnet.state_dict() | {"fc.weight": torch.zeros(2, 2), "fc.bias": torch.zeros(2)}
+    )
+    others = under("module.", {"x": torch.zeros(1)})
+    named = {key: tensors if value == "t" else others if value == {} else value for key, value in content.items()}
+    torch.save(named, tmp_path / "a.pth")
+    (line,) = (line for line in open_weights(str(tmp_path / "a.pth")).notes if "; left: " in line)
+    assert line.startswith(f"taken from {tmp_path / 'a.pth'}: {taken.replace('.backbone', '.module.backbone')}")
+
+
 def test_dinov2_is_timm_s_network(tmp_path):
     with torch.device("meta"):
         shapes = timm.create_model("vit_small_patch14_dinov2", num_classes=0).state_dict()
