@@ -25,6 +25,7 @@ from engine.cli import (
     at_least,
     decoding_workers,
     image_roots,
+    refuse,
 )
 from engine.door import enter, result
 from engine.logger import note
@@ -32,6 +33,8 @@ from engine.recipe.load import load
 
 if TYPE_CHECKING:
     from engine.pictures.features import Featured
+
+QUERIES = 8
 
 
 def main(arguments: list[str]) -> None:
@@ -71,7 +74,8 @@ def _parser() -> Parser:
         add_images(kind, "--data")
         what = "at most this many, evenly spread over ROOT's val images (all of ROOT where it has no val)"
         add_count(kind, "--images", 5000, what)
-    add_count(of_neighbours, "--queries", 8, "rows")
+    queries = at_least(1, "--queries", f"{QUERIES} is usual")
+    of_neighbours.add_argument("--queries", type=queries, help=f"rows (default: {QUERIES})")
     add_count(of_neighbours, "--k", 8, "neighbours of each")
     of_neighbours.add_argument("--query", type=Path, metavar="IMAGE", help="a file; the neighbours of it alone")
     of_map.add_argument("--method", choices=("pca", "tsne"), default="pca", help="default: pca")
@@ -97,13 +101,15 @@ def attention(options: Namespace) -> None:
 
 def neighbours(options: Namespace) -> None:
     """Images and those whose features are nearest to theirs by cosine, framed by whether they share the class."""
+    if options.query is not None:
+        refuse(options, ["--queries"], "with --query IMAGE, whose neighbours alone are shown")
     note("loading PyTorch")
     from engine.pictures.neighbours import show_neighbours, show_query
 
     if options.query is not None:
         show_query(_featured(options), options.query, options.k, options.out)
     else:
-        show_neighbours(_featured(options), options.queries, options.k, options.out)
+        show_neighbours(_featured(options), options.queries or QUERIES, options.k, options.out)
 
 
 def embedding(options: Namespace) -> None:

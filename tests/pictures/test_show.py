@@ -24,6 +24,7 @@ def test_refusals(images, tmp_path):
         r"CHECKPOINT \(.*none\) must exist": ("neighbours", tmp_path / "none", *few),
         r"--data \(.*none\) must exist": ("embedding", VIT, "--data", tmp_path / "none", out),
         r"--queries \(13\) must be at most 12": ("neighbours", VIT, *few, "--queries", 13),
+        r"--queries \(2\) must be left out with --query": ("neighbours", VIT, *few, "--queries", 2, "--query", broken),
         r"--k \(12\) must be at most 11": ("neighbours", VIT, *few, "--k", 12),
         r"--queries \(0\) must be >= 1; 8 is usual": ("neighbours", VIT, *few, "--queries", 0),
         r"--dataset \(missing\) must be a class": ("embedding", VIT, *few, "--source", "torchvision"),
