@@ -74,9 +74,9 @@ def _opened(checkpoint: str, heads: int | None) -> Weights:
 
 
 def _untrained(weights: Weights) -> Weights:
-    """The trunk before training, as a run of its recipe begins."""
+    """The trunk before training, as a run of its recipe begins. Raises UserError where that began with weights."""
     about, shapes = weights.known(), weights.trunk("base").shapes
-    seed = loads(about.recipe, "recipe of the checkpoint").run.seed if about.recipe else 0
+    seed = _seed(loads(about.recipe, "recipe of the checkpoint"), weights.origin) if about.recipe else 0
     with torch.device("meta"):
         trunk = about.architecture.build()
 
@@ -89,6 +89,17 @@ def _untrained(weights: Weights) -> Weights:
                 yield BASE + inner, torch.zeros(tensor.shape) if count else draw(inner, tensor.shape)
 
     return Weights(about, shapes, read, "the untrained network")
+
+
+def _seed(recipe: Pretrain, origin: str) -> int:
+    """What initial weights were drawn by. Raises UserError where none were."""
+    for key, value in {"model.weights": recipe.model.weights, "run.continue_from": recipe.run.continue_from}.items():
+        if value is not None:
+            raise UserError(
+                f"--baseline (initial) must be left out for {origin}, which began with the weights of "
+                f"{key} ({one_line(value)}); pass those as CHECKPOINT"
+            )
+    return recipe.run.seed
 
 
 def checkpoint_folder(path: Path) -> Path | None:

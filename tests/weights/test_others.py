@@ -21,8 +21,9 @@ from engine.errors import UserError
 from engine.evaluation.subject import open_subject
 from engine.export import main
 from engine.weights import hub
-from engine.weights.opening import open_weights
+from engine.weights.opening import open_trunk, open_weights
 from models.vit import sincos_position
+from tests.weights.exports import fresh_checkpoint
 from tests.weights.files import PUBLISHED, state_dict, trunk_of
 
 SHAPE = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "depth": 2}
@@ -329,3 +330,14 @@ def test_weights_that_cannot_be_fetched_are_one_line_in_seconds(where, monkeypat
     monkeypatch.setattr(hub, "getproxies", lambda: {"https": "http://proxy.here:3128"})
     with pytest.raises(UserError, match=r"proxy\.here does not answer"):
         list(weights.read(list(weights.shapes)))
+
+
+# ---- what a run began with -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["model.weights", "run.continue_from"])
+def test_the_baseline_of_a_run_that_began_with_weights_is_no_random_network(key, tmp_path):
+    run = fresh_checkpoint(tmp_path / "run", f"{key}=elsewhere")
+    with pytest.raises(UserError, match=rf"must be left out for .* {key} \(elsewhere\); pass those as CHECKPOINT"):
+        open_trunk(str(run), untrained=True)
+    assert open_trunk(str(run)).is_whole is False
