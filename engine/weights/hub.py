@@ -3,6 +3,7 @@
 import socket
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -38,18 +39,14 @@ def _first_hop(url: str) -> tuple[str, int]:
 
 def _answers(host: str, port: int) -> bool:
     """Looking a name up knows no limit of time, so a thread does it, and is left alone if it takes too long."""
-    answered = threading.Event()
+    answered = []
 
     def connect() -> None:
-        try:
+        with suppress(OSError):
             socket.create_connection((host, port), timeout=SECONDS).close()
-            answered.set()
-        except OSError:
-            pass
-        finally:
-            done.set()
+            answered.append(True)
 
-    done = threading.Event()
-    threading.Thread(target=connect, daemon=True).start()
-    done.wait(SECONDS)
-    return answered.is_set()
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    return bool(answered)

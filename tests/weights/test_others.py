@@ -314,6 +314,7 @@ def test_weights_that_cannot_be_fetched_are_one_line_in_seconds(where, monkeypat
         if where == "no such host":
             raise OSError("Name or service not known")
         threading.Event().wait(5 * hub.SECONDS)
+        raise TimeoutError
 
     monkeypatch.setattr(hub, "SECONDS", 0.1)
     monkeypatch.setattr(hub.socket, "create_connection", connect)

@@ -5,6 +5,7 @@ One trunk, with its linear classifier where it has one.
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,13 @@ def write_config(weights: Weights, folder: Path) -> None:
     about, head = weights.known(), weights.head
     classes = len(head.classes) if head else 0
     name, arguments = create_arguments(about.architecture, classes)
+    network = _network(name, arguments)
     config: dict[str, Any] = {
         "architecture": name,
         "num_classes": classes,
-        "num_features": _network(name, arguments).num_features,
+        "num_features": network.num_features,
         "model_args": arguments,
-        "pretrained_cfg": _adaptation(name, arguments, about.image_size) | _preparation(weights),
+        "pretrained_cfg": _adaptation(network.pretrained_cfg, classes, about.image_size) | _preparation(weights),
     }
     if head is not None:
         config["label_names"] = list(head.classes)
@@ -94,12 +96,11 @@ def write_config(weights: Weights, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _adaptation(name: str, arguments: dict[str, Any], image_size: int) -> dict[str, Any]:
+def _adaptation(own: Mapping[str, Any], classes: int, image_size: int) -> dict[str, Any]:
     """By what timm fits weights to another head, number of channels or image size: its own words for this network."""
-    own = _network(name, arguments).pretrained_cfg
     kept = {key: own.get(key) for key in ("first_conv", "classifier", "fixed_input_size")}
     same_size = own["input_size"][-1] == image_size
-    return kept | {"num_classes": arguments["num_classes"], "pool_size": own.get("pool_size") if same_size else None}
+    return kept | {"num_classes": classes, "pool_size": own.get("pool_size") if same_size else None}
 
 
 def _preparation(weights: Weights) -> dict[str, Any]:
