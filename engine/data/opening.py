@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import permutations, product
 from pathlib import Path
 
+from engine.data.decode import is_image_name
 from engine.data.folder import open_folder
 from engine.data.hf import is_hf, open_hf
 from engine.data.joined import JoinedSource
@@ -102,14 +103,14 @@ def _open(root: Root, split: Split) -> Source | None:
 
 def guess_kind(root: Path) -> str:
     """`list` for a file that is named as a text, `shards` for a tar or a folder with tars in it, whatever lies beside
-    them, `hf` where there are tables, else `folder`."""
+    them, `hf` where there are tables, else `folder`, which says of a single image what to pass."""
     if root.is_file() and root.suffix.lower() in LIST_SUFFIXES:
         return "list"
     if root.is_dir() and any(is_tar_name(path.name) for path in root.iterdir()):
         return "shards"
     if root.exists() and is_hf(root):
         return "hf"
-    return "shards" if root.is_file() else "folder"
+    return "shards" if root.is_file() and not is_image_name(bytes(root)) else "folder"
 
 
 def without_labels(source: Source, *notes: str) -> Source:

@@ -117,7 +117,7 @@ def open_labelled(
             if source.labels is None:
                 raise UserError(
                     f"{root} must hold labelled images, {_LABELLED.get(root.kind, 'a folder for each class')}; "
-                    "for images without labels there is `engine.evaluate rankme`"
+                    "for images without labels there is `mocov3 evaluate rankme`"
                 )
         if len(found.train.classes) < 2:
             raise UserError(f"{train} must hold two classes or more; it has one, {found.train.classes[0]}")

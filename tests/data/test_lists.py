@@ -99,6 +99,9 @@ def test_a_root_of_another_kind_names_the_other(root):
         with pytest.raises(UserError, match=f"pass data.source={other}"):
             open_source(Root(kind, path), "train")
     assert guess_kind(root / "list.txt") == "list"
+    assert guess_kind(root / "a/1.png") == "folder"
+    with pytest.raises(UserError, match="this is one of them: pass the folder that it lies in"):
+        open_source(Root("folder", root / "a/1.png"), "train")
     with pytest.raises(UserError, match=r"must exist; pass data.root="):
         open_source(Root("list", root / "gone.txt"), "train")
 
