@@ -131,7 +131,7 @@ class _NormaliseByBatch(torch.autograd.Function):
         # Nothing of what is stacked is used afterwards: compiled code adds the ranks' numbers up in the same memory.
         sums_2VC = torch.stack([sum_VC, product_VC])
         if ctx.group_name is not None:  # every rank's loss depends on every rank's input
-            sums_2VC = functional.all_reduce(sums_2VC, "sum", ctx.group_name)
+            sums_2VC = sum_over_ranks(sums_2VC, ctx.group_name)
         dy_mean_VC, product_mean_VC = (sums_2VC / (x_VBCS.shape[1] * x_VBCS.shape[3] * ctx.ranks)).unbind()
         # dx = scale * (dy - mean of dy - normalised x * mean of the products), with one factor for each channel
         scale_VC = rstd_VC if weight_C is None else rstd_VC * weight_C
@@ -170,10 +170,19 @@ def _over_ranks(mean_VC: Tensor, variance_VC: Tensor, ranks: int, group_name: st
     rest_VC = fine_VC * (2 * coarse_VC + fine_VC) + variance_VC
     # Nothing of what is stacked is used afterwards: compiled code adds the ranks' numbers up in the same memory.
     parts_4VC = torch.stack([coarse_VC, fine_VC, coarse_VC.square(), rest_VC])
-    coarse_VC, fine_VC, square_VC, rest_VC = functional.all_reduce(parts_4VC, "sum", group_name).unbind()
+    coarse_VC, fine_VC, square_VC, rest_VC = sum_over_ranks(parts_4VC, group_name).unbind()
     of_coarse_VC = ranks * square_VC - coarse_VC.square()
     of_rest_VC = ranks * rest_VC - fine_VC * (2 * coarse_VC + fine_VC)
     return (coarse_VC + fine_VC) / ranks, ((of_coarse_VC + of_rest_VC) / ranks**2).clamp(min=0)
+
+
+def sum_over_ranks(x: Tensor, group_name: str) -> Tensor:
+    """The sum of all ranks' tensors, which takes no gradient.
+
+    `functional.all_reduce` wraps it in a subclass of Tensor that waits at its first use. Here that is at once, and each
+    operation on the subclass takes the host longer than the message.
+    """
+    return functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", group_name))
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
