@@ -36,9 +36,10 @@ def parallelize(
     Each of its parts (trunks and heads) is a root of its own, because evaluation calls trunks alone. Trunks run in bf16
     under `precision: bf16`, heads always in full precision; gradients are reduced in full precision.
 
-    `parallel.shard` says where a parameter rests. full, hybrid: sharded also between forward and backward; grad_op:
-    gathered from the forward to the backward pass; replicate: whole on every rank. A rank that is alone has nobody to
-    share with: it makes what it trains ready once a step, each part in one piece.
+    `parallel.shard` says where a parameter rests. full, hybrid: units of blocks sharded also between forward and
+    backward; grad_op: gathered from the forward to the backward pass; replicate: whole on every rank. Heads, and the
+    rest of a trunk, stay gathered until their backward pass in any mode: it begins where their forward has ended. A
+    rank that is alone has nobody to share with: it makes what it trains ready once a step, each part in one piece.
 
     Args:
         group: the ranks of the global batch, for BatchNorm.
@@ -54,7 +55,7 @@ def parallelize(
         # What is not trained (the momentum encoder, a moving average) must rest sharded after every forward: it never
         # has a backward pass to do so, and its update writes shards, which weights still gathered from the last step
         # would hide.
-        resting = (parallel.shard in ("full", "hybrid") and group.size() > 1) or not part.is_trained
+        resting = not part.is_trained
         if part.is_trunk:
             _prepare_blocks(part.module, parallel, part.is_trained)
             _shard_trunk(part.module, mesh, parallel, resting, least or least_unit(group.size()))
@@ -83,8 +84,9 @@ def _shard_trunk(trunk: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting
         cast_constants(trunk, torch.bfloat16)
     else:
         inner = outer = MixedPrecisionPolicy()
+    units_rest = resting or (parallel.shard in ("full", "hybrid") and mesh.size() > 1)
     for unit in units(trunk, least):
-        shard(unit, mesh, inner, resting)
+        shard(unit, mesh, inner, units_rest)
     shard([trunk], mesh, outer, resting)
 
 

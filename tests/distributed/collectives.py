@@ -60,9 +60,10 @@ def minimum(state: TrainState, shard: str, ranks: int, least: float) -> Traffic:
     moco = state.moco
     trained, followed = [moco.base, moco.predictor], [moco.momentum]
     gradients = numbers(*trained, trained=True) * NUMBER
+    in_units = units(moco.base.trunk, least)
     # Beside the units of blocks, the rest of the trunk and the heads.
-    apart, followed_apart = len(units(moco.base.trunk, least)) + 3, len(units(moco.momentum.trunk, least)) + 2
-    passes = {"full": 2, "grad_op": 1}.get(shard, 0)  # gathered forward and backward, or once, or whole at rest
+    apart, followed_apart = len(in_units) + 3, len(units(moco.momentum.trunk, least)) + 2
+    passes = {"full": 2, "grad_op": 1}.get(shard, 0)  # units are gathered forward and backward, or once, or never
     gathers, gathered = 1, ranks * 2 * IMAGES * WIDTH  # the keys
     # BatchNorm, both views at once: four numbers for each channel forward and two backward. And the guard's one.
     forward, backward = channels(*trained, *followed), channels(*trained)
@@ -70,8 +71,9 @@ def minimum(state: TrainState, shard: str, ranks: int, least: float) -> Traffic:
     if not passes:
         sums = {"all_reduce": (reduces + apart, 2 * part * (reduced * NUMBER + gradients))}
         return {"all_gather": (gathers, part * gathered * NUMBER)} | sums
-    gathers += passes * apart + followed_apart
-    gathered += passes * numbers(*trained) + numbers(*followed)
+    gathers += apart + (passes - 1) * len(in_units) + followed_apart
+    of_units = numbers(*(block for unit in in_units for block in unit))
+    gathered += numbers(*trained) + (passes - 1) * of_units + numbers(*followed)
     return {
         "all_gather": (gathers, part * gathered * NUMBER),
         "all_reduce": (reduces, 2 * part * reduced * NUMBER),

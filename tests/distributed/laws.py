@@ -105,6 +105,19 @@ def momentum_shards_are_what_keys_see(world: World) -> None:
         assert after.abs().max().item() == 0, shard  # a network of zeros answers zero
 
 
+def base_shards_are_what_features_see(world: World) -> None:
+    """After a step, whatever an evaluation before it has gathered."""
+    for shard in SHARDINGS:
+        trace, state = built(world, "A_vit_adamw", shard)
+        x, trunk = images(trace, world, 0), state.moco.base.trunk
+        with torch.no_grad():
+            trunk(x)
+        train_step(state, x)
+        with torch.no_grad():
+            torch._foreach_zero_(state.base_shards)
+            assert trunk(x).abs().max().item() == 0, shard
+
+
 def keys_come_rank_by_rank(world: World) -> None:
     """Of each view, to the bit, into one piece of memory; also keys that do not lie row by row."""
     generator = torch.Generator().manual_seed(world.rank)
@@ -315,6 +328,7 @@ def what_one_rank_cannot_do_deterministically_binds_all(world: World) -> None:
 LAWS = (
     bad_gradient_changes_nothing,
     momentum_shards_are_what_keys_see,
+    base_shards_are_what_features_see,
     keys_come_rank_by_rank,
     nothing_grows_with_the_steps,
     batch_norm_is_global,
