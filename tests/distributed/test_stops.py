@@ -2,6 +2,8 @@
 
 import os
 import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from tests.distributed.commands import (
     stopped_at,
     timeless,
 )
+from tests.distributed.launch import environment
 
 pytestmark = [
     pytest.mark.faults,
@@ -83,3 +86,33 @@ def test_nohup_keeps_a_run_from_the_hangup_of_its_terminal(tmp_path):
         command.wait_for("step 2/")
         command.process.send_signal(signal.SIGHUP)
         assert command.end().code == 0
+
+
+def has_compiler(command: Command) -> bool:
+    """Whether a process of the command is compiling C++."""
+    return any(b"cc1plus" in cmdline(pid) for pid in command.processes())
+
+
+def cmdline(pid: int) -> bytes:
+    with suppress(OSError):  # it has ended meanwhile
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def test_a_compilation_is_stopped_at_once_and_leaves_what_the_next_run_compiles_from(tmp_path):
+    """By Ctrl-C, which a terminal sends to all processes of the command, and by a scheduler."""
+    folder, env = tmp_path / "run", environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "compiled"))
+    arguments = [QUICKSTART, *overrides(folder, parallel__compile="true", model__depth=1, train__max_steps=1)]
+    for signum, send in ((signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)):
+        with Command(*ONE_PROCESS, *arguments, env=env, start_new_session=True) as command:
+            command.wait_for("compiling the network")
+            while not has_compiler(command) and command.process.poll() is None:
+                time.sleep(0.05)
+            send(command.process.pid, signum)
+            ended = command.end()
+        assert ended.code == 128 + signum, ended
+        said = f"stopped by {signum.name} before a step was made; nothing is lost; the same command goes on"
+        assert ended.out.splitlines()[-1] == said, ended
+        assert "Traceback" not in ended.err, ended.err
+        assert (folder / "REQUEUE").exists() == (signum == signal.SIGTERM)
+    assert run(*ONE_PROCESS, *arguments, env=env).code == 0
