@@ -79,7 +79,7 @@ def test_what_is_no_percentage_is_one_line(text):
 
 
 @given(st.text(max_size=12) | st.from_regex(r"[0-9.+e-]{0,8}%", fullmatch=True))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_is_a_share_or_one_line(text):
     complaint = ""
     try:
@@ -90,6 +90,6 @@ def test_any_text_is_a_share_or_one_line(text):
 
 
 @given(st.floats(1e-6, 100).map(lambda x: round(x, 6)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_percentage_up_to_a_hundred_is_read(value):
     assert read_share(f"{value:f}%", "k") == float(f"{value:f}") / 100

@@ -151,7 +151,7 @@ def test_rows_are_complete_lines(tmp_path):
         list(read_rows(tmp_path / "absent.jsonl"))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.text("ab\r", max_size=9), max_size=9), st.text("ab", max_size=9), st.integers(1, 12))
 def test_lines_from_the_end_are_those_from_the_beginning(tmp_path_factory, lines, torn, block):
     """However many bytes are read at once."""

@@ -80,7 +80,7 @@ def test_a_missing_file(checkpoints, capsys, name):
     expect_fallback(checkpoints, capsys, name)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_found(saved, tmp_path_factory, name, where, bit):
     folder = shutil.copytree(saved / "step_0000500", tmp_path_factory.mktemp("flip") / "step_0000500")

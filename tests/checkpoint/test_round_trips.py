@@ -22,7 +22,7 @@ from tests.checkpoint.examples import DTYPES, SHA, blank, example_state, example
 shapes = st.lists(st.integers(0, 5), max_size=3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(shapes, st.sampled_from(DTYPES), st.booleans()), min_size=1, max_size=5), st.integers())
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path_factory, kinds, seed):
     generator = torch.Generator().manual_seed(seed % 2**63)

@@ -171,7 +171,7 @@ def test_of_very_many_images_the_tar_or_folder_is_named(root, tmp_path, monkeypa
     assert changes_in_words(JoinedSource(now), path) == "other images in root 1: b, root 2: all, root 3: 2.tar"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 5), max_size=12), st.lists(st.integers(0, 5), max_size=12))
 def test_every_image_has_its_place_however_often_a_name_comes(before, after):
     """Against a search by hand: the k-th image of a name is the k-th of that name."""

@@ -230,7 +230,7 @@ def test_only_columns_may_be_options(tmp_path):
         load(QUICK, [*root, "data.dataset_options={split: train}"])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sizes=st.lists(st.integers(0, 5), min_size=1, max_size=4), batch=st.integers(1, 4), kind=st.sampled_from("ap"))
 def test_every_row_is_found_whatever_the_groups(tmp_path_factory, sizes, batch, kind):
     root, shade, expected = tmp_path_factory.mktemp("set"), 0, []

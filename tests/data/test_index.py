@@ -118,7 +118,7 @@ def test_a_changed_tar_is_indexed_anew(tmp_path):
     assert contents(tar) == {"a/9.png": b"two"}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_damaged_index_does_not_matter(tmp_path_factory, data):
     tar = write(tmp_path_factory.mktemp("d") / "x.tar", pack(MEMBERS))
@@ -196,7 +196,7 @@ def test_a_tar_stored_sparse_is_refused(tmp_path):
         open_index(tmp_path / "x.tar")
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_a_tar_cut_short_is_refused_wherever_it_breaks_off(tmp_path_factory, data):
     whole = pack(MEMBERS)
@@ -212,7 +212,7 @@ def test_a_tar_cut_short_is_refused_wherever_it_breaks_off(tmp_path_factory, dat
         assert names_in(tar.parent) == ["x.tar"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_damaged_tar_never_loses_an_image_unseen(tmp_path_factory, data):
     whole = pack(MEMBERS, format=data.draw(st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])))
@@ -230,7 +230,7 @@ def test_a_damaged_tar_never_loses_an_image_unseen(tmp_path_factory, data):
     assert "\n" not in line
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=2000))
 def test_any_bytes_end_in_an_error_of_one_line(tmp_path_factory, noise):
     with pytest.raises(UserError) as error:

@@ -87,7 +87,7 @@ def former_fingerprint(names: list[bytes], sizes: list[int], classes: list[bytes
 PART = st.sampled_from([b"a", b"b", b"a-", b"a.b", b"\xff", b"\n", "ü".encode(), b"A", b"7"])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     paths=st.sets(st.lists(PART, min_size=1, max_size=3).map(tuple), min_size=1, max_size=12),
     is_long=st.booleans(),

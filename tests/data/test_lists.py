@@ -146,7 +146,7 @@ def attempt(root, text: bytes) -> tuple:
         return None, str(error)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.one_of(LINES.map(lambda lines: "".join(lines).encode()), st.binary(max_size=40)))
 def test_any_list_opens_or_is_refused_in_one_line(tmp_path_factory, text):
     root = fill(tmp_path_factory.mktemp("set"), FILES)

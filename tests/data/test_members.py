@@ -46,7 +46,7 @@ FILE, HARD, SOFT = tarfile.REGTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE
 # ---- joined tars -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     counts=st.lists(st.integers(1, 3), min_size=1, max_size=4),
     zeros=st.lists(st.sampled_from([0, 1, 2, 20, 2100]), min_size=4, max_size=4),
@@ -150,7 +150,7 @@ def test_a_tar_of_tars_is_named(tmp_path):
         opened(tmp_path / "x.tar", pack({"n01.tar": pack({"1.png": png(1)}), "n02.tar": b""}))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=60), st.sampled_from(["cls", "cls.txt", "json"]))
 def test_any_label_is_read_or_counted(tmp_path_factory, data, suffix):
     source = opened(tmp_path_factory.mktemp("d") / "x.tar", pack({"0.png": png(0), f"0.{suffix}": data}))

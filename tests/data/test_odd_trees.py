@@ -112,7 +112,7 @@ def class_of_each(source: Source) -> list[str] | None:
     return None if source.labels is None else [source.classes[label] for label in source.labels]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(tree=entries, called=st.sampled_from(ODD), worth=st.sampled_from([1, 10**9]))
 def test_a_folder_its_pack_its_list_and_its_tar(tmp_path_factory, tree, called, worth):
     work = tmp_path_factory.mktemp("odd") / os.fsdecode(called)

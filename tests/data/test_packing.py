@@ -246,7 +246,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, argumen
 # ---- broken off ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(broken=st.lists(st.integers(1, 40), max_size=4), size=st.sampled_from([1, 3000, 7000]))
 def test_what_is_broken_off_goes_on(tmp_path_factory, broken, size):
     """The tars are those that nothing befell, wherever it was."""

@@ -53,7 +53,7 @@ def test_published_vectors(counter, key, result):
 
 
 @given(st.tuples(WORD, WORD, WORD, WORD), st.tuples(WORD, WORD))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_equals_the_definition(counter, key):
     assert run(counter, key) == philox_in_integers(counter, key)
 
@@ -66,7 +66,7 @@ def test_equals_the_definition(counter, key):
     stream=st.integers(0, 255),
     block=WORD,
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_an_address_becomes_counter_and_key_as_documented(seed, epoch, sample, view, stream, block):
     counter = (sample % 2**32, epoch, view + 2**8 * stream + 2**16 * (sample // 2**32), block)
     expected = philox_in_integers(counter, (seed % 2**32, seed // 2**32))

@@ -202,7 +202,7 @@ def test_a_clean_root_has_nothing_to_say(tmp_path):
     assert [(source.notes, source.otherwise) for source in sources] == [((), None)] * 2
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(names=st.lists(st.text("abtrainvl-.@#0", min_size=1, max_size=9), min_size=1, max_size=6, unique=True))
 def test_every_file_is_an_image_or_is_counted(tmp_path_factory, names):
     assume(not any(set(name) <= {"."} for name in names))

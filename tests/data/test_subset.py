@@ -110,7 +110,7 @@ def test_images_of_other_classes_change_nothing():
 
 
 @given(seeds=st.tuples(SEED, SEED).filter(lambda pair: pair[0] != pair[1]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_another_seed_is_another_choice(seeds):
     first, second = (chosen(take_labels(EVEN, 0.1, seed)) for seed in seeds)
     assert first != second
@@ -130,7 +130,7 @@ def test_every_image_is_as_likely():
     shares=st.tuples(st.floats(1e-9, 1), st.floats(1e-9, 1)),
     seed=SEED,
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_smaller_share_lies_within_a_larger_one(labels, shares, seed):
     source = Labelled(labels, 5)
     small, large = (take_labels(source, share, seed) for share in sorted(shares))

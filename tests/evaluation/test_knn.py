@@ -65,7 +65,7 @@ def test_agrees_with_scikit_learn(clustered, temperature):
         assert torch.equal(ours[k], ranked.indices[:, :5].where(ranked.values[:, :5] > 0, -1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     rows=st.integers(1, 60),

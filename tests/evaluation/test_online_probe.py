@@ -39,7 +39,7 @@ def train(probe: OnlineProbe, width: int, scale: float = 1.0, dtype: torch.dtype
     return probe
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(CLASSES, 300), st.floats(-8, 8), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
 @example(20, -8.0, torch.float32)
 @example(20, 8.0, torch.float32)

@@ -53,7 +53,7 @@ def compare(*arguments: object) -> None:
 # ---- the numbers -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(1, 50), st.floats(1, 1e5)), min_size=1, max_size=20))
 def test_time_is_what_the_steps_took(tmp_path_factory, pieces):
     """However the steps are logged, the time at each row is the sum of what the steps up to it took."""

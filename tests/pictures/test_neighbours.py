@@ -18,7 +18,7 @@ from engine.pictures.neighbours import nearest, spread
 from tests.pictures.drawn import VIT, rgb, show
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(2, 30), st.data())
 def test_nearest_are_those_of_largest_cosine(seed, count, data):
     feature_ND = torch.randn(count, 5, generator=torch.Generator().manual_seed(seed))

@@ -34,7 +34,7 @@ class Disk:
         return self.file.write(data[:half] if self.moods[0] in ("torn", "short") and half else data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(DISKS, PIECES, st.booleans()), max_size=6), st.binary(max_size=5))
 def test_it_has_what_was_added_in_order(tmp_path_factory, chapters, before):
     path = tmp_path_factory.mktemp("grow") / "lines"

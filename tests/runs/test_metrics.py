@@ -60,7 +60,7 @@ def test_no_step_has_two_rows_of_a_kind(tmp_path):
     ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(stopped=st.integers(0, 8), resumed=st.integers(-1, 8), torn=st.integers(0, 40), data=st.data())
 def test_resume_keeps_lines_up_to_its_checkpoint_byte_for_byte(tmp_path_factory, stopped, resumed, torn, data):
     """Whatever came after the checkpoint, and wherever the last line was torn: the log of a run without a stop."""

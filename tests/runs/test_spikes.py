@@ -50,7 +50,7 @@ def test_the_scale_is_that_of_the_last_steps():
     assert spikes([*[1.0] * RECENT, *[100.0] * RECENT, 999.0, 1001.0])[-2:] == [RECENT // 2, RECENT // 2 + 1]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(norms=st.lists(st.sampled_from([1.0, 2.0, 50.0, float("nan")]), min_size=30, max_size=150), data=st.data())
 def test_a_resumed_run_judges_as_an_unbroken_one(norms, data):
     stopped, said = data.draw(st.integers(0, len(norms))), []

@@ -36,7 +36,7 @@ def test_loss_on_any_number_of_ranks(ranks, chunk):
     torch.testing.assert_close(q2.grad, golden["grad_q2"], rtol=1e-9, atol=1e-14)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 6), st.integers(0, 9), st.integers(1, 7), st.floats(0.05, 2), st.integers(0, 2**31))
 def test_chunked_loss_is_dense_loss(rows, others, chunk, temperature, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -110,7 +110,7 @@ def small_files(tmp_path_factory):
     return folder
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_damaged_files_never_crash(small_files, data):
     name = data.draw(st.sampled_from(["zip.pth", "old.pth", "a.safetensors"]))
