@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.data.order import LAWS, PERMUTED, REPEAT, SORTED, Order
@@ -15,7 +15,6 @@ def whole(order: Order, epoch: int) -> np.ndarray:
 
 @either
 @given(seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 10_000), images=st.integers(1, 300))
-@settings(deadline=None)
 def test_an_epoch_visits_every_image_once(law, seed, epoch, images):
     assert sorted(whole(Order(seed, images, ANY, law=law), epoch)) == list(range(images))
 
@@ -55,7 +54,6 @@ def test_the_last_partial_batch_is_dropped():
 
 @either
 @given(world=st.sampled_from([1, 2, 4, 8]), share=st.integers(1, 5), extra=st.integers(0, 20))
-@settings(deadline=None)
 def test_ranks_divide_the_global_batch_in_order(law, world, share, extra):
     batch = world * share
     order = Order(0, 2 * batch + extra, batch, law=law)
@@ -67,7 +65,6 @@ def test_ranks_divide_the_global_batch_in_order(law, world, share, extra):
 
 @either
 @given(first=st.integers(0, 12))
-@settings(deadline=None)
 def test_starting_at_a_step_is_going_on(law, first):
     def rows(start):
         order = Order(7, 11, 4, law=law)
@@ -86,7 +83,6 @@ def test_steps_run_through_the_epochs():
 
 @either
 @given(images=st.integers(1, 40), batch=st.integers(1, 16), world=st.integers(1, 5))
-@settings(deadline=None)
 def test_with_the_partial_batch_an_epoch_is_every_image_dealt_out_evenly(law, images, batch, world):
     order = Order(7, images, batch, keep_partial=True, law=law)
     seen = []
@@ -101,7 +97,6 @@ def test_with_the_partial_batch_an_epoch_is_every_image_dealt_out_evenly(law, im
 
 @either
 @given(images=st.integers(1, 50), repeats=st.integers(2, 6))
-@settings(deadline=None)
 def test_repeats_come_in_a_row_and_the_epoch_stays_as_long(law, images, repeats):
     order = whole(Order(7, images, ANY, law=law), 0)
     identities = whole(Order(7, images, ANY, repeats=repeats, law=law), 0)

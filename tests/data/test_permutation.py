@@ -3,7 +3,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.data.permutation import permuted
@@ -42,7 +42,6 @@ def test_it_is_a_permutation_of_any_number():
     count=st.integers(1, 2**40),
     place=st.lists(st.integers(0, 2**40), min_size=1, max_size=20),
 )
-@settings(deadline=None)
 def test_a_place_is_computed_by_itself_and_no_two_hold_the_same(seed, epoch, count, place):
     place_P = np.array(place) % count
     found_P = permuted(seed, epoch, count, place_P)

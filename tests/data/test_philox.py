@@ -74,7 +74,6 @@ def test_an_address_becomes_counter_and_key_as_documented(seed, epoch, sample, v
 
 
 @given(seed=st.integers(0, 2**64 - 1), epoch=WORD, samples=st.lists(st.integers(0, 2**48 - 1), min_size=1))
-@settings(deadline=None)
 def test_numpy_draws_the_same_words(seed, epoch, samples):
     bits_B4 = random_bits(seed, epoch, torch.tensor(samples), 3, PERMUTE)
     assert random_word(seed, epoch, np.array(samples), 3, PERMUTE).tolist() == bits_B4[:, 0].tolist()

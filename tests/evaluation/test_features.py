@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -27,7 +27,6 @@ def subject(trunk: nn.Module) -> Subject:
 
 
 @given(count=st.integers(0, 200), world=st.integers(1, 9), batch_size=st.integers(1, 40))
-@settings(deadline=None)
 def test_rank_slices_are_the_batches_of_one_process(count, world, batch_size):
     everything = torch.arange(count).split(batch_size) if count else []
     dealt, passes = {}, set()

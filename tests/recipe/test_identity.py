@@ -82,7 +82,7 @@ def any_recipe(draw):
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(recipe=any_recipe())
 def test_yaml_keeps_every_recipe(recipe, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"

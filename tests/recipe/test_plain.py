@@ -86,7 +86,7 @@ def test_yaml_keeps_text_that_looks_like_something_else_or_holds_odd_characters(
     assert parse(unparse(data), "text") == data
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(text=st.text(max_size=60) | st.binary(max_size=60))
 def test_no_text_ends_in_anything_but_a_user_error(text, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "open.yaml"
