@@ -7,27 +7,15 @@ same, byte for byte. --list FILE names all that are unreadable, lying or the sam
 The last line on stdout is the result as JSON.
 """
 
-import csv
-import math
-import statistics
-from array import array
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import cli, door
-from engine.errors import UserError, listed
-from engine.files import draft, publish
+from engine.errors import UserError
 
 if TYPE_CHECKING:
-    from engine.data.checking import Same, Tally
     from engine.data.source import Source
-
-_NAMED = 5  # images in a line
-_KINDS = 8  # suffixes, folders or kinds in one
-_CROPS = (224, 96)  # pixels, of the crops of own_photos and own_photos_small
 
 
 def main(arguments: list[str]) -> None:
@@ -41,14 +29,13 @@ def main(arguments: list[str]) -> None:
 
     from engine.data.checking import find_same, tally
     from engine.data.decode import AS_IT_IS
+    from engine.data.findings import in_numbers, in_words, write_findings
 
     found = tally(splits, AS_IT_IS, cli.decoding_workers(options), cli.progress)
     same = find_same(found)
     if options.list is not None:
-        _write(options.list, found, same)
-    table = [*lines, *(line for split, each in found.items() for line in _of_split(split, each)), *_same(found, same)]
-    notes = {"notes": lines, "splits": {split: _numbers(each) for split, each in found.items()}}
-    door.result(_totals(found, same) | notes, "\n".join(table))
+        write_findings(options.list, found, same)
+    door.result(in_numbers(found, same, lines), "\n".join([*lines, *in_words(found, same)]))
 
 
 def _read_csv(text: str) -> Path:
@@ -60,8 +47,6 @@ def _read_csv(text: str) -> Path:
 
 def _open(options: Any) -> "tuple[dict[str, Source], list[str]]":
     """The splits that a run would have, and what it would say of them."""
-    from dataclasses import replace
-
     names = ("ROOT", "--val") if options.val is not None else ("ROOT",)
     root, *beside = (replace(each, read_only=True) for each in cli.image_roots(options, *names))
 
@@ -80,142 +65,6 @@ def _open(options: Any) -> "tuple[dict[str, Source], list[str]]":
     if any("left out in" in line for line in lines):
         lines.append(f"images are files that end in {' '.join(IMAGE_SUFFIXES)}; of other kinds none is read")
     return splits, lines
-
-
-# ---- words
-
-
-def _of_split(split: str, found: "Tally") -> Iterator[str]:
-    size = f", {found.bytes / 1e6:,.1f} MB" if found.suffixes else ""
-    yield f"{split}: {found.images:,} images{size}; {_labels(found)}"
-    folders = Counter({name or "(no folder)": number for name, number in found.folders.items()})
-    rows = {"suffixes": _most(found.suffixes), "folders": _most(folders), "kinds": _most(found.kinds)}
-    rows |= {"sides": _sides(found), "lying": _lying(found), "dark": _dark(found), "unreadable": _unreadable(found)}
-    yield from (f"  {what:11}{words}" for what, words in rows.items() if words)
-
-
-def _most(counted: Counter[str]) -> str:
-    return listed([f"{name} {number:,}" for name, number in counted.most_common()], most=_KINDS)
-
-
-def _labels(found: "Tally") -> str:
-    source, numbers = found.source, _per_class(found)
-    if not numbers:
-        return "unlabelled"
-    least, most = min(numbers), max(numbers)
-    return f"{len(numbers)} classes of {least:,} to {most:,} images ({listed(source.classes or (), most=_NAMED)})"
-
-
-def _per_class(found: "Tally") -> list[int]:
-    import numpy as np
-
-    source = found.source
-    return [] if source.labels is None else np.bincount(source.labels, minlength=len(source.classes)).tolist()
-
-
-def _sides(found: "Tally") -> str:
-    if not found.shorter:
-        return ""
-    shorter, longer = ("{:,} / {:,} / {:,}".format(*_spread(sides)) for sides in (found.shorter, found.longer))
-    small = ", ".join(f"{number:,} below {crop}" for crop, number in _small(found).items())
-    return f"shorter {shorter} pixels, longer {longer} (least / median / most); shorter side {small}"
-
-
-def _spread(sides: array) -> tuple[int, int, int]:
-    return min(sides), int(statistics.median(sides)), max(sides)
-
-
-def _small(found: "Tally") -> dict[int, int]:
-    return {crop: sum(side < crop for side in found.shorter) for crop in _CROPS}
-
-
-def _lying(found: "Tally") -> str:
-    if not found.lying:
-        return ""
-    names = listed([found.source.name(i) for i in found.lying], most=_NAMED)
-    return f"{len(found.lying):,} say how to turn them, and data.exif_orientation=true does ({names})"
-
-
-def _dark(found: "Tally") -> str:
-    from engine.data.hints import in_words
-
-    return in_words(found.brightest) or ""
-
-
-def _unreadable(found: "Tally") -> str:
-    if not found.unreadable:
-        return "none"
-    share = math.ceil(1000 * len(found.unreadable) / found.images) / 1000
-    shown = [f"\n    {found.source.name(i)} ({why})" for i, why in islice(found.unreadable.items(), _NAMED)]
-    more = len(found.unreadable) - len(shown)
-    shown += [f"\n    and {more:,} more"] if more else []
-    large = f", {len(found.too_large):,} of them too large" if found.too_large else ""
-    do = f"a run bears so many with data.max_bad_fraction={share:g} or more"
-    return f"{len(found.unreadable):,}{large}; {do}{''.join(shown)}"
-
-
-def _same(found: "Mapping[str, Tally]", same: "Sequence[Same]") -> list[str]:
-    """Groups of the same images: how many, and the first."""
-    if not same:
-        return ["same: no two images are the same, byte for byte"]
-    totals = _totals(found, same)
-    line = f"same: {totals['copies']:,} more than once, byte for byte; groups of the same: {len(same):,}"
-    across, odd = totals["groups_across_splits"], totals["groups_with_other_labels"]
-    line += f", in both train and val: {across:,}" if across else ""
-    line += f", of different classes: {odd:,}" if odd else ""
-    groups = (" = ".join(_shown(found, each)) for each in same[:_NAMED])
-    more = [f"  and {len(same) - _NAMED:,} more groups"] if len(same) > _NAMED else []
-    return [line, *(f"  {group}" for group in groups), *more]
-
-
-def _shown(found: "Mapping[str, Tally]", same: "Same") -> list[str]:
-    lead = len(found) > 1
-    names = [(f"{split}: " if lead else "") + found[split].source.name(i) for split, i in same.images[:_NAMED]]
-    return [*names, f"{len(same.images) - _NAMED:,} more"] if len(same.images) > _NAMED else names
-
-
-# ---- for programs
-
-
-def _numbers(found: "Tally") -> dict[str, Any]:
-    """Of a split."""
-    per_class, source = _per_class(found), found.source
-    numbers: dict[str, Any] = {"images": found.images, "bytes": found.bytes, "unreadable": len(found.unreadable)}
-    numbers |= {"too_large": len(found.too_large), "lying": len(found.lying)}
-    numbers |= {"suffixes": dict(found.suffixes), "folders": len(found.folders), "kinds": dict(found.kinds)}
-    numbers["classes"] = len(source.classes) if source.classes else None
-    numbers["images_per_class"] = [min(per_class), max(per_class)] if per_class else None
-    if found.shorter:
-        numbers |= {"shorter_side": [*_spread(found.shorter)], "longer_side": [*_spread(found.longer)]}
-        numbers["below"] = {str(crop): number for crop, number in _small(found).items()}
-    return numbers
-
-
-def _totals(found: "Mapping[str, Tally]", same: "Sequence[Same]") -> dict[str, Any]:
-    return {
-        "images": sum(each.images for each in found.values()),
-        "unreadable": sum(len(each.unreadable) for each in found.values()),
-        "copies": sum(len(each.images) - 1 for each in same),
-        "groups_across_splits": sum(len({split for split, _ in each.images}) > 1 for each in same),
-        "groups_with_other_labels": sum(each.labels_differ for each in same),
-    }
-
-
-def _write(path: Path, found: "Mapping[str, Tally]", same: "Sequence[Same]") -> None:
-    """A row for each finding. Raises OSError."""
-    with draft(path) as place:
-        with place.open("w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["finding", "split", "name", "detail"])
-            for split, each in found.items():
-                name = each.source.name
-                rows.writerows(["unreadable", split, name(i), why] for i, why in each.unreadable.items())
-                rows.writerows(["lying", split, name(i), ""] for i in each.lying)
-            for group in same:
-                (split, i), *others = group.images
-                first = f"{split}: {found[split].source.name(i)}"
-                rows.writerows(["copy", of, found[of].source.name(i), first] for of, i in others)
-        publish(place, path)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from engine.data.decode import Reading, decode, opened, read_whole
+from engine.data.hints import brightest
 from engine.data.jpeg import Jpeg
 from engine.data.orientation import UPRIGHT, orientation
 from engine.data.packing import in_order
@@ -91,7 +92,7 @@ class Tally:
 
 
 class Same(NamedTuple):
-    """Images of the same bytes, by split and number; labels: whether they have different ones."""
+    """Images of the same bytes, by split and number."""
 
     images: list[tuple[str, int]]
     labels_differ: bool
@@ -132,7 +133,7 @@ def _look(source: Source, i: int, reading: Reading) -> Seen:
         image = source.read(i) if data is None else decode(data)
         seen = _shown(opened(data) if data is not None and isinstance(image, Jpeg) else image)
         read_whole(image, reading)
-        seen = seen._replace(lies=_lies(image), brightest=_brightest(image))
+        seen = seen._replace(lies=_lies(image), brightest=brightest(image))
         return seen._replace(digest=_digest(source.content(i) if data is None else data))
     except MemoryError:
         raise
@@ -150,10 +151,6 @@ def _shown(header: Image.Image) -> Seen:
 def _lies(image: Image.Image | Jpeg) -> int:
     """Of an image that was read: to ask a PNG reads it, whatever its size, and its damage is said once alone."""
     return image.upright().orientation if isinstance(image, Jpeg) else orientation(image)
-
-
-def _brightest(image: Image.Image | Jpeg) -> int | None:
-    return None if isinstance(image, Jpeg) or image.mode[0] != "I" else int(np.asarray(image).max())
 
 
 def _digest(data: bytes) -> int:

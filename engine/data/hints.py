@@ -22,12 +22,12 @@ _TURNED = 0.1  # of the images: whose cameras nobody turned afterwards; publishe
 
 def hints(source: Source, reading: Reading) -> list[str]:
     """Lines on images that come out dark, or on their side, as they are read; those that cannot be read say nothing."""
-    found = [] if reading.range else [in_words(_of_some(source, _DECODED, _largest))]
+    found = [] if reading.range else [about_dark(_of_some(source, _DECODED, brightest))]
     found += [] if reading.exif_orientation else [_about_orientation(_of_some(source, _OPENED, _is_turned))]
     return [line for line in found if line]
 
 
-def in_words(largest: Sequence[int]) -> str | None:
+def about_dark(largest: Sequence[int]) -> str | None:
     """What some images of 16 bits show by the largest value of each; None where they are not dark."""
     if not largest or not 0 < max(largest) <= _DARK:
         return None
@@ -58,7 +58,7 @@ def _of_some(source: Source, most: int, look: Callable[[Image.Image | Jpeg], T |
     return [each for each in found if each is not None]
 
 
-def _largest(image: Image.Image | Jpeg) -> int | None:
+def brightest(image: Image.Image | Jpeg) -> int | None:
     """The largest value of a grey image of 16 bits; None for another."""
     if isinstance(image, Jpeg) or not image.mode.startswith("I"):
         return None

@@ -118,7 +118,7 @@ def _looked(source: Source, data: Data) -> dict[int, str]:
             f"{listed([*bad.values()], 3)}; repair them"
         )
     if len(bad) > data.max_bad_fraction * looked:
-        least = math.ceil(1000 * len(bad) / looked) / 1000
+        least = least_fraction(len(bad), looked)
         raise UserError(
             f"data.max_bad_fraction ({data.max_bad_fraction}) must bear what cannot be read of data.root "
             f"({named(data.root)}): {len(bad):,} of {looked:,} images looked at, such as {listed([*bad.values()], 3)}; "
@@ -135,6 +135,11 @@ def _looked(source: Source, data: Data) -> dict[int, str]:
             f"{seconds:.0f} s; {len(bad):,}{share} cannot be read and are left out{more}"
         )
     return bad
+
+
+def least_fraction(bad: int, images: int) -> float:
+    """The least data.max_bad_fraction, in thousandths, that bears so many of some images."""
+    return math.ceil(1000 * bad / images) / 1000
 
 
 def look(source: Source, reading: Reading, threads: int) -> Look:
