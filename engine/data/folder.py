@@ -152,7 +152,7 @@ class FolderSource(FileSource):
         return str(self._root / os.fsdecode(self.path(i)))
 
     def head(self, i: int, most: int) -> bytes:
-        return first_bytes(self._root / os.fsdecode(self.path(i)), most)
+        return first_bytes(Path(self.place(i)), most)
 
 
 # ---- the listing -----------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def _list(root: Path) -> Timed:
     while batch := list(islice(files, _BATCH)):
         sizes_N = np.array([-1 if status is None else status.st_size for _, status in batch], np.int64)
         collector.append("lost", np.flatnonzero(sizes_N < 0) + collector.images)
-        collector.append(twice.COLUMN, twice.numbers_of(status for _, status in batch))
+        collector.append(twice.COLUMN, np.fromiter((twice.number_of(status) for _, status in batch), np.int64))
         collector.add(Names.of(name for name, _ in batch), sizes_N)
     time_F2 = append_times(collector, times)
     again = twice.again(partial(collector.chunks, twice.COLUMN), collector.images)

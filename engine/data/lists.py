@@ -116,7 +116,7 @@ class _Found:
             self.paths.append(path)
             self.labels.append(label)
             self.sizes.append(status.st_size if status else -1)
-            self.numbers.extend(twice.numbers_of([status]).tolist())
+            self.numbers.append(twice.number_of(status))
             if status is None and not self.first_lost:
                 self.first_lost = f"line {line}: {printable(path)}"
 
@@ -185,7 +185,7 @@ class ListSource(FileSource):
         return str(self._folder / os.fsdecode(self.path(i)))
 
     def head(self, i: int, most: int) -> bytes:
-        return first_bytes(self._folder / os.fsdecode(self.path(i)), most)
+        return first_bytes(Path(self.place(i)), most)
 
     def path(self, i: int) -> bytes:
         return self._shared + super().path(i)

@@ -16,12 +16,14 @@ _AT_ONCE = 1 << 24  # numbers that are sorted together
 _NONE = np.zeros(0, np.int64)
 _IDENTITY = attrgetter("st_ino", "st_size", "st_mtime_ns")  # no st_dev: each machine that mounts a file has its own
 _GONE = SimpleNamespace(st_ino=0, st_size=0, st_mtime_ns=0)
-_NUMBER_OF_GONE = hash(_IDENTITY(_GONE))
 
 
-def numbers_of(files: Iterable[os.stat_result | None]) -> np.ndarray:
-    """int64 [N]; the same one for all that are not there."""
-    return np.fromiter(map(hash, map(_IDENTITY, (file or _GONE for file in files))), np.int64)
+def number_of(file: os.stat_result | None) -> int:
+    """Of 64 bits; the same one for all that are not there."""
+    return hash(_IDENTITY(file or _GONE))
+
+
+_NUMBER_OF_GONE = number_of(None)
 
 
 def again(chunks: Callable[[], Iterable[np.ndarray]], count: int) -> int:
