@@ -89,10 +89,8 @@ def open_subject(
     fraction, by = crop_fraction or about.crop_fraction, interpolation or about.interpolation or "bilinear"
     form = about.image_size, about.mean, about.std, fraction, by
     subject = Subject(network, *form, reading=reading or about.reading)
-    if about.recipe is None and (crop_fraction, interpolation) == (None, None) != (
-        about.stated_crop,
-        about.interpolation,
-    ):
+    is_ours = about.recipe is not None or (crop_fraction, interpolation) != (None, None)
+    if not is_ours and (about.stated_crop, about.interpolation) != (None, None):
         note(f"images are prepared as {weights.origin} says: {_in_words(subject.crop)}")
     return subject
 

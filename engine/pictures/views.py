@@ -45,7 +45,8 @@ def show_views(recipe: Pretrain, recipe_file: Path, out: Path) -> None:
     """Draws the first images of the run's first batch. Raises UserError where its images are missing."""
     with process_group() as world:
         source = open_splits(recipe.data, recipe_file, world, batch=recipe.train.global_batch_size).train
-        source = leave_out(source, replace(recipe.data, max_bad_fraction=1.0), world)
+        bears_any = replace(recipe.data, max_bad_fraction=1.0)  # a picture is for looking at what there is
+        source = leave_out(source, bears_any, world)
     check_picture(out, source)
     title = f"What the model sees: {recipe_file.stem}"
     subtitle = (

@@ -37,7 +37,7 @@ def find_earlier(directory: RunDirectory, wanted: Path | None) -> Path | None:
 
 
 def _name(directory: RunDirectory, wanted: Path) -> str | None:
-    """By which a checkpoint of the run is called, though it may be there no more; None where it is by the run's."""
+    """Of a path among the run's checkpoints, though none may be there any more; None of one that names the run."""
     return wanted.name if wanted.resolve().parent == directory.checkpoints.resolve() else None
 
 

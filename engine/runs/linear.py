@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +45,18 @@ def linear(
     recipe = settled(written, world)
     splits = open_labelled_splits(recipe.data, world, seed=recipe.run.seed, begun=begun(recipe, world))
     splits = readable(splits, recipe, world)
-    form = {"crop_fraction": recipe.evaluate.crop_fraction, "interpolation": "bilinear"}
-    form |= {"reading": Reading.of(recipe.data)}
-    subject = open_subject_together(checkpoint, world, encoder=encoder, heads=heads, **form)
+    subject = open_subject_together(checkpoint, world, encoder=encoder, heads=heads, **preparation(recipe))
     frozen = {"checkpoint": _lasting(checkpoint), "encoder": encoder} | ({"heads": str(heads)} if heads else {})
     task = LinearClassification(recipe, world, splits, subject, frozen)
     task.written = written
     row = run(task, started)
     return {"top1": row["linear_top1"], "top5": row["linear_top5"], "learning_rate": task.classifier.peak_lr}
+
+
+def preparation(recipe: Linear) -> dict[str, Any]:
+    """How images are made ready for the network, in the keywords of `open_subject`."""
+    reading = Reading.of(recipe.data)
+    return {"crop_fraction": recipe.evaluate.crop_fraction, "interpolation": "bilinear", "reading": reading}
 
 
 def _lasting(checkpoint: str) -> str:

@@ -22,7 +22,7 @@ from engine.evaluation.rows import FileNames, Table, write_rows, written
 from engine.evaluation.subject import Subject, open_subject
 from engine.recipe.load import loads, task_of
 from engine.recipe.sections import Finetune, Linear
-from engine.runs.linear import own_tensors
+from engine.runs.linear import own_tensors, preparation
 from engine.weights.opening import checkpoint_folder, open_trunk
 from engine.weights.weights import digest, fill_trunk
 from models.shapes import TIMM
@@ -98,11 +98,9 @@ def _of_linear(folder: Path, state: RunState, checkpoint: str | None, device: to
     if not (checkpoint.startswith(TIMM) or Path(checkpoint).exists()):
         raise UserError(f"--checkpoint ({checkpoint}) must be where the network of {folder} lies now; pass its path")
     recipe = loads(state.recipe, f"recipe of {folder}", kind=Linear)
-    form = {"crop_fraction": recipe.evaluate.crop_fraction, "interpolation": "bilinear"}
-    form |= {"reading": Reading.of(recipe.data)}
     heads = int(frozen["heads"]) if "heads" in frozen else None
     encoder = "momentum" if frozen.get("encoder") == "momentum" else "base"
-    subject = open_subject(checkpoint, device, encoder=encoder, heads=heads, **form)
+    subject = open_subject(checkpoint, device, encoder=encoder, heads=heads, **preparation(recipe))
     if state.network != digest(own_tensors(subject.network)):
         raise UserError(f"CHECKPOINT ({checkpoint}) must be what the run was made on; pass that as --checkpoint")
     return subject
