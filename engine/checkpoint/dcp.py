@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from engine.checkpoint.manifest import METADATA, Damaged
-from engine.checkpoint.plan import Plan
+from engine.checkpoint.plan import Plan, planner_of
 from engine.distributed.agreement import agreement, all_gather, by_rank, describe, gather, rank
 from engine.errors import Interrupted
 from engine.files import naming, replace_file
@@ -26,8 +26,7 @@ Shards = dict[MetadataIndex, torch.Tensor]  # of this rank, those that it writes
 
 def shards_of(tensors: dict[str, torch.Tensor], plan: Plan) -> Shards:
     """What this rank writes, in the tensors' own memory."""
-    planner = _planner()
-    planner.set_up_planner(tensors)
+    planner = planner_of(tensors)
     return {item.index: planner.lookup_object(item.index).detach() for item in plan.mine.items}
 
 
@@ -38,22 +37,18 @@ def write(folder: Path, plan: Plan, shards: Shards, group: dist.ProcessGroup | N
     writer.set_up_storage_writer(rank(group) == 0)
     with agreement(group):
         written = plan.written_as(writer.write_data(plan.mine, _Given(shards)).wait())
-    if not all(all_gather(written == plan.written, group)):
-        found = gather(written, group)
-        with agreement(group), naming(folder):
-            if found is not None:
-                table, results = plan.chunks.table(found)
-                writer.finish(table, [results])
-                plan.contents = (folder / METADATA).read_bytes()
-        plan.written = written
+    if all(all_gather(written == plan.written, group)):
+        with agreement(group):
+            if rank(group) == 0:
+                replace_file(folder / METADATA, plan.contents)
         return
-    with agreement(group):
-        if rank(group) == 0:
-            replace_file(folder / METADATA, plan.contents)
-
-
-def _planner() -> dcp.DefaultSavePlanner:
-    return dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    found = gather(written, group)
+    with agreement(group), naming(folder):
+        if found is not None:
+            table, results = plan.chunks.table(found)
+            writer.finish(table, [results])
+            plan.contents = (folder / METADATA).read_bytes()
+    plan.written = written
 
 
 class _Given(dcp.DefaultSavePlanner):

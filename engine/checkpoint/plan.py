@@ -113,9 +113,14 @@ def _check_same(entries: dict[str, dict], group: dist.ProcessGroup | None) -> No
 
 def own_shards(tensors: Tensors) -> list[WriteItem]:
     """Those that this rank has."""
+    return planner_of(tensors).create_local_plan().items
+
+
+def planner_of(tensors: Tensors) -> dcp.DefaultSavePlanner:
+    """DCP's own, which knows the shards of this rank."""
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(tensors)
-    return planner.create_local_plan().items
+    return planner
 
 
 def which(items: list[WriteItem], tensors: Tensors) -> np.ndarray:
