@@ -112,18 +112,7 @@ def _looked(source: Source, data: Data) -> dict[int, str]:
     began = time.monotonic()
     found = look(source, Reading.of(data), max(1, spare_cores()))
     seconds, bad, looked = time.monotonic() - began, found.unreadable, max(found.headers, found.whole)
-    if len(bad) == looked:
-        raise UserError(
-            f"data.root must hold readable images; none of {looked:,} in {named(data.root)} is, such as "
-            f"{listed([*bad.values()], 3)}; repair them"
-        )
-    if len(bad) > data.max_bad_fraction * looked:
-        least = least_fraction(len(bad), looked)
-        raise UserError(
-            f"data.max_bad_fraction ({data.max_bad_fraction}) must bear what cannot be read of data.root "
-            f"({named(data.root)}): {len(bad):,} of {looked:,} images looked at, such as {listed([*bad.values()], 3)}; "
-            f"repair them or take them away, or pass data.max_bad_fraction={least:g} or more"
-        )
+    _check_bearable(bad, looked, data)
     for words in islice(bad.values(), _NAMED):
         warn(f"{words} cannot be read; it is left out")
     if bad or seconds > _SLOW_SECONDS:
@@ -137,6 +126,22 @@ def _looked(source: Source, data: Data) -> dict[int, str]:
     return bad
 
 
+def _check_bearable(bad: Mapping[int, str], looked: int, data: Data) -> None:
+    """looked: at how many images."""
+    if len(bad) == looked:
+        raise UserError(
+            f"data.root must hold readable images; none of {looked:,} in {named(data.root)} is, such as "
+            f"{listed([*bad.values()], 3)}; repair them"
+        )
+    if len(bad) > data.max_bad_fraction * looked:
+        least = least_fraction(len(bad), looked)
+        raise UserError(
+            f"data.max_bad_fraction ({data.max_bad_fraction}) must bear what cannot be read of data.root "
+            f"({named(data.root)}): {len(bad):,} of {looked:,} images looked at, such as {listed([*bad.values()], 3)}; "
+            f"repair them or take them away, or pass data.max_bad_fraction={least:g} or more"
+        )
+
+
 def least_fraction(bad: int, images: int) -> float:
     """The least data.max_bad_fraction, in thousandths, that bears so many of some images."""
     return math.ceil(1000 * bad / images) / 1000
@@ -147,22 +152,27 @@ def look(source: Source, reading: Reading, threads: int) -> Look:
 
     The same images each time.
     """
-    count = len(source)
+    count, has_heads = len(source), _has_heads(source)
     some = spread(count, _WHOLE)
-    in_part = _has_heads(source)
-    every = range(count) if in_part and count <= _HEADERS else some
-    threads = threads if in_part else 1  # nobody says of others that threads may share them
+    every = range(count) if has_heads and count <= _HEADERS else some
+    threads = threads if has_heads else 1  # nobody says of others that threads may share them
     pixels, bad = {}, {}
     for i, size, why in _over(_header, source, reading, every, threads):
         pixels[i] = size
         bad |= {i: why} if why else {}
-    decoded = not in_part and not _has_files(source)  # by `read` itself
-    few = [] if decoded else [i for i in some if i not in bad]
-    mean = max(1, sum(pixels[i] for i in few) // max(1, len(few)))
-    few = [few[k] for k in spread(len(few), max(1, _PIXELS // mean))] if few else []
+    decoded = not has_heads and not _has_files(source)  # by `read` itself
+    few = [] if decoded else _few([i for i in some if i not in bad], pixels)
     bad |= {i: why for i, _, why in _over(_in_full, source, reading, few, threads) if why}
     words = {i: f"{source.name(i)} ({why})" for i, why in sorted(bad.items())}
     return Look(words, len(every), len(every) if decoded else len(few))
+
+
+def _few(numbers: list[int], pixels: Mapping[int, int]) -> list[int]:
+    """Of some images all, or as many spread over them as have _PIXELS together."""
+    if not numbers:
+        return []
+    mean = max(1, sum(pixels[i] for i in numbers) // len(numbers))
+    return [numbers[k] for k in spread(len(numbers), max(1, _PIXELS // mean))]
 
 
 def _has_heads(source: Source) -> bool:
