@@ -59,9 +59,10 @@ def complain_once(text: str) -> None:
 def last_word(text: str) -> None:
     """Say on stderr, bare and on a line of its own, why this process ends now; from a signal's handler, which may have
     come in the middle of a print."""
-    end_of_bar = "\n" if getattr(tqdm, "_instances", ()) else ""
     with suppress(OSError):
-        os.write(2, f"{end_of_bar}{text}\n".encode())
+        # A progress bar may stand in the line: a terminal clears it, a file keeps it.
+        own_line = "\r\x1b[K" if os.isatty(2) else "\n"
+        os.write(2, f"{own_line}{text}\n".encode())
 
 
 def _wait_for_first_word() -> None:

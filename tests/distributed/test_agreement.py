@@ -3,7 +3,7 @@
 import pytest
 
 from engine.distributed.agreement import agreement, all_gather, broadcast, by_rank, describe, rank, size
-from engine.errors import UserError
+from engine.errors import RunFailed, UserError
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,8 @@ def test_each_thing_is_said_once(failures, line):
 
 
 def test_an_error_is_one_line():
-    assert describe(UserError("a\n  b")) == "a b"
+    assert describe(RunFailed("a\n  b")) == "a b"
+    assert describe(UserError("a\nb.jpg")) == r"a\nb.jpg", "of a name"
     assert describe(OSError(28, "No space left on device", "x")) == "[Errno 28] No space left on device: 'x'"
     assert describe(KeyError("loss")) == "KeyError: 'loss'"
     assert describe(OSError()) == "OSError: "

@@ -39,6 +39,15 @@ def signal_before(wanted: int, signum: int):
     return lambda step: os.kill(os.getpid(), signum) if step == wanted else None
 
 
+@pytest.fixture
+def heeds_hangups():
+    """As where nohup does not start the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heeds_hangups")
 @pytest.mark.parametrize("signum", SIGNALS)
 @pytest.mark.parametrize(
     "lr", [4e-3, 1e300]
