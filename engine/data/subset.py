@@ -41,6 +41,9 @@ class Subset(Source):
     def content(self, i: int) -> bytes:
         return self._source.content(int(self._chosen_M[i]))
 
+    def file(self, i: int) -> bytes | None:
+        return self._source.file(int(self._chosen_M[i]))
+
     def name(self, i: int) -> str:
         return self._source.name(int(self._chosen_M[i]))
 

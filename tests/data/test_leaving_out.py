@@ -17,7 +17,7 @@ from engine.data.decode import AS_IT_IS, Reading
 from engine.data.leaving_out import LeftOut, leave_out, look
 from engine.data.opening import open_source
 from engine.data.source import Root
-from engine.data.subset import take_labels
+from engine.data.subset import Subset, take_labels
 from engine.errors import UserError
 from engine.recipe.sections import LabelledData
 from tests.data.images import encoded, fill, pack, picture, shades
@@ -46,7 +46,8 @@ def roots(tmp_path) -> list[Root]:
     (tmp_path / "images.tar").write_bytes(pack(FILES))
     (tmp_path / "list.txt").write_text("".join(f"folder/{name}\n" for name in FILES))
     (tmp_path / "tables").mkdir()
-    rows = pa.table({"image": pa.array([{"bytes": content, "path": None} for content in FILES.values()])})
+    images = pa.array([{"bytes": content, "path": None} for content in FILES.values()])
+    rows = pa.table({"image": images, "label": [name[0] for name in FILES]})
     pq.write_table(rows, tmp_path / "tables/train.parquet")
     places = {"folder": "folder", "images.tar": "shards", "list.txt": "list", "tables": "hf"}
     found = [Root(kind, tmp_path / place) for place, kind in places.items()]
@@ -63,6 +64,9 @@ def test_what_cannot_be_read_is_found_in_every_kind_of_root(roots):
             assert (found.headers, found.whole) == (len(FILES), len(FILES) - 3)
         assert found.unreadable[wanted[0]].startswith(source.name(wanted[0]))
         assert len(look(source, AS_IT_IS, 1).unreadable) == len(BAD)
+        if source.labels is not None:
+            few = Subset(source, np.array(wanted[1:]))
+            assert [*look(few, READING, 1).unreadable] == [*range(len(few))]
 
 
 def test_what_no_file_holds_is_read_once():
