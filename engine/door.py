@@ -27,7 +27,7 @@ STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 def enter(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a front door on the command line's arguments and exit: 0 done, 2 user error (one line), else failure."""
     _name_user()
-    _heed_stops()
+    heed_stops()
     end_with_launcher(os.getppid())
     carry_out(lambda arguments: main(take_place(arguments)), sys.argv[1:])
     sys.exit()
@@ -44,7 +44,7 @@ def _name_user() -> None:
         os.environ.setdefault("HOME", str(Path(tempfile.gettempdir()) / f"mocov3-{name}"))
 
 
-def _heed_stops() -> None:
+def heed_stops() -> None:
     """From now on a signal that asks this process to stop ends it at once and leaves nothing half done, until a run
     has better ways. What was ignored before, as SIGHUP under nohup, stays so."""
     for signum in STOPS:

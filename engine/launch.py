@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 from engine.distributed.launcher import cores, end_with_launcher, is_launched, share_compilers
-from engine.door import carry_out
+from engine.door import carry_out, heed_stops
 from engine.errors import RunFailed, UserError
 from engine.logger import warn
 
@@ -136,6 +136,7 @@ def _rank(launcher: int, door: str, arguments: list[str]) -> None:
         multiprocessing.set_start_method(None, force=True)  # loader workers are forked, as in any other rank
         os.setsid()
         end_with_launcher(launcher)
+        heed_stops()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         import_module(f"engine.{door}").main(arguments)
 

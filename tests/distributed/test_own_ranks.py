@@ -29,7 +29,7 @@ from tests.distributed.commands import (
 pytestmark = ON_LINUX
 
 
-def test_ctrl_c_while_the_ranks_load_is_no_traceback(tmp_path):
+def test_ctrl_c_while_the_ranks_load_is_one_line(tmp_path):
     with Command(*OWN_RANKS, QUICKSTART, *overrides(tmp_path / "run"), start_new_session=True) as command:
         while len(ranks_of(command)) < 2:
             assert command.process.poll() is None
@@ -38,6 +38,7 @@ def test_ctrl_c_while_the_ranks_load_is_no_traceback(tmp_path):
         ended = command.end()
     assert ended.code == 128 + signal.SIGINT, ended
     assert "Traceback" not in ended.err
+    assert ended.err.count("stopped by SIGINT; nothing half done is left") == 1, ended
 
 
 @pytest.fixture(scope="module")
