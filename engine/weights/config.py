@@ -111,7 +111,8 @@ def cut_of_timm(said: Mapping[str, Any], size: int) -> Cut:
     """What a `pretrained_cfg` says, for images of this size. Raises ValueError and TypeError."""
     fraction, otherwise = said.get("crop_pct"), []
     if fraction is not None:
-        fraction = _fraction(size, math.floor(size / _positive(fraction)))  # timm rounds down
+        side = math.floor(size / _positive(fraction))  # timm rounds down
+        fraction, otherwise = _fraction(size, side), _border(size, side)
     if (mode := said.get("crop_mode") or "center") != "center":
         otherwise.append(f"crop_mode {one_line(mode)[:40]}")
     return _cut(fraction, said.get("interpolation"), otherwise)
@@ -122,7 +123,7 @@ def _cut_of_processor(said: Mapping[str, Any], size: int | None) -> Cut:
     edge, fraction, otherwise = said.get("size"), None, []
     shortest = edge.get("shortest_edge") if isinstance(edge, Mapping) else None
     if said.get("do_center_crop") and shortest is not None and size is not None:
-        fraction = _fraction(size, shortest)
+        fraction, otherwise = _fraction(size, shortest), _border(size, shortest)
     elif edge is not None:
         otherwise.append("its resizing to a square")
     names = {int(number): name for name, number in RESAMPLING.items()}
@@ -137,9 +138,13 @@ def _cut(fraction: float | None, by: Any, otherwise: list[str]) -> Cut:
 
 
 def _fraction(size: int, side: Any) -> float:
-    if type(side) is not int or side < size:
-        raise ValueError(f"its images must be resized to {size} pixels or more")
-    return size / side
+    if type(side) is not int:
+        raise ValueError("its images must be resized to a number of pixels")
+    return size / max(size, side)
+
+
+def _border(size: int, side: int) -> list[str]:
+    return [f"a border around images of {side} pixels"] if side < size else []
 
 
 def _positive(number: Any) -> float:

@@ -242,6 +242,16 @@ def test_images_are_prepared_as_a_network_s_own_library_does(fraction, by, tmp_p
     assert crop.interpolation == config["interpolation"] == "bicubic"
 
 
+def test_a_border_that_others_leave_is_said(tmp_path):
+    """As of timm's volo_d4_448, which resizes to less than its images have."""
+    network = timm.create_model("test_convnext", pretrained_cfg_overlay={"crop_pct": 1.15, "input_size": (3, 64, 64)})
+    save_for_hf(network, tmp_path, safe_serialization=True)
+    for checkpoint, side in ((str(tmp_path), 55), ("timm/volo_d4_448", 389)):
+        weights = open_weights(checkpoint)
+        assert weights.crop.resized_side == weights.crop.size
+        assert f"a border around images of {side} pixels; the centre" in weights.notes[-1]
+
+
 def test_transformers_own_processor_prepares_images_alike(tmp_path):
     from transformers import AutoImageProcessor, BitImageProcessor, ViTConfig, ViTModel
 
@@ -252,6 +262,8 @@ def test_transformers_own_processor_prepares_images_alike(tmp_path):
     theirs = AutoImageProcessor.from_pretrained(tmp_path)(photograph(), return_tensors="pt")["pixel_values"][0]
     ours = engine.load(tmp_path).transform(photograph())
     assert (ours - theirs).abs().mean() < 0.01  # of values that spread by 1; bilinear, or another crop, is 3 times off
+    BitImageProcessor(size={"shortest_edge": 24}).save_pretrained(tmp_path)
+    assert "a border around images of 24 pixels" in open_weights(str(tmp_path)).notes[-1]
 
 
 SAID = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -270,7 +282,6 @@ CONFIG = {"architecture": "vit_small_patch16_224", "pretrained_cfg": SAID}
         (CONFIG | {"pretrained_cfg": SAID | {"input_size": [3, 32, 64]}}, "squares"),
         (CONFIG | {"model_args": {"num_heads": 3}}, "model_args must be known; num_heads"),
         (CONFIG | {"model_args": {"in_chans": 1}}, "three channels"),
-        (CONFIG | {"pretrained_cfg": SAID | {"crop_pct": 1.2}}, "resized to 32 pixels or more"),
         (CONFIG | {"pretrained_cfg": SAID | {"crop_pct": 0}}, "crop_pct must be above 0"),
     ],
 )
