@@ -62,9 +62,19 @@ class BadImages:
 
         images: those of all epochs begun so far. Against those seen, one bad image of the first batch is a large share.
         """
-        if total <= self.bearable * images:
+        if bears(self.bearable, total, images):
             return None
         return (
             f"data.max_bad_fraction ({self.bearable}) was exceeded: {total} of {images} images could not be read; "
-            f"repair them, and pass data.max_bad_fraction={math.ceil(1000 * total / images) / 1000:g} or more to go on"
+            f"repair them, and pass data.max_bad_fraction={least_fraction(total, images):g} or more to go on"
         )
+
+
+def bears(fraction: float, bad: int, images: int) -> bool:
+    """Whether data.max_bad_fraction bears so many of some images: as a quotient, since 0.29 * 100 is less than 29."""
+    return not bad or bad / images <= fraction
+
+
+def least_fraction(bad: int, images: int) -> float:
+    """The least data.max_bad_fraction, in thousandths, that bears so many of some images."""
+    return math.ceil(1000 * bad / images) / 1000

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from engine.data.bad_images import bears
 from engine.data.jpeg import Jpeg
 from engine.data.source import Source
 from engine.errors import UserError, listed, reason
@@ -185,7 +186,7 @@ def as_begun(source: Source, path: Path, bearable: float) -> Source:
     changes = compare(began, source)
     if changes is None:
         return source
-    if len(changes.gone) > bearable * len(began.names):
+    if not bears(bearable, len(changes.gone), len(began.names)):
         raise UserError(
             f"data.max_bad_fraction ({bearable}) must bear what is gone of the images that the run began with: "
             f"{changes.in_words(began)}; give it those, or raise it"

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from engine.data.bad_images import least_fraction
 from engine.data.checking import Same, Tally
 from engine.data.hints import about_dark
-from engine.data.leaving_out import least_fraction
 from engine.errors import listed
 from engine.files import draft, publish
 

@@ -4,7 +4,6 @@ Shapes: N images of a source, L of them left out.
 """
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from engine.data.bad_images import bears, least_fraction
 from engine.data.contents import spread
 from engine.data.decode import Reading, decode, read_whole
 from engine.data.jpeg import Jpeg
@@ -133,18 +133,13 @@ def _check_bearable(bad: Mapping[int, str], looked: int, data: Data) -> None:
             f"data.root must hold readable images; none of {looked:,} in {named(data.root)} is, such as "
             f"{listed([*bad.values()], 3)}; repair them"
         )
-    if len(bad) > data.max_bad_fraction * looked:
+    if not bears(data.max_bad_fraction, len(bad), looked):
         least = least_fraction(len(bad), looked)
         raise UserError(
             f"data.max_bad_fraction ({data.max_bad_fraction}) must bear what cannot be read of data.root "
             f"({named(data.root)}): {len(bad):,} of {looked:,} images looked at, such as {listed([*bad.values()], 3)}; "
             f"repair them or take them away, or pass data.max_bad_fraction={least:g} or more"
         )
-
-
-def least_fraction(bad: int, images: int) -> float:
-    """The least data.max_bad_fraction, in thousandths, that bears so many of some images."""
-    return math.ceil(1000 * bad / images) / 1000
 
 
 def look(source: Source, reading: Reading, threads: int) -> Look:

@@ -19,7 +19,7 @@ from PIL import Image
 from torchdata.nodes import Prefetcher
 
 from engine.data import workers
-from engine.data.bad_images import Bad, BadImages, report
+from engine.data.bad_images import Bad, BadImages, bears, least_fraction, report
 from engine.data.decode import CenterCrop, Crops, crop_draws
 from engine.data.loader import eval_batches, train_batches
 from engine.data.opening import open_source
@@ -528,6 +528,18 @@ def test_a_bad_image_is_said_once_however_often_it_is_met(broken, capsys):
     said = [line for line in capsys.readouterr().err.splitlines() if "a/03.png could not be read" in line]
     assert [line.rpartition("; ")[2] for line in said] == ["its neighbour took its place"] * 2 + ["it is left out"]
     assert run.met > 2 * 3
+
+
+def test_the_share_that_is_named_bears_what_was_found():
+    """Though 0.29 * 100 is less than 29."""
+    for images in range(1, 301):
+        for bad in range(1, images + 1):
+            share = least_fraction(bad, images)
+            assert bears(share, bad, images)
+            assert not bears(share - 0.001001, bad, images)
+    assert BadImages(0.29, None).excess(29, 100) is None
+    assert BadImages(0.28, None).excess(29, 100).endswith("pass data.max_bad_fraction=0.29 or more to go on")
+    assert BadImages(0.0, None).excess(0, 0) is None
 
 
 def test_evaluation_of_unlabelled_images_and_of_too_few_batches(tmp_path):
