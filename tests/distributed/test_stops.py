@@ -38,7 +38,7 @@ def stopped(folder: Path, act, *after: str, launch: tuple = OWN_RANKS, **values)
         act(command)
         ended = command.end()
     assert "Traceback" not in ended.err, ended.err
-    assert ended.out.count("stopped by ") == 1
+    assert ended.out.count("\nstopped by ") == 1
     assert ended.out.splitlines()[-1].endswith("; the same command goes on")
     return ended
 
