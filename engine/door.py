@@ -53,19 +53,30 @@ def heed_stops() -> None:
 
 
 def _stop(signum: int, _frame: object) -> NoReturn:
-    for other in STOPS:
-        signal.signal(other, signal.SIG_IGN)  # a process group may get several
+    _heed_no_more()
     for child in multiprocessing.active_children():
         child.kill()
     abandon_drafts()
-    if rank() == 0 and not isinstance(sys.exc_info()[1], Interrupted):  # else a run has just said it
+    on_its_way = sys.exc_info()[1]
+    if isinstance(on_its_way, RunFailed):  # and a launcher ends this rank, as it has lost another
+        if on_its_way.alone or rank() == 0:
+            last_word(f"failed: {on_its_way}")
+        os._exit(1)
+    if rank() == 0 and not isinstance(on_its_way, Interrupted):  # else a run has just said it
         last_word(f"stopped by {signal.Signals(signum).name}; nothing half done is left")
     os._exit(128 + signum)
+
+
+def _heed_no_more() -> None:
+    """A process group may get several signals, and one that ends has said why."""
+    for signum in STOPS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def carry_out(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Run a front door. What ends it early is said, and ends this process at once with its status."""
     if status := _status(main, arguments):
+        _heed_no_more()
         with suppress(BrokenPipeError):
             sys.stdout.flush()
         sys.stderr.flush()
@@ -82,6 +93,8 @@ def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
         complain_once(f"error: {error}")
         return 2
     except RunFailed as failure:
+        if failure.alone or rank() == 0:
+            _heed_no_more()  # it speaks now
         complain(f"failed: {failure}", at_once=failure.alone)
         return 1
     except Interrupted as stop:

@@ -83,3 +83,25 @@ def test_a_stopped_export_and_its_proof_leave_nothing(tmp_path):
 @pytest.mark.slow
 def test_stopped_packing_keeps_whole_tars_alone(tmp_path):
     check_stopped(tmp_path / "to" / "x", door("pack", DATA, tmp_path / "to"), signal.SIGINT)
+
+
+FAILS = """
+import os, signal, sys
+from engine.door import enter
+from engine.errors import RunFailed
+
+def main(arguments):
+    try:
+        raise RunFailed("a rank is gone")
+    finally:  # a run takes its leave, and meanwhile its launcher ends this rank
+        os.kill(os.getpid(), signal.SIGTERM)
+
+enter(main)
+"""
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "failed: a rank is gone"), ("1", "")])
+def test_a_run_that_fails_says_why_though_its_launcher_ends_it(rank, said):
+    line = [sys.executable, "-c", FAILS]
+    ended = subprocess.run(line, cwd=ROOT, env=environment(RANK=rank), capture_output=True, text=True, timeout=TIMEOUT)
+    assert (ended.returncode, ended.stdout, ended.stderr.strip()) == (1, "", said)
