@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import resource
+import time
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +35,7 @@ _BEGIN = b"PK\3\4"  # of an npz file
 _HEADERS = 16  # that a saved index is compared with, spread over the tar: another one may have its size and time
 _BLOCK = 512
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_TRIES, _PAUSE = 100, 0.001  # to open a tar where descriptors are scarce; seconds between them
 _MOST_OPEN = 1 << 16  # descriptors of a reader, however many the process may have
 
 
@@ -67,13 +69,16 @@ class TarReader:
         return data
 
     def _descriptor(self, tar: str) -> "_Descriptor":
-        try:
-            return self._opened(tar)
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            self._opened.cache_clear()  # others have opened what this one counted on
-            return self._opened(tar)
+        for _ in range(_TRIES):
+            try:
+                return self._opened(tar)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                # Others have opened what this one counted on, and may be quicker to open what it gives back.
+                self._opened.cache_clear()
+                time.sleep(_PAUSE)
+        return self._opened(tar)
 
     def __reduce__(self) -> tuple:
         return TarReader, ()  # a descriptor means nothing in another process
