@@ -17,7 +17,7 @@ from engine.data.contents import spread
 from engine.data.decode import Reading, decode, read_whole
 from engine.data.jpeg import Jpeg
 from engine.data.packing import in_order
-from engine.data.source import Source
+from engine.data.source import Choice, Source
 from engine.data.splits import check_batch
 from engine.distributed.agreement import agreement, broadcast
 from engine.distributed.launcher import spare_cores
@@ -44,45 +44,28 @@ class Look(NamedTuple):
     whole: int
 
 
-class LeftOut(Source):
+class LeftOut(Choice):
     """A source without some of its images, as if they were not there: the numbers of the others close up.
 
     left_out: those images, by their numbers in the source.
     """
 
     def __init__(self, source: Source, left_out: Mapping[int, str]):
-        self._source, self.left_out = source, dict(sorted(left_out.items()))
+        super().__init__(source)
+        self.left_out = dict(sorted(left_out.items()))
         left_L = np.array([*self.left_out], np.int64)
         there_L = left_L[left_L < len(source)]  # of other images than the run began with there may be fewer
         self._count = len(source) - len(there_L)
         self._closed_L = left_L - np.arange(len(left_L))  # the number from which on one more is skipped
         self.labels = None if source.labels is None else np.delete(source.labels, there_L)
-        self.classes, self.by_folder, self.folders = source.classes, source.by_folder, source.folders
-        self.notes, self.otherwise, self.changes = source.notes, source.otherwise, source.changes
+        self.by_folder = source.by_folder
         numbers = left_L.astype("<i8").tobytes()
         self.fingerprint = hashlib.sha256(f"left out of {source.fingerprint} ".encode() + numbers).hexdigest()
 
     def __len__(self) -> int:
         return self._count
 
-    @property
-    def whole(self) -> Source:
-        return self._source.whole
-
-    def read(self, i: int) -> Image.Image | Jpeg:
-        return self._source.read(self._number(i))
-
-    def content(self, i: int) -> bytes:
-        return self._source.content(self._number(i))
-
-    def file(self, i: int) -> bytes | None:
-        return self._source.file(self._number(i))
-
-    def name(self, i: int) -> str:
-        return self._source.name(self._number(i))
-
     def _number(self, i: int) -> int:
-        """In the source."""
         return i + int(np.searchsorted(self._closed_L, i, side="right"))
 
 

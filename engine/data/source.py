@@ -145,3 +145,38 @@ class Source(ABC):
             return self.labels
         number = {name: i for i, name in enumerate(classes)}
         return np.array([number[name] for name in self.classes], np.int64)[self.labels]
+
+
+class Choice(Source):
+    """Some images of a source under numbers of their own, which read and are called as they are there."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self.classes, self.folders = source.classes, source.folders
+        self.notes, self.otherwise, self.changes = source.notes, source.otherwise, source.changes
+
+    @abstractmethod
+    def _number(self, i: int) -> int:
+        """Of image i in the source."""
+
+    @property
+    def whole(self) -> Source:
+        return self._source.whole
+
+    def read(self, i: int) -> Image.Image | Jpeg:
+        return self._source.read(self._number(i))
+
+    def head(self, i: int, most: int) -> bytes | None:
+        return self._source.head(self._number(i), most)
+
+    def content(self, i: int) -> bytes:
+        return self._source.content(self._number(i))
+
+    def file(self, i: int) -> bytes | None:
+        return self._source.file(self._number(i))
+
+    def name(self, i: int) -> str:
+        return self._source.name(self._number(i))
+
+    def place(self, i: int) -> str:
+        return self._source.place(self._number(i))

@@ -6,46 +6,25 @@ Shapes: N images of the source, M chosen ones, C classes.
 import hashlib
 
 import numpy as np
-from PIL import Image
 
-from engine.data.jpeg import Jpeg
 from engine.data.philox import SUBSET, random_64
-from engine.data.source import Source
+from engine.data.source import Choice, Source
 
 
-class Subset(Source):
+class Subset(Choice):
     """Images `chosen_M` of a source with labels, in that order. Classes stay the source's, also empty ones."""
 
     def __init__(self, source: Source, chosen_M: np.ndarray):
-        self._source, self._chosen_M = source, chosen_M
-        self.labels = source.labels[chosen_M]
-        self.classes = source.classes
-        self.notes, self.otherwise = source.notes, source.otherwise
-        self.folders, self.changes = source.folders, source.changes
+        super().__init__(source)
+        self._chosen_M, self.labels = chosen_M, source.labels[chosen_M]
         chosen = chosen_M.astype("<i8").tobytes()
         self.fingerprint = hashlib.sha256(f"subset of {source.fingerprint} ".encode() + chosen).hexdigest()
 
     def __len__(self) -> int:
         return len(self._chosen_M)
 
-    @property
-    def whole(self) -> Source:
-        return self._source.whole
-
-    def read(self, i: int) -> Image.Image | Jpeg:
-        return self._source.read(int(self._chosen_M[i]))
-
-    def head(self, i: int, most: int) -> bytes | None:
-        return self._source.head(int(self._chosen_M[i]), most)
-
-    def content(self, i: int) -> bytes:
-        return self._source.content(int(self._chosen_M[i]))
-
-    def file(self, i: int) -> bytes | None:
-        return self._source.file(int(self._chosen_M[i]))
-
-    def name(self, i: int) -> str:
-        return self._source.name(int(self._chosen_M[i]))
+    def _number(self, i: int) -> int:
+        return int(self._chosen_M[i])
 
 
 def take_labels(source: Source, share: float, seed: int) -> Source:
