@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from engine.data.decode import Reading, decode, opened, read_whole
-from engine.data.hints import brightest
+from engine.data.hints import brightest, lies
 from engine.data.jpeg import Jpeg
-from engine.data.orientation import UPRIGHT, orientation
+from engine.data.orientation import UPRIGHT
 from engine.data.packing import in_order
 from engine.data.source import Source
 from engine.data.survey import suffix_of
@@ -133,7 +133,8 @@ def _look(source: Source, i: int, reading: Reading) -> Seen:
         image = source.read(i) if data is None else decode(data)
         seen = _shown(opened(data) if data is not None and isinstance(image, Jpeg) else image)
         read_whole(image, reading)
-        seen = seen._replace(lies=_lies(image), brightest=brightest(image))
+        # After it was read: to ask a PNG reads it, and its damage is said once alone.
+        seen = seen._replace(lies=lies(image), brightest=brightest(image))
         return seen._replace(digest=_digest(source.content(i) if data is None else data))
     except MemoryError:
         raise
@@ -146,11 +147,6 @@ def _shown(header: Image.Image) -> Seen:
     shorter, longer = sorted(header.size)
     kind = f"{header.format} {header.mode}" if header.format else header.mode
     return Seen(kind=kind, shorter=shorter, longer=longer)
-
-
-def _lies(image: Image.Image | Jpeg) -> int:
-    """Of an image that was read: to ask a PNG reads it, whatever its size, and its damage is said once alone."""
-    return image.upright().orientation if isinstance(image, Jpeg) else orientation(image)
 
 
 def _digest(data: bytes) -> int:

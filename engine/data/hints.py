@@ -65,7 +65,11 @@ def brightest(image: Image.Image | Jpeg) -> int | None:
     return int(np.asarray(image).max())
 
 
+def lies(image: Image.Image | Jpeg) -> int:
+    """How it says that it lies, as engine.data.orientation has it. To ask a PNG reads it, whatever its size."""
+    return image.upright().orientation if isinstance(image, Jpeg) else orientation(image)
+
+
 def _is_turned(image: Image.Image | Jpeg) -> bool:
-    if isinstance(image, Jpeg):
-        return image.upright().orientation != UPRIGHT
-    return image.format != "TIFF" and orientation(image) != UPRIGHT  # Pillow turns a TIFF always
+    is_turned_anyway = isinstance(image, Image.Image) and image.format == "TIFF"  # by Pillow
+    return not is_turned_anyway and lies(image) != UPRIGHT
