@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine import cli, door
 from engine.errors import UserError
+from engine.logger import progress
 
 if TYPE_CHECKING:
     from engine.data.source import Source
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> None:
     from engine.data.decode import AS_IT_IS
     from engine.data.findings import in_numbers, in_words, write_findings
 
-    found = tally(splits, AS_IT_IS, cli.decoding_workers(options), cli.progress)
+    found = tally(splits, AS_IT_IS, cli.decoding_workers(options), progress)
     same = find_same(found)
     if options.list is not None:
         write_findings(options.list, found, same)

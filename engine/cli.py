@@ -7,9 +7,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from engine.distributed.launcher import ranks, spare_cores
 from engine.errors import UserError, one_line
@@ -26,8 +24,6 @@ from engine.recipe.shipped import find  # noqa: E402
 
 if TYPE_CHECKING:
     from engine.data.source import Root
-
-T = TypeVar("T")
 
 SOURCES = get_args(Source)
 OVERRIDES = "dotted.key=value"
@@ -217,12 +213,6 @@ def decoding_workers(options: Namespace) -> int:
     if options.workers is not None:
         return options.workers
     return spare_cores()
-
-
-def progress(items: Iterable[T], total: int, what: str) -> Iterable[T]:
-    """The same items, and on stderr how far they are: all the time on a terminal, else every half minute."""
-    seconds = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(items, what, total, mininterval=seconds, dynamic_ncols=True)
 
 
 # ---- a recipe

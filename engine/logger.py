@@ -9,11 +9,15 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
+
+T = TypeVar("T")
 
 FIRST_WORD_SECONDS = 10.0
 LAST_WORDS = "last_words.txt"
@@ -54,6 +58,12 @@ def complain_once(text: str) -> None:
     _wait_for_first_word()
     if not _has_said(text):
         print(text, file=sys.stderr, flush=True)
+
+
+def progress(items: Iterable[T], total: int, what: str, unit: str = "it", *, shown: bool = True) -> Iterable[T]:
+    """The same items, and on stderr how far they are: all the time on a terminal, else every half minute."""
+    seconds = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(items, what, total, unit=unit, mininterval=seconds, dynamic_ncols=True, disable=not shown)
 
 
 def last_word(text: str) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from engine import cli, door
 from engine.errors import UserError, listed
-from engine.logger import note, warn
+from engine.logger import note, progress, warn
 
 if TYPE_CHECKING:
     from engine.data.packing import Packing
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
         note(line)
     splits = {"images": train} if val is None else {"train": train, "val": val}
     threads = max(1, cli.decoding_workers(options))
-    packing = Packing(splits, options.out, Form(options.shard_size, options.short_side), threads, cli.progress, warn)
+    packing = Packing(splits, options.out, Form(options.shard_size, options.short_side), threads, progress, warn)
     for split, samples in packing.samples.items():
         if samples.renamed:
             note(f"{split}: classes have other names in files: {listed(samples.renamed, most=5)}")

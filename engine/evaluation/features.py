@@ -7,7 +7,6 @@ cards, and a rank that gets one fewer runs an empty one.
 Shapes: N rows of this rank, B batch size, S side of an image, D features.
 """
 
-import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -15,8 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from engine import logger
 from engine.data import bad_images
 from engine.data.loader import EvalBatch, eval_batches
 from engine.data.source import Source
@@ -157,6 +156,4 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 def progress(items: Iterable[T], total: int, what: str, unit: str, world: World) -> Iterable[T]:
     """The same items, counted on stderr by rank 0."""
-    # In a log file a line every half minute is enough.
-    seconds = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(items, what, total, unit=unit, mininterval=seconds, dynamic_ncols=True, disable=not world.is_first)
+    return logger.progress(items, total, what, unit, shown=world.is_first)
