@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from engine.distributed.agreement import all_gather
 from engine.distributed.world import World
 from engine.logger import warn
 
@@ -20,7 +21,7 @@ class Bad(NamedTuple):
 
 
 def report(bad: Sequence[Bad], consequence: str, of: Hashable) -> None:
-    """Each unreadable image, from the rank that met it; once, though it is met in every epoch and evaluation.
+    """Each unreadable image, from the rank that met it; once, as each rank meets the same ones in every evaluation.
 
     of: what tells the images' set from others, which may have images of the same names.
     """
@@ -30,11 +31,15 @@ def report(bad: Sequence[Bad], consequence: str, of: Hashable) -> None:
 
 @cache
 def _report_once(image: Bad, consequence: str, of: Hashable) -> None:
+    _report(image, consequence)
+
+
+def _report(image: Bad, consequence: str) -> None:
     warn(f"{image.name} could not be read ({image.reason}); {consequence}")
 
 
 class BadImages:
-    """Those of a run: counted over all ranks, reported, and borne up to a share.
+    """Those of a run: counted over all ranks, reported once each, and borne up to a share.
 
     bearable: the share of all images seen that may be unreadable (data.max_bad_fraction).
 
@@ -45,16 +50,24 @@ class BadImages:
         self.bearable, self.world = bearable, world
         self.total = 0
         self.met = 0  # on this rank since the last count
+        self._new: set[Bad] = set()  # reported by this rank since the last count
+        self._known: set[Bad] = set()  # reported by any rank before
 
     def meet(self, bad: Sequence[Bad]) -> None:
+        """Count unreadable images and report those that no rank has, as of the last count."""
         self.met += len(bad)
-        report(bad, "its neighbour took its place", self)
+        for image in bad:
+            if image not in self._known and image not in self._new:
+                self._new.add(image)
+                _report(image, "its neighbour took its place")
 
     def count(self) -> int:
         """Add what the ranks met since the last time; all ranks call it together. Returns `total`."""
         met = torch.tensor(self.met)
         dist.all_reduce(met, group=self.world.host_group)
-        self.total, self.met = self.total + int(met), 0
+        if met:  # each epoch shows an image to another rank
+            self._known.update(*all_gather(self._new, self.world.host_group))
+        self.total, self.met, self._new = self.total + int(met), 0, set()
         return self.total
 
     def excess(self, total: int, images: int) -> str | None:
