@@ -16,7 +16,7 @@ from typing import IO, Any
 from engine.errors import UserError
 from engine.logger import warn
 
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}  # the last: NFS, of folders
 _RETRY_SECONDS = 0.2
 _SWEPT_SECONDS = 10.0  # that a draft may be held by who looks whether its writer lives
 _BLOCK = 1 << 16  # bytes that are read at once from a file's end
@@ -89,21 +89,26 @@ def remove_drafts(folder: Path, names: Collection[str]) -> None:
 
 
 @contextmanager
-def shared_draft(path: Path) -> Iterator[Path]:
-    """`draft` of a file that anybody may write, also several at once: locked while its writer lives. Raises OSError."""
-    with draft(path) as place, lock(place, f"{place} must be its writer's alone", _SWEPT_SECONDS):
-        yield place
+def shared_draft(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
+    """`draft` of a file, or a folder, that anybody may write, also several at once: there at once, and locked while its
+    writer lives. Raises OSError."""
+    with draft(path) as place:
+        if is_folder:
+            place.mkdir()
+        with lock(place, f"{place} must be its writer's alone", _SWEPT_SECONDS):
+            yield place
 
 
-def sweep(folder: Path, suffix: str) -> None:
-    """Remove what killed processes left of `shared_draft`s whose names end in suffix; where nothing can be locked or
-    removed, nothing."""
+def sweep(folder: Path, suffix: str, *, folders: bool = False) -> None:
+    """Remove what killed processes left of `shared_draft`s, files or folders, whose names end in suffix; where nothing
+    can be locked or removed, nothing."""
     with suppress(OSError):
         for path in folder.iterdir():
-            if re.fullmatch(rf".*{re.escape(suffix)}\.tmp-[0-9a-f]{{8}}", path.name, re.DOTALL) and path.is_file():
-                with suppress(OSError), path.open("r+b") as file:
-                    if _try_lock(file):
-                        path.unlink()
+            is_one = re.fullmatch(rf".*{re.escape(suffix)}\.tmp-[0-9a-f]{{8}}", path.name, re.DOTALL)
+            if is_one and (path.is_dir() if folders else path.is_file()):
+                with suppress(OSError), _open_to_lock(path) as handle:
+                    if _try_lock(handle):
+                        remove(path)
 
 
 def sync(place: Path | IO) -> None:
@@ -138,14 +143,14 @@ def remove_or_warn(path: Path, outlook: str = "") -> bool:
 
 @contextmanager
 def lock(path: Path, in_use: str, seconds: float = 0.0) -> Iterator[bool]:
-    """Hold `path`, a file for that alone, to the end of the body or of this process.
+    """Hold `path`, a file for that alone or a folder, to the end of the body or of this process.
 
     Yields False where the file system has no locks, so that nothing is held. Raises UserError(in_use) where another
     process still holds it after `seconds`, and OSError.
     """
     deadline = time.monotonic() + seconds
-    with path.open("a") as file:  # what its holder has written there stays
-        while (held := _try_lock(file)) is None:
+    with _open_to_lock(path) as handle:
+        while (held := _try_lock(handle)) is None:
             if time.monotonic() >= deadline:
                 raise UserError(in_use)
             time.sleep(_RETRY_SECONDS)
@@ -154,13 +159,23 @@ def lock(path: Path, in_use: str, seconds: float = 0.0) -> Iterator[bool]:
         finally:
             if held:
                 with suppress(OSError):  # closed here alone, it would stay locked by what was forked in the body
-                    fcntl.flock(file, fcntl.LOCK_UN)
+                    fcntl.flock(handle, fcntl.LOCK_UN)
 
 
-def _try_lock(file: IO) -> bool | None:
+@contextmanager
+def _open_to_lock(path: Path) -> Iterator[int]:
+    """A handle of a folder, or of a file, which is made if need be; what its holder has written there stays."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _try_lock(handle: int) -> bool | None:
     """True: held; None: another process holds it; False: no locks on this file system."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return None
     except OSError as error:

@@ -200,30 +200,33 @@ def test_a_draft_that_cannot_be_removed_hides_nothing(tmp_path, monkeypatch, cap
     assert "could not be removed: [Errno 30]" in capsys.readouterr().err
 
 
-def test_drafts_are_swept_of_writers_that_are_gone_alone(tmp_path):
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_drafts_are_swept_of_writers_that_are_gone_alone(tmp_path, is_folder):
     """One is killed, one lives; a file of the user's may have such a name, as far as it goes."""
     code = """if True:
         import sys
         from pathlib import Path
         from engine.files import shared_draft
-        with shared_draft(Path(sys.argv[1])) as place:
-            place.write_bytes(b"half")
+        with shared_draft(Path(sys.argv[1]), is_folder=bool(sys.argv[2:])) as place:
+            (place / "a" if place.is_dir() else place).write_bytes(b"half")
             print(place.name, flush=True)
             sys.stdin.read()
         """
+    command = [sys.executable, "-c", code, tmp_path / "x.index"]
     writers = [
-        subprocess.Popen([sys.executable, "-c", code, tmp_path / "x.index"], stdin=-1, stdout=-1, text=True)
+        subprocess.Popen([*command, "folder"] if is_folder else command, stdin=-1, stdout=-1, text=True)
         for _ in range(2)
     ]
     drafts = [writer.stdout.readline().strip() for writer in writers]
     mine = ["a.index.tmp-0123abcd.txt", "a.index.tmp-mine", "a.txt.tmp-0123abcd", "x.index"]
     for name in mine:
         (tmp_path / name).touch()
-    (tmp_path / "d.index.tmp-0123abcd").mkdir()
+    other = tmp_path / "d.index.tmp-0123abcd"
+    other.touch() if is_folder else other.mkdir()
     writers[0].kill()
     writers[0].communicate()
-    sweep(tmp_path, ".index")
-    assert names(tmp_path) == sorted([*mine, "d.index.tmp-0123abcd", drafts[1]])
+    sweep(tmp_path, ".index", folders=is_folder)
+    assert names(tmp_path) == sorted([*mine, other.name, drafts[1]])
     writers[1].communicate()
-    assert names(tmp_path) == sorted([*mine, "d.index.tmp-0123abcd"])
-    sweep(tmp_path / "none", ".index")
+    assert names(tmp_path) == sorted([*mine, other.name])
+    sweep(tmp_path / "none", ".index", folders=is_folder)

@@ -22,7 +22,7 @@ from engine.distributed.world import World
 from engine.errors import RunFailed, UserError, reason
 from engine.evaluation.features import BATCH, Features, batches_for, extract, progress, rank_slice
 from engine.evaluation.subject import Subject
-from engine.files import draft, publish, remove_drafts
+from engine.files import draft, publish, shared_draft, sweep
 from engine.logger import note, warn
 
 
@@ -88,12 +88,12 @@ def writing(world: World) -> Iterator[None]:
 @contextmanager
 def written(world: World, *files: Path) -> Iterator[list[Path]]:
     """Free names beside the files, which take their names at the end if all went well; on rank 0, elsewhere unused."""
-    with writing(world):
-        if world.is_first:
-            for file in files:
-                remove_drafts(file.absolute().parent, [file.name])  # of a call that was killed
     with ExitStack() as stack:
-        places = [stack.enter_context(draft(file)) for file in files]
+        with writing(world):
+            if world.is_first:
+                for file in files:
+                    sweep(file.absolute().parent, file.name)  # of calls that were killed
+            places = [stack.enter_context((shared_draft if world.is_first else draft)(file)) for file in files]
         yield places
         with writing(world):
             if world.is_first:

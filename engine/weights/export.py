@@ -7,7 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from engine.distributed.launcher import end_with_parent
 from engine.errors import RunFailed, UserError, one_line, reason
-from engine.files import draft, publish, remove_drafts, sync
+from engine.files import publish, shared_draft, sweep, sync
 from engine.logger import note
 from engine.weights.card import model_card
 from engine.weights.formats.table import NAMES, format_page
@@ -173,10 +173,10 @@ def _in_own_process(function: Callable, *arguments: Any) -> Any:
 @contextmanager
 def _folder_beside(out: Path) -> Iterator[Path]:
     """A folder for what becomes OUT (and OUT.data), gone at the end whatever happens."""
-    with draft(out) as folder:
+    sweep(out.absolute().parent, out.name, folders=True)  # of exports that were killed
+    with ExitStack() as stack:
         try:
-            remove_drafts(out.absolute().parent, [out.name])  # of an export that was killed
-            folder.mkdir()
+            folder = stack.enter_context(shared_draft(out, is_folder=True))
         except OSError as error:
             raise UserError(
                 f"OUT ({out}) must lie in a folder that can be written: {reason(error)}; pass another"

@@ -202,8 +202,16 @@ def test_weights_that_have_diverged_leave_no_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth.tar"]
 
 
-@pytest.mark.parametrize(("door", "name"), [(embed, "a.npy"), (embed, "a.parquet"), (duplicates, "a.csv")])
-def test_a_full_disk_is_a_line_and_leaves_nothing(images, door, name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("door", "name", "full"),
+    [
+        (embed, "a.npy", ".npy"),
+        (embed, "a.npy", ".csv"),
+        (embed, "a.parquet", ".parquet"),
+        (duplicates, "a.csv", ".csv"),
+    ],
+)
+def test_a_full_disk_is_a_line_and_leaves_nothing(images, door, name, full, tmp_path, monkeypatch):
     """Rows of few images lie in a buffer until the file is closed."""
     if name.endswith(".parquet"):
         pytest.importorskip("pyarrow")
@@ -212,10 +220,8 @@ def test_a_full_disk_is_a_line_and_leaves_nothing(images, door, name, tmp_path, 
         shutil.copy(images / f"train/dog, large/{2 * i:03}.png", tmp_path / "few")
     numbers, out = itertools.count(), tmp_path / name
     monkeypatch.setattr("engine.files.secrets.token_hex", lambda _: str(next(numbers)))
-    for number in range(8):  # whatever is asked for beside OUT lies on a full disk
-        for file in (out, out.with_suffix(".csv")):
-            file.with_name(f"{file.name}.tmp-{number}").unlink(missing_ok=True)
-            file.with_name(f"{file.name}.tmp-{number}").symlink_to("/dev/full")
+    for number in range(8):  # whatever of this name is asked for lies on a full disk
+        tmp_path.joinpath(f"{out.stem}{full}.tmp-{number}").symlink_to("/dev/full")
     with pytest.raises(RunFailed, match=r"OUT could not be written: .*(?i:no space left on device)"):
         door.main([CHECKPOINT, str(out), "--data", str(tmp_path / "few"), "--workers", "0"])
     assert not out.exists()
