@@ -3,12 +3,14 @@
 import socket
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
+from concurrent.futures import Future
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub import constants, try_to_load_from_cache
+
+from engine.errors import reason
 
 SECONDS = 3.0  # within which the host, or the proxy before it, must take a connection
 FILES = ("model.safetensors", "pytorch_model.bin")  # in which timm looks for weights
@@ -23,8 +25,7 @@ def unreachable(config: Mapping[str, Any]) -> str | None:
         url = None if here or constants.HF_HUB_OFFLINE else constants.ENDPOINT
     if not url:
         return None
-    host, port = _first_hop(url)
-    return None if _answers(host, port) else f"{host} does not answer within {SECONDS:g} seconds"
+    return _silence(*_first_hop(url))
 
 
 def _first_hop(url: str) -> tuple[str, int]:
@@ -37,16 +38,22 @@ def _first_hop(url: str) -> tuple[str, int]:
     return target.hostname or "", target.port or (80 if target.scheme == "http" else 443)
 
 
-def _answers(host: str, port: int) -> bool:
-    """Looking a name up knows no limit of time, so a thread does it, and is left alone if it takes too long."""
-    answered = []
+def _silence(host: str, port: int) -> str | None:
+    """Why a host takes no connection; None where it does.
+
+    Looking a name up knows no limit of time, so a thread does it, and is left alone if it takes too long.
+    """
+    answer: Future[str | None] = Future()
 
     def connect() -> None:
-        with suppress(OSError):
+        try:
             socket.create_connection((host, port), timeout=SECONDS).close()
-            answered.append(True)
+            answer.set_result(None)
+        except (OSError, ValueError) as error:  # the second: of a name that no host can have
+            answer.set_result(f"{host} cannot be reached ({reason(error)})")
 
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(SECONDS)
-    return bool(answered)
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        return answer.result(SECONDS)
+    except TimeoutError:
+        return f"{host} does not answer within {SECONDS:g} seconds"

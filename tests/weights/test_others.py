@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import threading
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ import engine
 from engine.errors import UserError
 from engine.evaluation.subject import open_subject
 from engine.export import main
-from engine.weights import hub
 from engine.weights.opening import open_trunk, open_weights
 from models.vit import sincos_position
 from tests.weights.exports import fresh_checkpoint
@@ -313,43 +311,3 @@ def test_the_stand_in_for_settings_opens_no_other_door(value, tmp_path):
 
 
 # ---- timm's published weights without a network ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("where", ["no such host", "a host that never answers"])
-def test_weights_that_cannot_be_fetched_are_one_line_in_seconds(where, monkeypatch):
-    """Counted by the attempts: libraries would make six, with longer and longer waits between them."""
-    attempts = []
-
-    def connect(address: tuple[str, int], timeout: float):
-        attempts.append(address)
-        if where == "no such host":
-            raise OSError("Name or service not known")
-        threading.Event().wait(5 * hub.SECONDS)
-        raise TimeoutError
-
-    monkeypatch.setattr(hub, "SECONDS", 0.1)
-    monkeypatch.setattr(hub.socket, "create_connection", connect)
-    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub.constants, "ENDPOINT", "https://huggingface.co")
-    monkeypatch.setattr(hub, "getproxies", dict)
-    weights = open_weights("timm/test_vit")
-    with pytest.raises(UserError, match=r"huggingface\.co does not answer within 0\.1 seconds") as caught:
-        list(weights.read(list(weights.shapes)))
-    assert "\n" not in str(caught.value)
-    assert attempts == [("huggingface.co", 443)]
-
-    monkeypatch.setattr(hub, "getproxies", lambda: {"https": "http://proxy.here:3128"})
-    with pytest.raises(UserError, match=r"proxy\.here does not answer"):
-        list(weights.read(list(weights.shapes)))
-
-
-# ---- what a run began with -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("key", ["model.weights", "run.continue_from"])
-def test_the_baseline_of_a_run_that_began_with_weights_is_no_random_network(key, tmp_path):
-    run = fresh_checkpoint(tmp_path / "run", f"{key}=elsewhere")
-    with pytest.raises(UserError, match=rf"must be left out for .* {key} \(elsewhere\); pass those as CHECKPOINT"):
-        open_trunk(str(run), untrained=True)
-    assert open_trunk(str(run)).is_whole is False
