@@ -67,8 +67,12 @@ def read_config(folder: Path) -> Config | None:
         if content.get("model_type") == "vit":
             processor = folder / PROCESSOR
             return _of_transformers(content, _read(processor) if processor.exists() else {})
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        text = error if isinstance(error, ValueError) else f"{one_line(error)} is missing or of another type"
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
+        text = (
+            error
+            if isinstance(error, ValueError | OverflowError)
+            else f"{one_line(error)} is missing or of another type"
+        )
         raise UserError(f"config ({file}) must be as timm or transformers write it: {text}") from None
     kind = one_line(content.get("model_type", "none"))[:80]
     raise UserError(f"config ({file}) must be timm's or of transformers' model_type vit; its model_type is {kind}")
@@ -111,7 +115,7 @@ def cut_of_timm(said: Mapping[str, Any], size: int) -> Cut:
     """What a `pretrained_cfg` says, for images of this size. Raises ValueError and TypeError."""
     fraction, otherwise = said.get("crop_pct"), []
     if fraction is not None:
-        side = math.floor(size / _positive(fraction))  # timm rounds down
+        side = math.floor(size / _crop_pct(fraction))  # timm rounds down
         fraction, otherwise = _fraction(size, side), _border(size, side)
     if (mode := said.get("crop_mode") or "center") != "center":
         otherwise.append(f"crop_mode {one_line(mode)[:40]}")
@@ -147,9 +151,9 @@ def _border(size: int, side: int) -> list[str]:
     return [f"a border around images of {side} pixels"] if side < size else []
 
 
-def _positive(number: Any) -> float:
-    if not float(number) > 0:
-        raise ValueError("its crop_pct must be above 0")
+def _crop_pct(number: Any) -> float:
+    if not 0.01 <= float(number) <= 100:
+        raise ValueError("its crop_pct must be from 0.01 to 100")
     return float(number)
 
 

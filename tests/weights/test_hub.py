@@ -40,11 +40,3 @@ def test_weights_that_cannot_be_fetched_are_one_line_in_seconds(why, monkeypatch
 
 
 # ---- what a run began with -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("key", ["model.weights", "run.continue_from"])
-def test_the_baseline_of_a_run_that_began_with_weights_is_no_random_network(key, tmp_path):
-    run = fresh_checkpoint(tmp_path / "run", f"{key}=elsewhere")
-    with pytest.raises(UserError, match=rf"must be left out for .* {key} \(elsewhere\); pass those as CHECKPOINT"):
-        open_trunk(str(run), untrained=True)
-    assert open_trunk(str(run)).is_whole is False

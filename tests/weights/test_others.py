@@ -280,7 +280,11 @@ CONFIG = {"architecture": "vit_small_patch16_224", "pretrained_cfg": SAID}
         (CONFIG | {"pretrained_cfg": SAID | {"input_size": [3, 32, 64]}}, "squares"),
         (CONFIG | {"model_args": {"num_heads": 3}}, "model_args must be known; num_heads"),
         (CONFIG | {"model_args": {"in_chans": 1}}, "three channels"),
-        (CONFIG | {"pretrained_cfg": SAID | {"crop_pct": 0}}, "crop_pct must be above 0"),
+        *(
+            (CONFIG | {"pretrained_cfg": SAID | {"crop_pct": x}}, "crop_pct must be from 0.01")
+            for x in (0, 5e-324, 1e9)
+        ),
+        (CONFIG | {"pretrained_cfg": SAID | {"crop_pct": 0.9, "input_size": [3, 10**400, 10**400]}}, "too large"),
     ],
 )
 def test_a_config_that_tells_too_little_is_one_line(config, message, tmp_path):
@@ -311,3 +315,11 @@ def test_the_stand_in_for_settings_opens_no_other_door(value, tmp_path):
 
 
 # ---- timm's published weights without a network ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["model.weights", "run.continue_from"])
+def test_the_baseline_of_a_run_that_began_with_weights_is_no_random_network(key, tmp_path):
+    run = fresh_checkpoint(tmp_path / "run", f"{key}=elsewhere")
+    with pytest.raises(UserError, match=rf"must be left out for .* {key} \(elsewhere\); pass those as CHECKPOINT"):
+        open_trunk(str(run), untrained=True)
+    assert open_trunk(str(run)).is_whole is False
