@@ -18,6 +18,7 @@ from models.norm import GlobalBatchNorm
 from models.trunk import Trunk
 
 WAVELENGTH = 10_000.0  # of the slowest sine, in patches / 2 pi
+NORM_EPS = 1e-6  # what LayerNorms add to the variance, as the reference's, timm's and DeiT's do
 
 
 def build_vit(*, image_size: int, patch_size: int, dim: int, depth: int, heads: int, conv_stem: bool = False) -> Trunk:
@@ -32,7 +33,7 @@ def build_vit(*, image_size: int, patch_size: int, dim: int, depth: int, heads: 
         qkv_bias=True,
         num_classes=0,
         global_pool="token",
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
         weight_init="skip",
         block_fn=ClsBlock,
         **({"embed_layer": ConvStem} if conv_stem else {}),

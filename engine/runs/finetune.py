@@ -42,6 +42,7 @@ from engine.training.finetune_step import FinetuneOutput, FinetuneState, finetun
 from engine.training.parallelize import check_compiler, dtype_of, materialize, parallelize, saved
 from engine.training.schedule import Schedule
 from engine.training.update import Update
+from engine.weights.adopt import with_usual_norms
 from engine.weights.export import export_classifier
 from engine.weights.opening import open_trunk
 from engine.weights.weights import EncoderName, Head, Weights, digest
@@ -99,7 +100,7 @@ def open_fetched(checkpoint: str, encoder: EncoderName, *, untrained: bool, head
     weights = open_trunk(checkpoint, encoder, untrained=untrained, heads=heads)
     if not untrained:  # what is drawn needs no fetching
         list(weights.read(sorted(weights.shapes)[:1]))
-    return weights
+    return with_usual_norms(weights)
 
 
 def make_classifiers(recipe: Finetune, weights: Weights, classes: int) -> tuple[Classifier, Classifier | None]:

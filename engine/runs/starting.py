@@ -14,7 +14,7 @@ from engine.recipe.keys import show
 from engine.recipe.load import locate
 from engine.recipe.sections import Augment, Model, Pretrain
 from engine.runs.directory import checkpoints_of
-from engine.weights.adopt import POSITIONS, adopt
+from engine.weights.adopt import POSITIONS, adopt, with_usual_norms
 from engine.weights.opening import open_weights
 from engine.weights.positions import side
 from engine.weights.read import HEADS
@@ -122,7 +122,7 @@ def opened(checkpoint: str, model: Model) -> Weights:
 
 def fitted(original: Weights, model: Model, *, interpolate: bool) -> Weights:
     """The weights for the recipe's network, after saying what is ignored and what is assumed."""
-    architecture = declared(model)
+    architecture, original = declared(model), with_usual_norms(original)
     weights = adopt(original, architecture, (model.projector_hidden_dim, model.output_dim), interpolate=interpolate)
     for line in original.notes:
         note(line)

@@ -8,10 +8,11 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.logger import note
 from engine.weights.positions import is_sincos, side
 from engine.weights.weights import Weights, base_shapes, check_names
 from models.architecture import Architecture, by_shape, moco_shapes
-from models.vit import sincos_position
+from models.vit import NORM_EPS, sincos_position
 
 POSITIONS = ("base.trunk.pos_embed", "momentum.trunk.pos_embed")
 
@@ -47,6 +48,15 @@ def adopt(weights: Weights, architecture: Architecture, head_dims: tuple[int, in
             yield name, regridded.get(name, tensor)
 
     return dataclasses.replace(weights, shapes=expected, read=read)
+
+
+def with_usual_norms(weights: Weights) -> Weights:
+    """The same for a network that is trained on, whose LayerNorms have the usual eps; says so where theirs have not."""
+    about = weights.about
+    if about is None or about.norm_eps is None:
+        return weights
+    note(f"{weights.origin} has LayerNorms with an eps of {about.norm_eps:g}; those that are trained have {NORM_EPS:g}")
+    return dataclasses.replace(weights, about=dataclasses.replace(about, norm_eps=None))
 
 
 def _untagged(architecture: Architecture) -> Architecture:

@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import torch
+
 from engine.data.decode import RESAMPLING
 from engine.errors import UserError, listed, one_line, reason
 from engine.recipe.sections import Interpolation
 from models.architecture import MODEL_ARGS, Architecture
+from models.vit import NORM_EPS
 
-BESIDE = ("num_classes", "global_pool")  # of timm's model_args, nothing of a trunk
+BESIDE = ("num_classes", "global_pool", "dynamic_img_size")  # of timm's model_args, as `drop_path_rate`: no trunk's
+LARGEST = 16_384  # side of images
 RESNET_ARGS = {"layers", "base_width"}  # which shapes of tensors show
 PROCESSOR = "preprocessor_config.json"
 
@@ -41,6 +45,7 @@ UNSAID = Cut()
 class Config:
     """architecture: where the folder names one of timm's; else shapes tell it, with model_args or heads of a ViT.
 
+    norm_eps: of a ViT's LayerNorms, where it is not the usual one.
     image_size, mean, std: None where they are not said.
     classifier: how the names of its tensors begin.
     """
@@ -51,6 +56,7 @@ class Config:
     architecture: Architecture | None = None
     model_args: Mapping[str, Any] | None = None
     heads: int | None = None
+    norm_eps: float | None = None
     classifier: tuple[str, ...] = ()
     cut: Cut = UNSAID
 
@@ -67,9 +73,9 @@ def read_config(folder: Path) -> Config | None:
         if content.get("model_type") == "vit":
             processor = folder / PROCESSOR
             return _of_transformers(content, _read(processor) if processor.exists() else {})
-    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError) as error:
         text = (
-            error
+            one_line(error)
             if isinstance(error, ValueError | OverflowError)
             else f"{one_line(error)} is missing or of another type"
         )
@@ -90,25 +96,50 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _of_timm(content: dict[str, Any]) -> Config:
     said = content.get("pretrained_cfg", content)
-    arguments = {key: value for key, value in (content.get("model_args") or {}).items() if key not in BESIDE}
-    size = arguments.get("img_size", said["input_size"][-2:])
-    height, width = size if isinstance(size, list) else (size, size)
-    if arguments.pop("in_chans", 3) != 3 or type(width) is not int or height != width:
-        raise ValueError("its images must be squares of three channels")
+    stated = content.get("model_args") or {}
+    arguments = {k: v for k, v in stated.items() if not (k in BESIDE or k.endswith(("drop_rate", "drop_path_rate")))}
+    width = _side(arguments.get("img_size") or said["input_size"][-2:])
+    if arguments.pop("in_chans", 3) != 3:
+        raise ValueError("its images must have three channels")
     if "img_size" in arguments:
         arguments["img_size"] = width
     layers = said.get("classifier") or ()
     classifier = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
     cut = cut_of_timm(said, width)
-    prepared = Config(width, _three(said["mean"]), _three(said["std"]), classifier=classifier, cut=cut)
+    prepared = Config(width, _three(said["mean"]), _std(said["std"]), classifier=classifier, cut=cut)
+    architecture = Architecture("timm", {"name": str(content["architecture"]), "image_size": width})
+    if pool := stated.get("global_pool") or content.get("global_pool"):
+        _check_pool(pool, architecture)
     if set(arguments) == set(MODEL_ARGS):
         return replace(prepared, model_args=arguments)
     if set(arguments) == RESNET_ARGS:
         return prepared
-    if set(arguments) - {"img_size"}:
-        raise ValueError(f"its model_args must be known; {', '.join(map(one_line, arguments))} are not")
-    architecture = Architecture("timm", {"name": str(content["architecture"]), "image_size": width})
+    known = {*MODEL_ARGS} if len({*arguments} & {*MODEL_ARGS}) == len(MODEL_ARGS) else {"img_size"}
+    if unknown := [one_line(key)[:40] for key in arguments if key not in known]:
+        raise ValueError(f"its model_args must be known; {listed(unknown)} {'is' if len(unknown) == 1 else 'are'} not")
     return replace(prepared, architecture=architecture)
+
+
+def _check_pool(pool: Any, architecture: Architecture) -> None:
+    """Raises ValueError where features are pooled otherwise than by the network of this name alone."""
+    with torch.device("meta"):
+        network = architecture.build().module
+    head = getattr(network, "head", None)
+    places = [(head, "global_pool"), (head, "pool_type"), (network, "global_pool")]
+    found = [getattr(getattr(place, key, None), "pool_type", getattr(place, key, None)) for place, key in places]
+    own = next((kind for kind in found if isinstance(kind, str)), None)
+    if own and pool != own:
+        raise ValueError(
+            f"its global_pool must be {own}, the network's own; {one_line(pool)[:40]} makes other features"
+        )
+
+
+def _side(size: Any) -> int:
+    """Of images, which `size` gives as one number or two."""
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    if type(width) is not int or height != width or not 1 <= width <= LARGEST:
+        raise ValueError(f"its images must be squares of 1 to {LARGEST} pixels")
+    return width
 
 
 def cut_of_timm(said: Mapping[str, Any], size: int) -> Cut:
@@ -125,11 +156,17 @@ def cut_of_timm(said: Mapping[str, Any], size: int) -> Cut:
 def _cut_of_processor(said: Mapping[str, Any], size: int | None) -> Cut:
     """What a transformers' image processor says: one with a centre crop keeps the shape of what it resizes."""
     edge, fraction, otherwise = said.get("size"), None, []
-    shortest = edge.get("shortest_edge") if isinstance(edge, Mapping) else None
-    if said.get("do_center_crop") and shortest is not None and size is not None:
+    edge = edge if edge is None or isinstance(edge, Mapping) else {"shortest_edge": edge}
+    shortest = edge and edge.get("shortest_edge")
+    cropped = said.get("crop_size", size)
+    if not said.get("do_resize", True):
+        otherwise.append("that it does not resize images")
+    elif said.get("do_center_crop") and shortest is not None and size is not None:
         fraction, otherwise = _fraction(size, shortest), _border(size, shortest)
-    elif edge is not None:
-        otherwise.append("its resizing to a square")
+        if cropped not in (size, {"height": size, "width": size}):
+            otherwise.append(f"its crop_size of {one_line(cropped)[:60]}")
+    elif edge:
+        otherwise.append("its resizing without a crop" if "shortest_edge" in edge else "its resizing to a square")
     names = {int(number): name for name, number in RESAMPLING.items()}
     number = said.get("resample")
     return _cut(fraction, None if number is None else names.get(number, f"resample {number}"), otherwise)
@@ -142,7 +179,7 @@ def _cut(fraction: float | None, by: Any, otherwise: list[str]) -> Cut:
 
 
 def _fraction(size: int, side: Any) -> float:
-    if type(side) is not int:
+    if type(side) is not int or not 1 <= side <= 100 * LARGEST:
         raise ValueError("its images must be resized to a number of pixels")
     return size / max(size, side)
 
@@ -165,13 +202,39 @@ def _of_transformers(content: dict[str, Any], processor: dict[str, Any]) -> Conf
     heads = content["num_attention_heads"]
     if type(heads) is not int or heads < 1:
         raise ValueError("its num_attention_heads must be an integer >= 1")
-    mean, std = (_three(processor[key]) if key in processor else None for key in ("image_mean", "image_std"))
-    size = content.get("image_size")
-    return Config(size, mean, std, heads=heads, cut=_cut_of_processor(processor, size))
+    size = None if content.get("image_size") is None else _side(content["image_size"])
+    mean, std = _normalisation(processor)
+    eps = float(content.get("layer_norm_eps", 1e-12))  # the library's own default
+    if not 0 <= eps < 1:
+        raise ValueError("its layer_norm_eps must be a small number")
+    cut = _cut_of_processor(processor, size)
+    return Config(size, mean, std, heads=heads, norm_eps=None if eps == NORM_EPS else eps, cut=cut)
+
+
+def _normalisation(processor: dict[str, Any]) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and std of pixels from 0 to 1; what multiplies pixels from 0 to 255 there divides both."""
+    mean, std = (processor.get(key) for key in ("image_mean", "image_std"))
+    if not processor.get("do_normalize", True):
+        mean, std = (0, 0, 0), (1, 1, 1)
+    if mean is None or std is None:
+        return None, None
+    scale = 255 * float(processor.get("rescale_factor", 1 / 255)) if processor.get("do_rescale", True) else 255.0
+    if not 0 < scale < math.inf:
+        raise ValueError("its rescale_factor must be above 0")
+    mean, std = _three(mean), _std(std)
+    if math.isclose(scale, 1):
+        return mean, std
+    return tuple(x / scale for x in mean), tuple(x / scale for x in std)
 
 
 def _three(values: Any) -> tuple[float, ...]:
     three = tuple(map(float, values))
-    if len(three) != 3:
+    if len(three) != 3 or not all(map(math.isfinite, three)):
         raise ValueError("mean and std must be three numbers each")
+    return three
+
+
+def _std(values: Any) -> tuple[float, ...]:
+    if min(three := _three(values)) <= 0:
+        raise ValueError("std must be above 0")
     return three

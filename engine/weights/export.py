@@ -51,6 +51,10 @@ def export(
     architecture = fitting_architecture(original, name, encoder)
     about = dataclasses.replace(original.known(), architecture=architecture)
     about = dataclasses.replace(about, licence=_licence(about, licence))
+    if about.norm_eps is not None and not format_page(name).norm_eps:
+        note(
+            f"--format {name} has no place for an eps of LayerNorms ({about.norm_eps:g}); the proof shows if it counts"
+        )
     weights = dataclasses.replace(original if format_page(name).whole else original.trunk(trunk), about=about)
     card = None if is_file(out) else model_card(weights, name, trunk, out, command)
     with _folder_beside(out) as folder:

@@ -1,5 +1,6 @@
 """Families of files by how their names begin: what stands before a trunk there, and what in them is no trunk."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,17 +11,23 @@ KNOWN = (
     "with blocks of three convolutions, as in ResNet-50"
 )
 
-# DataParallel's "module." may come first. MoCo v1 and v2; SimSiam; BYOL; DINO and others; transformers; a bare trunk.
+# MoCo v1 and v2, v3 without predictor; BYOL; DINO in training; SimSiam; DINO and others; transformers; a bare trunk.
 _PREFIXES = (
     "encoder_q.",
-    "encoder.",
+    "base_encoder.",
     "online_encoder.net.",
     "online_encoder.",
+    "online_network.encoder.",
     "online_network.",
+    "teacher.backbone.",
+    "teacher_backbone.",
+    "encoder.",
     "backbone.",
     "vit.",
     "",
 )
+_WRAPPERS = r"(?:(?:module|model|net)\.)*"  # DataParallel and modules of Lightning put these before all names
+_WITHIN = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _FIRST = ("conv1.weight", "cls_token", "embeddings.cls_token")  # a tensor that every ResNet or ViT has, at its root
 
 DINOV2_SIGN = "blocks.0.ls1.gamma"  # LayerScale, with positions of 518-pixel images
@@ -29,9 +36,14 @@ _DINOV2 = {384: "vit_small_patch14_dinov2", 768: "vit_base_patch14_dinov2", 1024
 
 def trunk_prefix(names: Iterable[str]) -> str:
     """What stands before a trunk's names; "" where nothing does, or no trunk is to be seen."""
-    found = set(names)
-    prefixes = [module + prefix for prefix in _PREFIXES for module in ("module.", "")]
-    return next((p for p in prefixes if any(p + first in found for first in _FIRST)), "")
+    found = {name.removesuffix(first): None for name in names for first in _FIRST if name.endswith(first)}
+    fitting = (p for family in _PREFIXES for p in found if re.fullmatch(_WRAPPERS + re.escape(family), p))
+    return next(fitting, "")
+
+
+def unwrapped(name: str) -> str:
+    """Without what torch.compile and PyTorch's wrappers of blocks put into it."""
+    return _WITHIN.sub("", name)
 
 
 def dinov2(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:

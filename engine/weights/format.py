@@ -48,7 +48,7 @@ class Format:
     namings: in which tensors are written; () where no tensors can be read back.
     libraries: which write it and load it. whole: both encoders and the heads, not one trunk.
     kinds: of trunks that fit; by_shape: a timm model counts as the ViT or ResNet that it is by names and shapes.
-    conv_stem: whether a trunk with one fits.
+    conv_stem: whether a trunk with one fits. norm_eps: whether it can say another eps of LayerNorms than the usual.
     """
 
     file: str
@@ -64,6 +64,7 @@ class Format:
     kinds: tuple[str, ...] = ("vit", "resnet", "timm")
     by_shape: bool = True
     conv_stem: bool = True
+    norm_eps: bool = False
 
     def file_in(self, path: Path) -> Path:
         """The weights of an export: a folder's file, or the file itself."""

@@ -53,17 +53,17 @@ def _replaced(beginning: str, found: re.Match, name: str) -> str:
 
 
 # timm, torchvision and all families whose trunk is one of theirs. A classifier, a projector, DINO's head, SwAV's
-# prototypes and MAE's decoder are no part of a trunk.
+# prototypes, MAE's decoder and what iBOT shows in the place of patches are no part of a trunk.
 TRUNK = Naming(
     sign="",
     rows=(("base.trunk.", ("",)),),
     dropped=(
         r"(head|fc|classifier|head\.fc)\.(weight|bias)",
         r"head\.(mlp\.\d+|last_layer)\..*",
-        r"fc\.\d+\..*",
+        r"(head|fc)\.\d+\..*",
         r"projection_head\..*",
         r"prototypes\d*\..*",
-        r"mask_token",
+        r"mask_token|masked_embed",
         r"decoder_.*",
     ),
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.errors import UserError, listed, one_line
 from engine.weights.config import Config, read_config
-from engine.weights.families import DINOV2_SIGN, KNOWN, dinov2, trunk_prefix
+from engine.weights.families import DINOV2_SIGN, KNOWN, dinov2, trunk_prefix, unwrapped
 from engine.weights.formats.table import NAMES, format_page
 from engine.weights.names import TRUNK, Naming
 from engine.weights.positions import is_sincos
@@ -22,8 +22,10 @@ from models.architecture import Architecture, bounded, moco_shapes, of_shapes, t
 
 REFERENCE_HEADS = 12  # of every ViT in the reference's files, whatever its width
 RESNET_IMAGE_SIZE = 224  # a published ResNet takes any; it was trained on this
-WRAPPERS = ("state_dict", "model", "teacher", "student")  # where a pickle keeps its tensors; the first counts
+# Where a pickle keeps its tensors; the first counts.
+WRAPPERS = ("state_dict", "model", "teacher", "student", "module", "online_encoder", "model_ema", "state_dict_ema")
 BIN = "pytorch_model.bin"  # in folders of others
+COUNTS = ("num_batches_tracked", "_index")  # how names of integers end
 HEADS = (
     "how many heads the attention of their ViT has, which no tensor shows; pass --heads 12 (ViT-B, and MoCo v3's "
     "ViT-S), --heads 6 (ViT-S of timm, DeiT and DINO) or --heads 16 (ViT-L)"
@@ -72,8 +74,9 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
     config = read_config(path) if path.is_dir() else None
     path = _file(path)
     found = dataclasses.replace(_open(path), config=config, heads=heads)
+    plain = {name: unwrapped(name) for name in found.shapes}
     try:
-        return _interpret(found)
+        return _interpret(found.only(plain) if len({*plain.values()}) == len(plain) else found)
     except (UserError, ValueError) as error:  # models' refusals of a network are ValueErrors
         text = str(error)
         raise UserError(text if str(path) in text else f"weights ({path}): {text}; pass another file") from None
@@ -112,8 +115,12 @@ def _open(path: Path) -> Found:
     content = opened.content
     if not isinstance(content, Mapping):
         raise UserError(f"weights ({path}) must be a table of tensors; it holds a {type(content).__name__}")
-    key = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), "")
-    inner = content[key] if key else content
+    keys, inner, said = _keys(content), content, {}
+    if keys is None:
+        keys = [key for key in WRAPPERS if isinstance(content.get(key), Mapping)][:1]
+    for key in keys:
+        said |= {other: value for other, value in inner.items() if value is not inner[key]}
+        inner = inner[key]
     odd = [
         one_line(key)[:80] for key, value in inner.items() if not isinstance(key, str) or not isinstance(value, Tensor)
     ]
@@ -121,15 +128,26 @@ def _open(path: Path) -> Found:
         raise UserError(
             f"weights ({path}) must be a table of tensors by name; found {listed(odd, most=5) or 'nothing'}"
         )
-    said = {} if inner is content else {k: v for k, v in content.items() if v is not inner}
     get = {name: tensor.detach for name, tensor in inner.items()}
-    return Found(str(path), said, get, {name: tensor.shape for name, tensor in inner.items()}, key=key)
+    return Found(str(path), said, get, {name: tensor.shape for name, tensor in inner.items()}, key=".".join(keys))
+
+
+def _keys(content: Mapping[Any, Any], most: int = 3) -> list[str] | None:
+    """Those that lead to a pickle's table of tensors by name, at most so many: the usual ones, else the only ones."""
+    if content and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
+        return []
+    tables = {key: value for key, value in content.items() if most and isinstance(value, Mapping)}
+    leading = {key: keys for key, value in tables.items() if (keys := _keys(value, most - 1)) is not None}
+    first = next((key for key in WRAPPERS if key in leading), None)
+    if first is None and len(leading) == 1:
+        (first,) = leading
+    return [first, *leading[first]] if isinstance(first, str) else None
 
 
 def _interpret(found: Found) -> Weights:
     about = own_words(found.said.get(MARK))
     naming = _naming_of(found, whole=True)
-    if naming is None:
+    if naming is None or (about is None and not any("predictor." in name for name in found.shapes)):
         return _trunk(found, about)
     if naming in format_page("moco_v3").namings:
         return _reference(found, naming, about)
@@ -237,11 +255,11 @@ def _heads_of_positions(weights: Weights, shapes: Mapping[str, torch.Size]) -> i
 def _notes_on_images(found: Found, about: About | None) -> tuple[str, ...]:
     """Files of others, and bare ones of ours, cannot say what images they take."""
     config = found.config
-    if MARK in found.said:
+    if MARK in found.said or about is None:
         return ()
     if config is not None and config.mean is not None and config.std is not None:
         return config.cut.notes(found.origin)
-    if about is not None and about.architecture.kind == "resnet" and config is None:  # a ViT's positions show the size
+    if about.architecture.kind == "resnet" and config is None:  # a ViT's positions show the size
         assumed = f"the size, mean and std of its images: {about.image_size} pixels and ImageNet's are assumed"
     else:
         assumed = "the mean and std of its images: ImageNet's are assumed"
@@ -257,8 +275,8 @@ def _about_others(architecture: Architecture, config: Config | None) -> About:
     if config is None:
         return about
     size = architecture.arguments.get("image_size", config.image_size) or RESNET_IMAGE_SIZE
-    cut = {"stated_crop": config.cut.fraction, "interpolation": config.cut.interpolation}
-    return About(architecture, size, config.mean or about.mean, config.std or about.std, **cut)
+    said = {"stated_crop": config.cut.fraction, "interpolation": config.cut.interpolation, "norm_eps": config.norm_eps}
+    return About(architecture, size, config.mean or about.mean, config.std or about.std, **said)
 
 
 def _of_base_trunk(weights: Weights) -> dict[str, torch.Size]:
@@ -278,6 +296,8 @@ def _renamed(naming: Naming, found: Found, about: About | None) -> Weights:
     def read(wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         for name in wanted:
             parts = [found.get[other]() for other in slices[name]]
+            if not all(part.is_floating_point() or name.endswith(COUNTS) for part in parts):
+                raise UserError(f"weights ({found.origin}) must be real numbers; {name} is of {parts[0].dtype}")
             yield name, parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return Weights(about, shapes, read, found.origin)

@@ -19,6 +19,7 @@ from engine.errors import UserError, one_line, reason
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _ADVICE = "use an intact copy, or another file"
+_ALONE = "save its tensors alone (its state_dict) where it can be opened, or use another file"
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,18 @@ class Opened:
     shapes: Mapping[str, torch.Size] | None
 
 
-class Settings:
-    """What an argparse.Namespace becomes, as MAE, DINO, DeiT and timm save theirs: an object that holds nothing."""
+class Inert:
+    """What argparse's settings and NumPy's numbers become, which many save beside tensors: objects without content."""
+
+    def __init__(self, *said: object):
+        """Forgets it."""
 
     def __setstate__(self, state: object) -> None:
         """Forgets it."""
+
+
+_NUMPY = [f"numpy.{core}.multiarray.{name}" for core in ("_core", "core") for name in ("scalar", "_reconstruct")]
+_INERT = ["argparse.Namespace", "numpy.dtype", "numpy.ndarray", *_NUMPY]
 
 
 def open_file(path: Path) -> Opened:
@@ -57,8 +65,8 @@ def open_file(path: Path) -> Opened:
     raise _refused(path, "it begins like neither a safetensors file nor one of torch.save")
 
 
-def _refused(path: Path, why: str) -> UserError:
-    return UserError(f"file ({path}) must hold weights: {why}; {_ADVICE}")
+def _refused(path: Path, why: str, do: str = _ADVICE) -> UserError:
+    return UserError(f"file ({path}) must hold weights: {why}; {do}")
 
 
 def _open_safetensors(path: Path) -> Opened:
@@ -84,11 +92,11 @@ def _unpickle(path: Path, zipped: bool) -> Any:
     if zipped:
         _check_archive(path)
     try:
-        # Musings on odd pickles are torch's; of settings nothing but their place is kept.
-        with warnings.catch_warnings(action="ignore"), safe_globals([(Settings, "argparse.Namespace")]):
+        # Musings on odd pickles are torch's; of what is inert nothing but its place is kept.
+        with warnings.catch_warnings(action="ignore"), safe_globals([(Inert, name) for name in _INERT]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        raise _refused(path, _reason(error)) from None
+        raise _refused(path, _reason(error), _ALONE) from None
     except MemoryError:
         raise _refused(path, "it claims more data than this machine can hold") from None
     except Exception as error:  # unpickling hostile bytes may raise anything

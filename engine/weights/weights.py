@@ -34,6 +34,7 @@ class About:
     knn_top1: the run's newest at or before the step. licence: of the weights, where it is known.
     finetuned: YAML of the recipe by which labels have changed the weights since; None where they have not.
     stated_crop, interpolation: of images in evaluation, as others say of weights of theirs; None where nobody does.
+    norm_eps: of a ViT's LayerNorms, where it is not the usual one.
     """
 
     architecture: Architecture
@@ -49,6 +50,7 @@ class About:
     finetuned: str | None = None
     stated_crop: float | None = None
     interpolation: Interpolation | None = None
+    norm_eps: float | None = None
 
     @property
     def crop_fraction(self) -> float:
@@ -86,6 +88,8 @@ class About:
             raise ValueError("interpolation must be known")
         if about.stated_crop is not None and not 0 < float(about.stated_crop) <= 1:
             raise ValueError("stated_crop must be a fraction")
+        if about.norm_eps is not None and not 0 <= float(about.norm_eps) < 1:
+            raise ValueError("norm_eps must be a small number")
         return about
 
 
@@ -200,6 +204,9 @@ def fill_trunk(weights: Weights) -> nn.Module:
         for name, tensor in weights.read(list(weights.shapes))
     }
     trunk.load_state_dict(tensors, strict=True, assign=True)
+    if (eps := weights.known().norm_eps) is not None:
+        for layer in (module for module in trunk.modules() if isinstance(module, nn.LayerNorm)):
+            layer.eps = eps
     return trunk.eval().requires_grad_(False)
 
 

@@ -46,6 +46,7 @@ FORMAT = Format(
     features=features,
     libraries=("onnx", "onnxscript", "onnxruntime"),
     by_shape=False,
+    norm_eps=True,
     use=(
         "import onnxruntime\n\nsession = onnxruntime.InferenceSession('PATH/model.onnx')\n\nTRANSFORM\n"
         "features = session.run(None, {'images': image.numpy()})[0]"

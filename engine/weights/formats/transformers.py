@@ -11,6 +11,7 @@ from engine.weights.format import Format, collect, metadata
 from engine.weights.names import Naming
 from engine.weights.weights import Weights
 from models.architecture import Architecture
+from models.vit import NORM_EPS
 
 VIT = Naming(
     sign="embeddings.cls_token",
@@ -29,7 +30,7 @@ VIT = Naming(
         ("base.trunk.blocks.{n}.mlp.fc2.", ("encoder.layer.{n}.output.dense.",)),
         ("base.trunk.norm.", ("layernorm.",)),
     ),
-    dropped=(r"(pooler\.dense|classifier)\.(weight|bias)",),
+    dropped=(r"(pooler\.dense|classifier)\.(weight|bias)", r"embeddings\.mask_token"),
 )
 
 
@@ -49,7 +50,7 @@ def write_config(weights: Weights, folder: Path) -> None:
         intermediate_size=4 * shape["dim"],
         image_size=shape["image_size"],
         patch_size=shape["patch_size"],
-        layer_norm_eps=1e-6,
+        layer_norm_eps=NORM_EPS if about.norm_eps is None else about.norm_eps,
         architectures=["ViTModel"],
     )
     config.save_pretrained(folder)
@@ -101,6 +102,7 @@ FORMAT = Format(
     libraries=("transformers",),
     kinds=("vit",),
     conv_stem=False,
+    norm_eps=True,
     use=(
         "import torch\nfrom PIL import Image\nfrom transformers import AutoImageProcessor, ViTModel\n\n"
         "processor = AutoImageProcessor.from_pretrained('PATH')\n"
