@@ -128,8 +128,8 @@ def add_subject(parser: ArgumentParser, *roots: str, required: bool = True) -> N
 def read_choice(options: Namespace) -> dict[str, Any]:
     """The keywords of `engine.evaluation.subject.open_subject`. Raises UserError."""
     fraction = options.crop_fraction
-    if fraction is not None and not 0 < fraction <= 1:
-        raise UserError(f"--crop-fraction ({fraction}) must be > 0 and <= 1; 0.875 is usual")
+    if fraction is not None and not 0.01 <= fraction <= 1:
+        raise UserError(f"--crop-fraction ({fraction}) must be > 0 and <= 1, and no less than 0.01; 0.875 is usual")
     if options.baseline == "pixels":
         refuse(options, ["--features"], "for --baseline pixels, which has none")
     check_baseline(options)
@@ -176,6 +176,8 @@ def add_images(parser: ArgumentParser, *roots: str, required: bool = True) -> No
 
 def read_roots(text: str) -> Paths:
     """The type of an option that names images: a path as it is typed, or a list of them in brackets."""
+    if not text:
+        raise UserError("ROOT () must be a path; pass one")
     if not (text.startswith("[") and text.endswith("]")):
         return text
     found = typed(text, f"ROOT ({one_line(text)})")

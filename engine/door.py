@@ -1,6 +1,7 @@
 """The life of every front door: it is entered with its arguments, its ranks meet, and it ends with a result as JSON or
 with words and an exit code; and no process outlives its launcher."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -14,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from engine.distributed.launcher import end_with_launcher, take_place
-from engine.errors import Interrupted, RunFailed, UserError
+from engine.errors import Interrupted, RunFailed, UserError, escaped, reason
 from engine.files import abandon_drafts
 from engine.logger import complain, complain_once, last_word, note, rank
 
 if TYPE_CHECKING:
     from engine.distributed.world import World
 
+# Of paths that were passed and that the system does not even look at.
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -104,6 +107,10 @@ def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _has_lost_its_reader():
             return 128 + signal.SIGPIPE
+        if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
+            path = os.fsdecode(error.filename)
+            complain_once(escaped(f"error: path ({path}) must be one that you can use: {reason(error)}; pass another"))
+            return 2
         sys.excepthook(*sys.exc_info())
         return 1
     return 0

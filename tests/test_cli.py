@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from engine.cli import Parser, add_images, decoding_workers, given_source, image
 from engine.distributed.launcher import MOST_DECODERS
 from engine.door import result
 from engine.errors import UserError
+from engine.weights.opening import open_weights
 
 
 def parsed(*arguments: str):
@@ -72,3 +75,23 @@ def test_a_result_is_printed_by_the_first_rank(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     result({"top1": 0.5})
     assert capsys.readouterr().out == ""
+
+
+def test_a_path_that_the_system_refuses_is_one_line():
+    """pathlib tells of what is not there, and raises where a name is too long or a folder is closed."""
+    code = (
+        "import pathlib; from engine.door import carry_out; carry_out(lambda _: pathlib.Path('x' * 300).is_dir(), [])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    line = f"error: path ({'x' * 300}) must be one that you can use: File name too long; pass another\n"
+    assert (done.returncode, done.stderr) == (2, line)
+
+
+def test_nothing_is_no_path():
+    """As of a variable that is not set; the working directory is not meant."""
+    parser = Parser("engine.check")
+    add_images(parser, "--data")
+    with pytest.raises(UserError, match=r"ROOT \(\) must be a path"):
+        parser.parse_args(["--data", ""])
+    with pytest.raises(UserError, match=r"CHECKPOINT \(\) must exist"):
+        open_weights("")

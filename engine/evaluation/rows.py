@@ -104,11 +104,11 @@ def written(world: World, *files: Path) -> Iterator[list[Path]]:
 def check_new(files: Sequence[Path], force: bool) -> None:
     """Raises UserError where one of the files could not be written, or is there and must not be replaced."""
     for file in files:
-        if not file.absolute().parent.is_dir():
-            raise UserError(f"OUT ({file}) must lie in a folder that exists; make {file.absolute().parent}")
-        if file.is_dir() or (file.exists() and not force):
-            raise UserError(f"OUT ({file}) must not exist; pass another name, or --force to replace a file")
         try:
+            if not file.absolute().parent.is_dir():
+                raise UserError(f"OUT ({file}) must lie in a folder that exists; make {file.absolute().parent}")
+            if file.is_dir() or (file.exists() and not force):
+                raise UserError(f"OUT ({file}) must not exist; pass another name, or --force to replace a file")
             with draft(file) as place:
                 place.touch()
         except OSError as error:

@@ -84,6 +84,8 @@ def open_featured(checkpoint: str, root: Root, out: Path, *, at_most: int, worke
     with Workers([source], workers) as readers:
         subject = open_subject(checkpoint, device, **choice)
         rows = extract(subject, batches_for(subject, source, ids, readers, CONSEQUENCE), device)
+    if not len(rows.id_N):
+        raise UserError(f"{root} must hold images that can be read, and none of {len(ids):,} can; mend them")
     name = checkpoint if checkpoint.startswith("timm/") else Path(checkpoint).resolve().name
     return Featured(name, source, subject, *rows)
 

@@ -27,7 +27,7 @@ from engine.weights.weights import Weights
 OF_TRUNK = ("base.projector", "momentum.trunk", "momentum.projector", "predictor")  # what a trunk alone lacks
 
 
-def import_weights(file: Path, recipe: Pretrain, *, interpolate: bool = False) -> dict[str, Any]:
+def import_weights(file: str | Path, recipe: Pretrain, *, interpolate: bool = False) -> dict[str, Any]:
     """Save step 0 of `recipe.run.dir` with the weights of `file`; what the file lacks starts as in a fresh run.
 
     interpolate: resize learned position embeddings of another grid.

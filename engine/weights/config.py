@@ -137,8 +137,10 @@ def _check_pool(pool: Any, architecture: Architecture) -> None:
 def _side(size: Any) -> int:
     """Of images, which `size` gives as one number or two."""
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    if type(width) is not int or height != width or not 1 <= width <= LARGEST:
-        raise ValueError(f"its images must be squares of 1 to {LARGEST} pixels")
+    if type(width) is not int or height != width or width < 1:
+        raise ValueError("its images must be squares")
+    if width > LARGEST:
+        raise ValueError(f"its images are too large: more than {LARGEST:,} pixels a side")
     return width
 
 

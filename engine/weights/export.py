@@ -109,6 +109,8 @@ def check_out(out: Path, name: str, force: bool) -> None:
         raise UserError(f"OUT ({out}) must end in {kinds} for --format {name}, or be a folder; change its name")
     if out.exists() and not force:
         raise UserError(f"OUT ({out}) must not exist; pass another name, or --force to replace it")
+    if out.is_dir() and not is_file(out) and not _is_replaceable(out):
+        raise UserError(f"OUT ({out}) must be an export or empty for --force, which replaces all of it; name another")
     if out.exists() and out.is_dir() == is_file(out):
         raise UserError(f"OUT ({out}) must not be a {'folder' if out.is_dir() else 'file'}; pass another name")
     if not out.resolve().parent.is_dir():
@@ -119,6 +121,11 @@ def check_out(out: Path, name: str, force: bool) -> None:
         raise UserError(
             f"--format ({name}) needs {', '.join(missing)}, which {verb} not installed; do `pip install -e '.[export]'`"
         )
+
+
+def _is_replaceable(folder: Path) -> bool:
+    """Whether it holds weights of a format or nothing, and so is no run and no folder of images."""
+    return not any(folder.iterdir()) or any((folder / format_page(name).file).exists() for name in NAMES)
 
 
 def is_file(out: Path) -> bool:

@@ -17,7 +17,7 @@ from engine.checkpoint.load import read_tensors
 from engine.checkpoint.manifest import NAME as MANIFEST
 from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.state import RunState
-from engine.errors import UserError, did_you_mean, one_line
+from engine.errors import UserError, did_you_mean, one_line, reason
 from engine.files import newest_lines, row_on
 from engine.logger import note, warn
 from engine.recipe.load import loads, task_of
@@ -63,12 +63,14 @@ def _opened(checkpoint: str, heads: int | None) -> Weights:
     try:
         if checkpoint.startswith(TIMM) and not path.exists():
             return _from_timm(checkpoint)
-        if not path.exists():
+        if not checkpoint or not path.exists():  # "" would be the working directory
             raise UserError(
                 f"CHECKPOINT ({checkpoint}) must exist; pass a run, a checkpoint, an export, a file or timm/<name>"
             )
         sharded = checkpoint_folder(path)
         return read_weights(path, heads) if sharded is None else _from_shards(sharded)
+    except OSError as error:
+        raise UserError(f"CHECKPOINT ({checkpoint}) must be readable: {reason(error)}; pass another path") from error
     except ValueError as error:  # models' word on a network that cannot be
         raise UserError(f"CHECKPOINT ({checkpoint}) must hold a network that can be built: {error}") from error
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from engine.data.opening import open_source
 from engine.data.source import Root
+from engine.errors import UserError
 from engine.pictures.map import OTHERS, Map, apart, draw_map, flat_map
 from tests.pictures.drawn import VIT, show
 
@@ -74,3 +75,10 @@ def test_many_classes_share_a_grey(tmp_path):
     assert "<!-- 5 more -->" in text
     points = text[text.index('<g id="PathCollection_1">') :].split("</g>\n  </g>")[0]
     assert points.count(f"fill: {OTHERS}") == 10
+
+
+def test_images_of_which_none_can_be_read_are_one_line(tmp_path):
+    (tmp_path / "a.png").write_text("no image")
+    for kind in ("embedding", "neighbours"):
+        with pytest.raises(UserError, match="images that can be read, and none of 1 can"):
+            show(kind, VIT, "--data", tmp_path, tmp_path.parent / "e.svg", "--workers", 0)

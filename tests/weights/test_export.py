@@ -193,6 +193,15 @@ def test_nothing_is_replaced_unasked(tmp_path, here):
     assert {f.name for f in tmp_path.iterdir()} == {"a.pth", "folder"}
 
 
+def test_a_folder_that_is_no_export_is_never_replaced(tmp_path, here):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    for folder in (tmp_path / "photos", tmp_path):
+        with pytest.raises(UserError, match="must be an export or empty for --force"):
+            export_here(GOLDEN / "I_vit_small_shape.pth.tar", folder, "timm", force=True)
+    assert (tmp_path / "photos" / "a.jpg").exists()
+
+
 def test_a_failed_proof_leaves_no_file_and_the_old_one(tmp_path, monkeypatch, here):
     rows = tuple((ours, theirs[::-1]) for ours, theirs in transformers.VIT.rows)  # value, key, query
     monkeypatch.setattr(transformers, "VIT", transformers.VIT._replace(rows=rows))

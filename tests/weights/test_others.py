@@ -22,22 +22,11 @@ from engine.export import main
 from engine.weights.opening import open_trunk, open_weights
 from models.vit import sincos_position
 from tests.weights.exports import fresh_checkpoint
-from tests.weights.files import PUBLISHED, state_dict, trunk_of
-
-SHAPE = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "depth": 2}
+from tests.weights.files import PUBLISHED, SHAPE, photograph, small_vit, state_dict, trunk_of, under
 
 
 def close(one: Tensor, other: Tensor) -> bool:
     return ((one - other).abs().max() / other.abs().max()).item() <= 1e-5
-
-
-def small_vit(heads: int, **more) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("vit_small_patch16_224", num_heads=heads, **SHAPE, **{"num_classes": 0} | more).eval()
-
-
-def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 # ---- families --------------------------------------------------------------------------------------------------------
@@ -215,11 +204,6 @@ def test_a_folder_of_transformers_is_a_checkpoint(tmp_path):
     assert close(encoder(pixels), network(pixel_values=pixels).last_hidden_state[:, 0])
     assert encoder.subject.mean == (0.1, 0.2, 0.3)
     assert "its resizing to a square" in open_weights(str(tmp_path)).notes[-1]
-
-
-def photograph() -> Image.Image:
-    coarse = torch.randint(0, 256, (9, 13, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return Image.fromarray(coarse.numpy()).resize((1300, 650), Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize(("fraction", "by"), [(0.9, "bicubic"), (0.95, "bilinear"), (1.0, "bicubic")])

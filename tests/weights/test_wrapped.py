@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.runs.finetune import open_fetched
 from engine.weights.opening import open_weights
 from tests.weights.exports import close, export_here
-from tests.weights.test_others import SHAPE, photograph, small_vit, under
+from tests.weights.files import SHAPE, photograph, small_vit, under
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 ONE = torch.zeros(1)
@@ -151,8 +151,8 @@ def test_arguments_that_change_no_feature_are_taken(tmp_path):
 
 
 CHANGES: list[tuple[dict, str]] = [
-    ({"input_size": [3, 0, 0]}, "squares of 1 to 16384 pixels"),
-    ({"input_size": [3, 10**6, 10**6]}, "squares of 1 to 16384 pixels"),
+    ({"input_size": [3, 0, 0]}, "must be squares"),
+    ({"input_size": [3, 10**6, 10**6]}, "are too large: more than 16,384 pixels"),
     ({"std": [0, 0, 0]}, "std must be above 0"),
     ({"mean": [float("nan")] * 3}, "three numbers"),
 ]
