@@ -85,9 +85,9 @@ def _parts(root: Root, split: Split) -> _Parts:
         UserError: it may be either.
     """
     folders = {path.name: path for path in _folders_in(root.path)}
-    train, val = (_called(folders, part) for part in ("train", "val"))
-    if train is None or val is None:  # other words for a split are classes, unless there are both
-        train, val = folders.get("train"), folders.get("val")
+    train, val, test = (_called(folders, part) for part in ("train", "val", "test"))
+    if train is None or (val is None and {train, test} != {*folders.values()}):
+        train, val = folders.get("train"), folders.get("val")  # other words are classes, unless both are there
     train, val = (None if path is None or holds_run(path) else path for path in (train, val))
     if train is None:
         return _Parts(None, val)
@@ -97,13 +97,13 @@ def _parts(root: Root, split: Split) -> _Parts:
         others = [path for path in others if not holds_run(path) and next(_walk(path, Survey()), None)]
         if others:
             return _as_classes(root, train, others)
-    names = [path.name for path in others]
+    images = 0 if split == "all" else _images_in(root.path)
+    names = [*(path.name for path in others), *([f"{images} images in no folder"] if images else [])]
     beside = " and ".join(path.name for path in (train, val) if path)
     notes = (f"{root}: left out beside {beside}: {listed(names)}",) if names and split != "all" else ()
-    otherwise = None
-    if val and val.name != "val":
-        otherwise = f"{val.name}/ (it is the validation split)"
-    return _Parts(train, val, notes, otherwise)
+    usual = ((val, "val", "validation"), (train, "train", "training"))
+    odd = [f"{path.name}/ (it is the {split} split)" for path, name, split in usual if path and path.name != name]
+    return _Parts(train, val, notes, odd[0] if odd else None)
 
 
 def _called(folders: dict[str, Path], split: str) -> Path | None:
@@ -133,6 +133,13 @@ def _folders_in(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
         visible = [e for e in entries if not e.name.startswith(".") and not is_system_folder(e.name)]
     return sorted(Path(e.path) for e in visible if (Path(e.path) if e.is_symlink() else e).is_dir())
+
+
+def _images_in(folder: Path) -> int:
+    """How many lie in it, by their names, and not in a folder inside."""
+    with os.scandir(folder) as entries:
+        visible = [e for e in entries if not e.name.startswith(".") and is_image_name(os.fsencode(e.name))]
+    return sum(not e.is_dir(follow_symlinks=False) for e in visible)
 
 
 class FolderSource(FileSource):

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import resource
+import stat
 import time
 from collections.abc import Iterable
 from functools import lru_cache
@@ -30,7 +31,7 @@ from engine.errors import UserError, reason
 from engine.files import publish, shared_draft
 from engine.logger import warn
 
-_FORMAT = 3
+_FORMAT = 4
 _BEGIN = b"PK\3\4"  # of an npz file
 _HEADERS = 16  # that a saved index is compared with, spread over the tar: another one may have its size and time
 _BLOCK = 512
@@ -110,6 +111,8 @@ def open_index(tar: Path, *, read_only: bool = False) -> TarIndex:
     """
     try:
         status = tar.stat()
+        if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its writer
+            raise UserError(f"tar ({tar}) must be a file; it is a folder, a pipe or a device: take it away")
         stamp = np.array([_FORMAT, status.st_size, status.st_mtime_ns])
         for path in places(tar):
             index = _load(path, tar, stamp)

@@ -105,8 +105,22 @@ def test_train_beside_another_split_is_a_split(tmp_path, beside):
 def test_other_words_for_a_split_count_where_both_are_there(tmp_path):
     root = fill(tmp_path / "d", {"Training/a/1.png": 1, "validation/a/2.png": 2, "test/a/3.png": 3})
     assert seen("folder", root) == ([1], [2])
+    root = fill(tmp_path / "f", {"Training/a/1.png": 1, "Training/b/2.png": 2, "Testing/a/3.png": 3})
+    assert seen("folder", root) == ([1, 2], None)
+    assert opened("folder", root).otherwise == "Training/ (it is the training split)"
+    assert "left out beside Training: Testing" in opened("folder", root).notes[0]
     root = fill(tmp_path / "e", {"training/1.png": 1, "running/2.png": 2, "test/1.png": 3})
     assert opened("folder", root).classes == ("running", "test", "training")
+
+
+@pytest.mark.parametrize("beside", ["val/2.png", "test/2.png", "x.txt"])
+def test_images_beside_a_split_that_lie_in_no_folder_are_said(tmp_path, beside):
+    root = fill(tmp_path / "d", {"train/1.png": 1, beside: 2})
+    assert not any("in no folder" in note for note in opened("folder", root).notes)
+    fill(root, {"3.png": 3, "4.PNG": 4, ".5.png": 5, "@eaDir/6.png": 6})
+    (note,) = opened("folder", root).notes
+    assert note.endswith("2 images in no folder")
+    assert len(opened("folder", root)) == 1
 
 
 def test_what_may_be_a_split_or_a_class_is_asked(tmp_path):
@@ -286,6 +300,13 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match=rf"must be readable; {root}/secret: Permission denied"):
         opened("folder", root)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_pipe_or_a_folder_that_is_called_a_tar_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "x.tar")
+    with pytest.raises(UserError, match=r"tar \(.*x.tar\) must be a file"):
+        opened("shards", tmp_path)
 
 
 def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):

@@ -172,7 +172,7 @@ def test_missing_data_is_named_with_the_remedy(tmp_path, kind, split):
         ("folder", lambda root: (root.rmdir(), root.write_bytes(b"")), "must be a folder .* pass data.source=list"),
         ("shards", lambda root: None, r"must hold tars of images .*it has no \*\.tar"),
         ("shards", lambda root: (root / "x.tar").write_bytes(pack({"a.txt": b""})), "its tars have none"),
-        ("shards", lambda root: (root / "x.tar").mkdir(), "must be readable; Is a directory"),
+        ("shards", lambda root: (root / "x.tar").mkdir(), "must be a file; it is a folder, a pipe or a device"),
         ("shards", lambda root: (root / "x.tar.gz").write_bytes(b"\x1f\x8b123"), r"not be compressed \(gzip\); unpack"),
     ],
 )
