@@ -35,4 +35,9 @@ def _as_name(found: object) -> bytes:
 
 def by_number(names: Iterable[bytes]) -> list[bytes]:
     """Class names in order: numbers by value, before all others."""
-    return sorted(names, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
+
+    def place(name: bytes) -> tuple[bool, int, bytes, bytes]:
+        number = name.lstrip(b"0") if name.isdigit() else b""  # no int, which 4,300 digits are too many for
+        return not name.isdigit(), len(number), number, name
+
+    return sorted(names, key=place)

@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 from engine.data.decode import is_image_name, is_new_suffix
 from engine.data.labels import LABEL_SUFFIXES, MOST_BYTES, read_label
 from engine.data.naming import is_system_folder
-from engine.data.survey import Survey, printable
+from engine.data.survey import NO_FILES, Survey, printable
 from engine.errors import UserError, listed, one_line
 
 _BLOCK = 512
@@ -51,18 +51,26 @@ class Image(NamedTuple):
     label: bytes = b""
 
 
+class _Link(NamedTuple):
+    """place: among images; None where it is called something else."""
+
+    at: _At
+    target: _At
+    place: int | None
+
+
 @dataclass(frozen=True)
 class _Found:
     images: list[Image] = field(default_factory=list)
-    links: dict[int, tuple[_At, _At]] = field(default_factory=dict)  # {place among images: (name, target)}
+    links: list[_Link] = field(default_factory=list)
     labels: dict[_At, list[Image]] = field(default_factory=lambda: defaultdict(list))  # files, by key of the sample
 
 
 def find_images(tar: Path, file: BinaryIO, survey: Survey) -> list[Image]:
     """Every image of an open tar, in the order they lie in; what else there is goes to the survey.
 
-    Raises UserError unless the tar ends as a tar must, so that none is lost unseen; where a link leads out of it; and
-    where a sample with a label has several images, none of which is the one.
+    Raises UserError unless the tar ends as a tar must, so that none is lost unseen; where an image's link leads out of
+    it; and where a sample with a label has several images, none of which is the one, or several labels.
     """
     found = _Found()
     for part, member in _members(tar, file):
@@ -70,7 +78,7 @@ def find_images(tar: Path, file: BinaryIO, survey: Survey) -> list[Image]:
         if name and not member.isdir():
             _sort(tar, _At(part, name), member, is_hidden, found, survey)
     images = _follow(tar, file, found, survey)
-    return _label(file, _of_samples(tar, images, found, survey), found, survey)
+    return _label(tar, file, _of_samples(tar, images, found, survey), found, survey)
 
 
 def _sort(tar: Path, at: _At, member: tarfile.TarInfo, is_hidden: bool, found: _Found, survey: Survey) -> None:
@@ -80,22 +88,26 @@ def _sort(tar: Path, at: _At, member: tarfile.TarInfo, is_hidden: bool, found: _
     elif system:
         survey.leave_out(f"in {system[0]}")
         survey.takes_otherwise(at.name, "a system's own folder holds no images of the set")
-    elif not (member.isreg() or member.issym() or member.islnk()) or not is_image_name(at.name):
-        if member.isreg() and at.suffix in LABEL_SUFFIXES:
-            found.labels[at.key].append(Image(at, member.offset_data, member.size))
-        else:
-            survey.leave_out_file(at.name)
-    elif member.isreg():
+    elif member.isdev():
+        survey.leave_out(NO_FILES)
+    elif member.issym() or member.islnk():
+        _sort_link(tar, at, member, found)
+    elif member.isreg() and is_image_name(at.name):
         if member.issparse():
             raise _broken(tar, f"{printable(at.name)} is stored sparse")
         found.images.append(Image(at, member.offset_data, member.size))
+    elif member.isreg() and _is_label(at):
+        found.labels[at.key].append(Image(at, member.offset_data, member.size))
     else:
-        found.links[len(found.images)] = (at, _target(tar, at, member))
-        found.images.append(Image(at, -1, -1))
+        survey.leave_out_file(at.name)
     if at.part and found.images and found.images[-1].at == at:
         survey.takes_otherwise(at.name, "it lies in a tar that follows another in one file")
     if is_new_suffix(at.name):
         survey.takes_otherwise(at.name, "its suffix counts as an image's")
+
+
+def _is_label(at: _At) -> bool:
+    return at.suffix.lower() in LABEL_SUFFIXES
 
 
 # ---- tars ------------------------------------------------------------------------------------------------------------
@@ -156,39 +168,56 @@ def _clean(name: bytes) -> tuple[bytes, bool]:
 # ---- links -----------------------------------------------------------------------------------------------------------
 
 
-def _target(tar: Path, at: _At, member: tarfile.TarInfo) -> _At:
-    """Where a link leads. A hard link names a member, a symbolic one a path from its own folder."""
+def _sort_link(tar: Path, at: _At, member: tarfile.TarInfo, found: _Found) -> None:
+    """A hard link names a member, a symbolic one a path from its own folder."""
     target = os.fsencode(member.linkname)
     path = posixpath.join(posixpath.dirname(at.name), target) if member.issym() else target.lstrip(b"/")
     path = posixpath.normpath(path)
-    if path.startswith((b"/", b"../")) or path == b"..":
+    is_image = is_image_name(at.name)
+    if is_image and (path.startswith((b"/", b"../")) or path == b".."):
         raise UserError(
             f"tar ({tar}) must hold what its links name; {printable(at.name)} leads out of it, to {printable(target)}; "
             "pack it again with the files that links lead to (tar --dereference)"
         )
-    return _At(at.part, path)
+    found.links.append(_Link(at, _At(at.part, path), len(found.images) if is_image else None))
+    if is_image:
+        found.images.append(Image(at, -1, -1))
 
 
 def _follow(tar: Path, file: BinaryIO, found: _Found, survey: Survey) -> list[Image]:
-    """The images, links among them with the place of what they lead to; those that lead to nothing left out."""
+    """The images, links among them with the place of what they lead to; those that lead to nothing left out. Labels
+    that are links go to the others."""
     if not found.links:
         return found.images
-    files = {}
-    for part, member in _members(tar, file):  # once more, as a link may lead to any file, before it or after
-        if member.isreg() and not member.issparse():
-            files[_At(part, _clean(os.fsencode(member.name))[0])] = (member.offset_data, member.size)
-    onward = dict(found.links.values())
+    files = _files(tar, file)
+    folders = {_At(at.part, at.name.rpartition(b"/")[0]) for at in files}
+    onward = {link.at: link.target for link in found.links}
     images: list[Image | None] = list(found.images)
-    for place, (at, target) in found.links.items():
+    for at, target, place in found.links:
         for _ in range(_MOST_LINKS):
             target = onward.get(target, target) if target not in files else target
-        if target in files:
-            images[place] = Image(at, *files[target])
+        if place is not None:
+            images[place] = Image(at, *files[target]) if target in files else None
+        if place is None and target in folders:
+            survey.leave_out("links to folders")
+        elif place is None and not (target in files and _is_label(at)):
+            survey.leave_out_file(at.name)
+        elif place is None:
+            found.labels[at.key].append(Image(at, *files[target]))
+        elif target in files:
             survey.takes_otherwise(at.name, "a link is the image that it leads to")
         else:
-            images[place] = None
             survey.leave_out("links to nothing")
     return [image for image in images if image is not None]
+
+
+def _files(tar: Path, file: BinaryIO) -> dict[_At, tuple[int, int]]:
+    """Where each file lies, and its size; found once more, as a link may lead to any, before it or after."""
+    return {
+        _At(part, _clean(os.fsencode(member.name))[0]): (member.offset_data, member.size)
+        for part, member in _members(tar, file)
+        if member.isreg() and not member.issparse()
+    }
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
@@ -214,19 +243,29 @@ def _of_samples(tar: Path, images: list[Image], found: _Found, survey: Survey) -
     return kept
 
 
-def _label(file: BinaryIO, images: list[Image], found: _Found, survey: Survey) -> list[Image]:
+def _label(tar: Path, file: BinaryIO, images: list[Image], found: _Found, survey: Survey) -> list[Image]:
     """The images with the labels of their samples; files that say none, or are no image's, are left out."""
     said: dict[_At, bytes] = {}
     keys = {image.at.key for image in images}
     for key, files in found.labels.items():
-        for each in sorted(files, key=lambda each: LABEL_SUFFIXES.index(each.at.suffix)):
-            size = min(each.size, MOST_BYTES)
-            label = read_label(each.at.suffix, os.pread(file.fileno(), size, each.offset)) if key in keys else b""
-            if label:
-                said.setdefault(key, label)
+        labels = defaultdict(set)
+        for each in files:
+            suffix, size = each.at.suffix.lower(), min(each.size, MOST_BYTES)
+            if label := read_label(suffix, os.pread(file.fileno(), size, each.offset)) if key in keys else b"":
+                labels[suffix].add(label)
             else:
                 survey.leave_out_file(each.at.name)
+        if first := next((labels[suffix] for suffix in LABEL_SUFFIXES if suffix in labels), None):
+            said[key] = _only(tar, key, first)
     for image in images if said else []:
         if image.at.key in said:
             survey.takes_otherwise(image.at.name, "its label is read")
     return [image._replace(label=said.get(image.at.key, b"")) for image in images] if said else images
+
+
+def _only(tar: Path, key: _At, labels: set[bytes]) -> bytes:
+    if len(labels) > 1:
+        shown = " and ".join(map(printable, sorted(labels)))
+        raise UserError(f"tar ({tar}) must have one label in a sample; {printable(key.name)} has {shown}; keep one")
+    (label,) = labels
+    return label

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.data.labels import by_number
 from engine.data.opening import open_source
 from engine.data.source import Root
 from engine.errors import UserError
@@ -87,8 +88,13 @@ def test_links_are_the_images_that_they_lead_to(tmp_path):
     assert [source.name(i) for i in range(4)] == [f"x.tar:{n}.png" for n in ("b/soon", "a/1", "b/hard", "b/again")]
     assert shades(source) == [1, 1, 2, 2]
     assert source.classes == ("a", "b")
-    assert "3 links to nothing" in source.notes[0]
-    assert "2 other files" in source.notes[0]
+    assert source.notes[0].endswith("3 links to nothing, 1 other files, 1 links to folders")
+
+
+def test_a_device_is_no_image_whatever_it_is_called(tmp_path):
+    source = opened(tmp_path / "x.tar", linked(("1.png", png(1), FILE), ("2.png", "", tarfile.FIFOTYPE)))
+    assert shades(source) == [1]
+    assert source.notes[0].endswith("1 pipes or devices")
 
 
 @pytest.mark.parametrize(("target", "kind"), [("/etc/1.png", SOFT), ("../../1.png", SOFT), ("../1.png", HARD)])
@@ -123,6 +129,32 @@ def test_a_sample_is_one_image_and_its_label(tmp_path, suffix, contents, classes
     assert open_source(Root("shards", tmp_path / "x.tar"), "train").otherwise == source.otherwise is not None
     changed = {**members, f"0.{suffix}": contents[1].ljust(len(contents[0]))}
     assert opened(tmp_path / "y.tar", pack(changed)).fingerprint != source.fingerprint
+
+
+@pytest.mark.parametrize("kind", [HARD, SOFT])
+def test_a_label_may_be_a_link(tmp_path, kind):
+    images = (("1.png", png(1), FILE), ("2.png", png(2), FILE), ("3.png", png(3), FILE))
+    labels = (("1.cls", "2.CLS", kind), ("2.CLS", b"5", FILE), ("3.cls", b"6", FILE))
+    source = opened(tmp_path / "x.tar", linked(*images, *labels))
+    assert (source.classes, source.labels.tolist()) == (("5", "6"), [0, 0, 1])
+    assert source.notes == ()
+    source = opened(tmp_path / "y.tar", linked(*images, ("1.cls", "/etc/5.txt", kind), *labels[1:]))
+    assert source.notes[0].endswith("1 .cls")
+    assert "1 of 3 images have no label beside them" in source.notes[1]
+
+
+def test_a_sample_that_comes_twice_has_one_label(tmp_path):
+    twice = [("1.png", png(1), FILE), ("1.cls", b"3", FILE), ("1.png", png(2), FILE), ("1.cls", b"3", FILE)]
+    assert opened(tmp_path / "x.tar", linked(*twice)).labels.tolist() == [0, 0]
+    with pytest.raises(UserError, match=r"must have one label in a sample; 1 has 3 and 4; keep one"):
+        opened(tmp_path / "x.tar", linked(*twice[:3], ("1.cls", b"4", FILE)))
+
+
+@pytest.mark.parametrize("names", [["9", "10", "a"], ["8" * 5000, "9" * 5000], ["00", "0", "002", "2", "10"]])
+def test_classes_that_are_numbers_are_in_order_however_long_they_are(names):
+    classes = [name.encode() for name in names]
+    assert by_number(reversed(classes)) == by_number(classes)
+    assert [name.lstrip(b"0") for name in by_number(classes)] == [name.lstrip(b"0") for name in classes]
 
 
 def test_images_of_which_some_have_no_label_are_unlabelled(tmp_path):
