@@ -95,7 +95,7 @@ class _Found:
         self.labels: list[bytes] = []
         self.times: dict[bytes, Times] = {}
         self.survey = Survey()
-        self.first_lost = ""
+        self.first_lost, self.first_left_out = "", ""
 
     def take(self, line: int, path: bytes, label: bytes) -> None:
         """A line's. A file that is not there counts as an image of size -1, so that it is reported when it is read."""
@@ -106,23 +106,26 @@ class _Found:
             status = (self.folder / os.fsdecode(path)).stat()
         except OSError:
             status = None
-        if status and stat.S_ISDIR(status.st_mode):
-            self.survey.leave_out("folders")
-        elif status and not stat.S_ISREG(status.st_mode):
-            self.survey.leave_out(NO_FILES)
-        elif not is_image_name(path):
-            self.survey.leave_out_file(path)
-        else:
+        where = f"line {line}: {printable(path)}"
+        if is_image_name(path) and (status is None or stat.S_ISREG(status.st_mode)):
             self.paths.append(path)
             self.labels.append(label)
             self.sizes.append(status.st_size if status else -1)
             self.numbers.append(twice.number_of(status))
-            if status is None and not self.first_lost:
-                self.first_lost = f"line {line}: {printable(path)}"
+            self.first_lost = self.first_lost or ("" if status else where)
+            return
+        self.first_left_out = self.first_left_out or where
+        if status and stat.S_ISDIR(status.st_mode):
+            self.survey.leave_out("folders")
+        elif status and not stat.S_ISREG(status.st_mode):
+            self.survey.leave_out(NO_FILES)
+        else:
+            self.survey.leave_out_file(path)
 
     def listed(self) -> Timed:
         """Raises UserError where there is no image, or one under two labels."""
-        left_out = self.survey.words()
+        found = self.survey.words()
+        left_out = f"{found} ({self.first_left_out})" if found else ""
         if not self.paths:
             raise UserError(
                 f"{self.root} must name images ({' '.join(IMAGE_SUFFIXES)}), a path on each line, a label after a tab; "
@@ -159,12 +162,17 @@ class _Found:
         return any(os.path.realpath(self.folder / os.fsdecode(inner)) == own for inner in self.times)
 
     def _named_again(self) -> int:
+        """How many lines name a file that one before does, by whatever name. Raises UserError where a path has two
+        labels."""
         label_of: dict[bytes, bytes] = {}
-        for path, label in zip(map(os.path.normpath, self.paths), self.labels, strict=True):
+        files: set[int | bytes] = set()
+        each = zip(map(os.path.normpath, self.paths), self.labels, self.sizes, self.numbers, strict=True)
+        for path, label, size, number in each:
+            files.add(path if size < 0 else number)
             if label_of.setdefault(path, label) != label:
                 both = " and ".join(printable(name) or "none" for name in (label_of[path], label))
                 raise UserError(f"{self.root} must give each image one label; {printable(path)} has {both}")
-        return len(self.paths) - len(label_of)
+        return len(self.paths) - len(files)
 
 
 class ListSource(FileSource):

@@ -54,12 +54,20 @@ def test_what_a_list_has_beside_images_is_said(root):
     assert source.notes == tuple(
         f"data.root ({root}/list.txt): {line}"
         for line in (
-            "left out: 1 folders, 1 .txt",
+            "left out: 1 folders, 1 .txt (line 4: b)",
             "1 of 6 files are not there (line 7: gone.png)",
             "2 lines name an image again, and it counts again",
             "1 of 6 images have no label, so none of them is read",
         )
     )
+
+
+def test_an_image_is_named_again_by_links_too(root):
+    (root / "link.png").symlink_to("a/1.png")
+    (root / "hard.png").hardlink_to(root / "a/1.png")
+    (root / "c").symlink_to("b")
+    source = opened(root, "a/1.png\nlink.png\nhard.png\nc/2.png\nb/2.png\ngone.png\n./gone.png\nlost.png\n")
+    assert any(note.endswith("4 lines name an image again, and it counts again") for note in source.notes)
 
 
 def shades_or_none(source) -> list[int | None]:
@@ -76,7 +84,8 @@ def shades_or_none(source) -> list[int | None]:
     ("text", "says"),
     [
         ("", "there are none"),
-        ("a/1.png 3\n", "a label after a tab; there are none, but 1 other files"),
+        ("a/1.png 3\n", r"a label after a tab; there are none, but 1 other files \(line 1: a/1.png 3\)"),
+        ("'a/1.png'\n", r"there are none, but 1 other files \(line 1: 'a/1.png'\)"),
         ("\ta\n", "a path on each line and at most a tab and a label after it; line 1 is"),
         ("a/1.png\n a/1.png\tx\ty\n", "line 2 is "),
         ("gone.png\n../x.png\n", r"none of 2 is, such as line 1: gone.png"),
