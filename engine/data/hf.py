@@ -17,7 +17,7 @@ from engine.data.collect import Numbering
 from engine.data.decode import decode
 from engine.data.jpeg import Jpeg
 from engine.data.labels import by_number, read_label
-from engine.data.naming import called, split_of_tar
+from engine.data.naming import called, is_system_folder, split_of_tar
 from engine.data.source import Root, Source, Split, part_of
 from engine.data.survey import printable
 from engine.data.tables import ARROW, PARQUET, Table, open_table
@@ -36,8 +36,10 @@ def open_hf(root: Root, split: Split) -> Source | None:
         do = "`pip install -e '.[hf]'` or `pip install pyarrow`"
         raise UserError(f"data.source (hf) needs pyarrow, which is not installed; do {do}") from None
     files, notes = _files(root, split)
-    if not files:
+    if not files and split == "val":
         return None
+    if not files:
+        raise UserError(f"{root} must hold images; it is a data set without tables")
     try:
         tables = [open_table(path) for path in files]
         columns = _columns(root, tables[0])
@@ -58,7 +60,8 @@ def is_hf(path: Path) -> bool:
     if path.is_file():
         return path.suffix.lower() in (ARROW, PARQUET)
     saved = any((path / name).is_file() for name in (_SPLITS, _SAVED))
-    return saved or any(next(folder.glob(f"*{PARQUET}"), None) for folder in (path, path / "data"))
+    folders = [folder for folder in (path, path / "data") if folder.is_dir()]
+    return saved or any(_is_parquet(file, folder) for folder in folders for file in folder.iterdir())
 
 
 # ---- which files -----------------------------------------------------------------------------------------------------
@@ -71,10 +74,11 @@ def _files(root: Root, split: Split) -> tuple[list[Path], list[str]]:
     if path.is_file() or (path / _SAVED).is_file():
         return ([] if split == "val" else _saved(root, path)), []
     if (path / _SPLITS).is_file():
-        of = {name: (name,) for name in map(str, _read(root, path / _SPLITS, "splits"))}
+        with _as_saved(root, _SPLITS):
+            of = {name: (name,) for name in map(str, _read(root, path / _SPLITS, "splits"))}
         chosen, notes = _choose(root, split, of)
         return [file for name in chosen for file in _saved(root, path / name)], notes
-    found = sorted(path.rglob(f"*{PARQUET}"))
+    found = sorted(file for file in path.rglob("*") if _is_parquet(file, path))
     if not found:
         raise UserError(
             f"{root} must hold a data set that was saved by save_to_disk, or *.parquet; it has neither; for images in "
@@ -83,6 +87,13 @@ def _files(root: Root, split: Split) -> tuple[list[Path], list[str]]:
     names = {str(file.relative_to(path)): file for file in found}
     chosen, notes = _choose(root, split, {name: tuple(filter(None, [split_of_tar(name)])) for name in names})
     return [names[name] for name in chosen], notes
+
+
+def _is_parquet(file: Path, root: Path) -> bool:
+    """Whether it is a table, below a root, and neither hidden nor a system's own."""
+    above = file.relative_to(root).parts
+    is_hidden = any(part.startswith(".") or is_system_folder(part) for part in above)
+    return file.suffix.lower() == PARQUET and not is_hidden and file.is_file()
 
 
 def _choose(root: Root, split: Split, of: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str]]:
@@ -137,8 +148,10 @@ class _Columns(NamedTuple):
 def _columns(root: Root, table: Table) -> _Columns:
     kinds = {field.name: field.type for field in table.schema}
     features = table.features()
+    if len(kinds) < len(table.schema):
+        raise UserError(f"{root} must have columns of different names; it has {listed(table.schema.names)}: rename one")
     for key, name in root.dataset_options.items():
-        if name is not None and name not in kinds:
+        if name is not None and name not in [*kinds]:  # which may be a list, too
             raise UserError(f"data.dataset_options ({key}: {name}) must name a column: {listed(list(kinds))}")
     images = [n for n, kind in kinds.items() if features.get(n, {}).get("_type") == "Image" or _may_hold_images(kind)]
     image = root.dataset_options.get("image") or _one_of(images, _IMAGES)
@@ -147,9 +160,10 @@ def _columns(root: Root, table: Table) -> _Columns:
         do = do if images else f"for images in folders pass {root.of_source('folder')}"
         raise UserError(
             f"{root} must have a column of images, each a struct of bytes and path, or bytes; it has "
-            f"{listed(list(kinds))}; {do}"
+            f"{listed(list(kinds)) or 'none'}; {do}"
         )
-    classes = [name for name, about in features.items() if name in kinds and about.get("_type") == "ClassLabel"]
+    names_of = {name: _class_names(features.get(name, {}), kind) for name, kind in kinds.items()}
+    classes = [name for name, names in names_of.items() if names]
     if "label" in root.dataset_options:
         label, notes = root.dataset_options["label"], ()
     else:
@@ -162,8 +176,17 @@ def _columns(root: Root, table: Table) -> _Columns:
             notes = (f"{root}: unlabelled: {listed(odd)} holds neither integers nor texts",)
     if label is not None and not _may_be_labels(kinds[label]):
         raise UserError(f"data.dataset_options (label: {label}) must name a column of integers or texts")
-    names = features.get(label or "", {}).get("names") if label in classes else None
-    return _Columns(image, label, names and tuple(printable(str(name).encode()) for name in names), notes)
+    return _Columns(image, label, names_of.get(label) or None, notes)
+
+
+def _class_names(about: Mapping[str, Any], kind: Any) -> tuple[str, ...] | None:
+    """What a ClassLabel calls its classes; None of what is none, whatever it says."""
+    import pyarrow.types as is_of
+
+    names = about.get("names") if about.get("_type") == "ClassLabel" and is_of.is_integer(kind) else None
+    if not isinstance(names, list):
+        return None
+    return tuple(printable(str(name).encode(errors="backslashreplace")) for name in names)
 
 
 def _one_of(names: list[str], preferred: Sequence[str]) -> str | None:

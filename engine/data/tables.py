@@ -51,9 +51,9 @@ class Table(ABC):
         """What Hugging Face's library has noted of the columns, by name."""
         try:
             noted = json.loads((self.schema.metadata or {})[b"huggingface"])["info"]["features"]
-        except (KeyError, ValueError, TypeError):
+            return {name: about for name, about in noted.items() if isinstance(about, dict)}
+        except (KeyError, ValueError, TypeError, AttributeError):  # others may write there what they like
             return {}
-        return {name: about for name, about in noted.items() if isinstance(about, dict)}
 
 
 class ArrowTable(Table):

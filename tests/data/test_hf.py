@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 import sys
 
@@ -129,11 +130,12 @@ def test_columns_are_found_or_named(tmp_path):
     assert opened(root, label=None).notes == ()
     for options, text in {
         ("image", "coarse"): "must have a column of images, .* it has image, fine, coarse, mask; name one",
+        ("image", ("mask",)): r"data.dataset_options \(image: .*mask.*\) must name a column: image, fine, coarse, mask",
         ("image", "none"): r"data.dataset_options \(image: none\) must name a column: image, fine, coarse, mask",
         ("label", "mask"): r"\(label: mask\) must name a column of integers or texts",
     }.items():
         with pytest.raises(UserError, match=text):
-            opened(root, **dict([options]))
+            opened(root, **{options[0]: [*options[1]] if isinstance(options[1], tuple) else options[1]})
     texts = opened(save(tmp_path / "texts", table({1: "10", 2: "9", 3: "dog"})))
     assert (texts.labels.tolist(), texts.classes) == ([1, 0, 2], ("9", "10", "dog"))
     categories = table({1: "x", 2: "y"}, label=pa.array(["y", "x"]).dictionary_encode())
@@ -147,6 +149,35 @@ def test_columns_are_found_or_named(tmp_path):
         bare = opened(save(tmp_path / name, table(label)))
         assert bare.labels is None
         assert "1 of 2 images have no label, so none of them is read" in bare.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "classes"),
+    [
+        ([1], [0, 1], ("0", "1")),
+        ({"label": 3}, [0, 1], ("0", "1")),
+        ({"label": {"_type": "ClassLabel"}}, [0, 1], ("0", "1")),
+        ({"label": {"_type": "ClassLabel", "names": 3}}, [0, 1], ("0", "1")),
+        ({"label": {"_type": "ClassLabel", "names": []}}, [0, 1], ("0", "1")),
+        ({"label": {"_type": "ClassLabel", "names": ["\ud800", 7]}}, [0, 1], (r"\ud800", "7")),
+        (CAT_DOG, ["dog", "cat"], ("cat", "dog")),
+        (CAT_DOG, [0.0, 1.0], None),
+    ],
+)
+def test_what_is_noted_of_columns_may_be_anything(tmp_path, features, labels, classes):
+    source = opened(save(tmp_path / "set", table(dict(enumerate(labels)), features)))
+    assert source.classes == classes
+
+
+def test_hidden_tables_are_none_and_a_suffix_may_be_upper_case(tmp_path):
+    for folder in (".cache", "__MACOSX", "data"):
+        (tmp_path / folder).mkdir()
+    pq.write_table(table({1: 0}), tmp_path / "data/TRAIN.PARQUET")
+    for name in (".cache/train.parquet", "__MACOSX/train.parquet", "data/._train.parquet"):
+        (tmp_path / name).write_bytes(b"no table")
+    os.mkfifo(tmp_path / "data/pipe.parquet")
+    assert shades(opened(tmp_path)) == [1]
+    assert guess_kind(tmp_path) == "hf"
 
 
 def test_an_image_may_be_a_path_or_missing(tmp_path):
@@ -197,6 +228,16 @@ def test_tables_that_cannot_be_used_are_one_line(tmp_path, monkeypatch):
     (odd.parent / "files/state.json").write_text('{"_data_files": [{"name": "a.arrow"}]}')
     cases[odd.parent / "files"] = "must be as save_to_disk left it; state.json is not"
     cases[odd.parent / "json"] = "must be as save_to_disk left it; state.json is not"
+    image, label = (table(FIVE).column(name) for name in ("image", "label"))
+    save(tmp_path / "same", pa.table([image, label, label], names=["image", "label", "label"]))
+    cases[tmp_path / "same"] = "must have columns of different names; it has image, label, label: rename one"
+    for name, text in {"none": '{"splits": []}', "three": '{"splits": 3}'}.items():
+        (tmp_path / f"splits-{name}").mkdir()
+        (tmp_path / f"splits-{name}/dataset_dict.json").write_text(text)
+    cases[tmp_path / "splits-none"] = "must hold images; it is a data set without tables"
+    cases[tmp_path / "splits-three"] = "must be as save_to_disk left it; dataset_dict.json is not"
+    save(tmp_path / "no-tables")
+    cases[tmp_path / "no-tables"] = "must hold images; it is a data set without tables"
     (tmp_path / "bare").mkdir()
     cases[tmp_path / "bare"] = "must hold a data set that was saved by save_to_disk, or"
     for path, text in cases.items():
