@@ -6,14 +6,14 @@ Shapes: N images that the run began with, M images that there are now.
 import gzip
 import json
 from collections.abc import Iterable, Iterator
-from itertools import repeat
+from itertools import compress, repeat
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from engine.data.bad_images import bears
+from engine.data.bad_images import bears, least_fraction
 from engine.data.jpeg import Jpeg
 from engine.data.source import Source
 from engine.errors import UserError, listed, reason
@@ -43,12 +43,12 @@ class Changes(NamedTuple):
     """What images are not as they were.
 
     place_N: the present number of each image that there was, -1 where it is gone. differ: numbers of those that have
-    another size. added: how many there are that there were not.
+    another size. added: names of those that there were not.
     """
 
     place_N: np.ndarray
     differ: list[int]
-    added: int
+    added: list[str]
 
     @property
     def gone(self) -> list[int]:
@@ -56,13 +56,10 @@ class Changes(NamedTuple):
 
     def in_words(self, began: Began) -> str:
         """The first of each kind, and how many there are."""
-        kinds = {"gone": self.gone, "of another size": self.differ}
-        found = [
-            f"{len(numbers):,} {what} ({listed([began.names[i] for i in numbers], most=_NAMED)})"
-            for what, numbers in kinds.items()
-            if numbers
-        ]
-        return ", ".join([*found, *([f"{self.added:,} new"] if self.added else [])]) or "their order or labels differ"
+        gone, differ = ([began.names[i] for i in numbers] for numbers in (self.gone, self.differ))
+        kinds = {"gone": gone, "of another size": differ, "new": self.added}
+        found = [f"{len(names):,} {what} ({listed(names, most=_NAMED)})" for what, names in kinds.items() if names]
+        return ", ".join(found) or "their order or labels differ"
 
 
 # ---- the list --------------------------------------------------------------------------------------------------------
@@ -161,7 +158,9 @@ def compare(began: Began, source: Source) -> Changes | None:
     place_N = np.fromiter((number.get(name, -1) for name, _ in there), np.int64, len(began.names))
     still = np.flatnonzero(place_N >= 0)
     differ = still[np.array(sizes, np.int64)[place_N[still]] != began.sizes_N[still]]
-    return Changes(place_N, differ.tolist(), len(sizes) - len(still))
+    is_new_M = np.ones(len(sizes), bool)
+    is_new_M[place_N[still]] = False
+    return Changes(place_N, differ.tolist(), [name.partition("\n")[0] for name in compress(number, is_new_M)])
 
 
 def _told_apart(files: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
@@ -187,9 +186,10 @@ def as_begun(source: Source, path: Path, bearable: float) -> Source:
     if changes is None:
         return source
     if not bears(bearable, len(changes.gone), len(began.names)):
+        least = least_fraction(len(changes.gone), len(began.names))
         raise UserError(
             f"data.max_bad_fraction ({bearable}) must bear what is gone of the images that the run began with: "
-            f"{changes.in_words(began)}; give it those, or raise it"
+            f"{changes.in_words(began)}; give it those, or pass data.max_bad_fraction={least:g} or more"
         )
     return AsBegun(source, began, changes)
 
