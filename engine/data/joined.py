@@ -64,6 +64,12 @@ class JoinedSource(Source):
         # Numbered: a root may be moved.
         return ((f"root {k}: {name}", size) for k, files in enumerate(found, 1) for name, size in files)
 
+    @property
+    def file_numbers(self) -> np.ndarray | None:
+        found = [part.file_numbers for part in self._parts]
+        known = [number_N for number_N in found if number_N is not None]
+        return np.concatenate(known) if len(known) == len(found) else None
+
     def groups(self) -> Iterable[tuple[str, int, int]]:
         return ((f"root {k}: {name}", *rest) for k, part in enumerate(self._parts, 1) for name, *rest in part.groups())
 

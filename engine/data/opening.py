@@ -13,11 +13,10 @@ from engine.data.joined import JoinedSource
 from engine.data.lists import LIST_SUFFIXES, open_list
 from engine.data.naming import is_tar_name
 from engine.data.outputs import lies_among
-from engine.data.paths import FileSource
 from engine.data.shards import ShardSource, open_shards
 from engine.data.source import Root, Source, Split
 from engine.data.torchvision import open_torchvision
-from engine.data.twice import in_several
+from engine.data.twice import in_both, in_several
 from engine.errors import UserError, escaped, listed, reason
 
 # What data.source may name (engine.recipe.sections.Data has the same list), and what opens a split of such a root.
@@ -63,7 +62,7 @@ def _joined(root: Root, found: Sequence[Source | None]) -> Source | None:
         return found[0]
     _check_apart(root, parts)
     source = JoinedSource([part for _, part in parts], [title for title, _ in parts])
-    numbers = [part.file_numbers for _, part in parts if isinstance(part, FileSource)]
+    numbers = [part.file_numbers for _, part in parts]
     known = [number_N for number_N in numbers if number_N is not None]
     if sum(map(len, known)) <= _MOST_COMPARED and (again := in_several(known)):
         source.notes += (f"{root}: {again} images of one root are another's too, and count again",)
@@ -83,6 +82,18 @@ def _check_apart(root: Root, parts: Sequence[tuple[str, Source]]) -> None:
 
 def _tars(source: Source) -> set[Path]:
     return {tar.resolve() for tar in source.tars} if isinstance(source, ShardSource) else set()
+
+
+def trained_on(train: Source, val: Source) -> str | None:
+    """Which images of val are train's too, in words; None where none is known to be."""
+    if train.fingerprint == val.fingerprint:
+        return "the images of training and validation are the same"
+    if tars := _tars(train) & _tars(val):
+        return f"validation images lie in tars that are trained on ({listed(sorted(tar.name for tar in tars), most=3)})"
+    known = [source.file_numbers for source in (train, val) if len(source) <= _MOST_COMPARED]
+    one_N, other_N = known if len(known) == 2 else (None, None)
+    again = 0 if one_N is None or other_N is None else in_both(one_N, other_N)
+    return f"{again} of {len(val)} validation images are training images too" if again else None
 
 
 def _open(root: Root, split: Split) -> Source | None:

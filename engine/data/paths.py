@@ -35,7 +35,7 @@ class FileSource(Source):
 
     @property
     def file_numbers(self) -> np.ndarray | None:
-        """By which each file is known, whatever it is called (engine.data.twice); None of what is in tars."""
+        """None of what is in tars."""
         return self._listing.arrays.get(COLUMN)
 
     def files(self) -> Iterable[tuple[str, int]]:

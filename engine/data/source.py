@@ -113,6 +113,12 @@ class Source(ABC):
         return self.name(i)
 
     @property
+    def file_numbers(self) -> np.ndarray | None:
+        """By which each file is known, whatever it is called: int64 [N] (engine.data.twice). None where that is not
+        told."""
+        return None
+
+    @property
     def whole(self) -> "Source":
         """What it is a choice of; itself where it is none."""
         return self

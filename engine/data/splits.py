@@ -8,12 +8,12 @@ from typing import NamedTuple
 from engine.data.began import as_begun, list_of
 from engine.data.classes import settle_classes
 from engine.data.joined import JoinedSource
-from engine.data.opening import align_labels, guess_kind, open_source, open_validation
+from engine.data.opening import align_labels, guess_kind, open_source, open_validation, trained_on
 from engine.data.source import Root, Source
 from engine.data.subset import take_labels
 from engine.distributed.agreement import all_gather
 from engine.distributed.world import World, once_per_node
-from engine.errors import UserError
+from engine.errors import UserError, escaped
 from engine.logger import note, warn
 from engine.recipe.load import locate
 from engine.recipe.paths import each, expand, named
@@ -56,6 +56,7 @@ def open_splits(
         else:
             val = open_validation(_root(data, _located(data.val_root, recipe_file), "data.val_root", read_only))
         check_batch(batch, train, named(data.root))
+        _warn_of_same(train, val, world)
         return Splits(*settle_classes(data.classes, root, train, val))
 
     return _open_together(find, world, f"data.root ({named(data.root)})")
@@ -121,8 +122,7 @@ def open_labelled(
                 )
         if len(found.train.classes) < 2:
             raise UserError(f"{train} must hold two classes or more; it has one, {found.train.classes[0]}")
-        if world.is_first and found.train.fingerprint == found.val.fingerprint:
-            warn("the images of training and validation are the same: the result says nothing of new ones")
+        _warn_of_same(*found, world)
         splits = Splits(take_labels(found.train, share, seed), align_labels(*found))
         check_batch(batch, splits.train, ", ".join(str(part.path) for part in train.each()))
         return splits
@@ -144,6 +144,11 @@ def open_all(root: Root, world: World) -> Source:
         return Splits(train if val is None else JoinedSource([train, val], ["train", "val"]), None)
 
     return _open_together(find, world, str(root)).train
+
+
+def _warn_of_same(train: Source, val: Source | None, world: World) -> None:
+    if world.is_first and val is not None and (same := trained_on(train, val)):
+        warn(f"{escaped(same)}: the result says nothing of new ones")
 
 
 def _as_begun(data: Data, begun: Path | None, split: str, source: Source) -> Source:

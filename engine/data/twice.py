@@ -36,6 +36,12 @@ def again(chunks: Callable[[], Iterable[np.ndarray]], count: int) -> int:
     return found
 
 
+def in_both(one_N: np.ndarray, other_M: np.ndarray) -> int:
+    """How many files of the second set the first has too; the first may be much larger, and is not sorted."""
+    both = one_N[np.isin(one_N, other_M) & (one_N != _NUMBER_OF_GONE)]
+    return int(np.isin(other_M, both).sum())
+
+
 def in_several(sets: Sequence[np.ndarray]) -> int:
     """How many files of sets, each int64 [N], a set before had too; what is twice in one is not counted."""
     inside = sum(again(lambda one=one: [one], len(one)) for one in sets)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +25,7 @@ def seen(splits) -> tuple:
 
 def opened(data, world, batch=1, classes="folders"):
     taken = PretrainData(source=data.source, root=data.root, val_root=data.val_root, workers=0, classes=classes)
-    return open_splits(taken, data.root, world, batch=batch)
+    return open_splits(taken, Path(), world, batch=batch)
 
 
 def test_validation_images_are_the_roots_own_or_of_a_root_named_for_them(data, world, tmp_path):
@@ -67,6 +68,30 @@ def test_labels_are_needed_on_both_sides_and_of_two_classes(data, world, tmp_pat
         open_labelled(one, whole, world)
     assert shades(open_unlabelled(flat, world)) == [1]
     assert shades(open_unlabelled(split, world)) == [1, 2]
+
+
+def test_validation_images_that_are_trained_on_are_said(data, world, tmp_path, capsys):
+    root = fill(tmp_path / "all", {"a/1.png": 1, "a/2.png": 2, "b/3.png": 3})
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/link.png").symlink_to(root / "a/2.png")
+    fill(tmp_path, {"c/own.png": 4})
+    (root / "0.tar").write_bytes(pack({"1.png": png(1)}))
+    (root / "1.tar").write_bytes(pack({"2.png": png(2)}))
+    same, new = "the images of training and validation are the same", ": the result says nothing of new ones"
+    cases = [
+        ("folder", root, root, same),
+        ("folder", root, root / "a", "2 of 2 validation images are training images too"),
+        ("folder", root, tmp_path / "c", "1 of 2 validation images are training images too"),
+        ("folder", (root, tmp_path / "whole"), tmp_path / "c", "1 of 2 validation images are training images too"),
+        ("shards", root, root / "1.tar", "validation images lie in tars that are trained on (1.tar)"),
+    ]
+    for source, train, val, words in cases:
+        paths = str(train) if isinstance(train, Path) else tuple(map(str, train))
+        opened(replace(data, source=source, root=paths, val_root=str(val)), world)
+        assert words + new in capsys.readouterr().err
+    opened(data, world)
+    opened(replace(data, val_root=str(tmp_path / "whole")), world)
+    assert "new ones" not in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_class_leaves_knn_off(data, world, tmp_path, capsys):
