@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.data.decode import CenterCrop
 from engine.weights.names import Naming
 from engine.weights.weights import MARK, Weights
 from models.architecture import Architecture
@@ -29,6 +30,11 @@ def no_transform(path: Path, photo: Path) -> None:
     """`Format.images` of a format whose library is not told how images are made ready."""
 
 
+def the_same(crop: CenterCrop) -> CenterCrop:
+    """`Format.crop` of a library that can cut out of photographs what evaluation does."""
+    return crop
+
+
 def nothing(weights: Weights, folder: Path) -> None:
     """`Format.config` of a format whose weights stand alone."""
 
@@ -44,7 +50,7 @@ class Format:
     features: [B, D] (logits where the weights have a head) of images [B, 3, S, S], by the library that the format is
         for, from the file or folder; None where this project's own reader is the one that loads it.
     images: [1, 3, S, S] of an image file, by that library's own transform and what the export says of it; None where it
-        says nothing.
+        says nothing. crop: the nearest to evaluation's that it can make.
     namings: in which tensors are written; () where no tensors can be read back.
     libraries: which write it and load it. whole: both encoders and the heads, not one trunk.
     kinds: of trunks that fit; by_shape: a timm model counts as the ViT or ResNet that it is by names and shapes.
@@ -58,6 +64,7 @@ class Format:
     config: Callable[[Weights, Path], None] = nothing
     features: Callable[[Path, Architecture, Tensor], Tensor | None] = read_by_us
     images: Callable[[Path, Path], Tensor | None] = no_transform
+    crop: Callable[[CenterCrop], CenterCrop] = the_same
     namings: tuple[Naming, ...] = ()
     libraries: tuple[str, ...] = ()
     whole: bool = False

@@ -26,7 +26,8 @@ SHADE = 0.02  # by which pixels from 0 to 1 may differ on average: libraries rou
 
 class Proof(NamedTuple):
     """difference: the largest of features over the largest feature. cosine: between the features of an image file by
-    the library's own transform and by evaluation's; None where the export cannot say how images are made ready."""
+    the library's own transform and by evaluation's, which only another crop (`Format.crop`) makes less than the least;
+    None where the export cannot say how images are made ready."""
 
     difference: float
     cosine: float | None
@@ -44,12 +45,13 @@ def prove(
     trunk = original.trunk(encoder)
     size, network = trunk.known().image_size, fill_trunk(trunk)
     images = torch.randn(BATCH, 3, size, size, generator=torch.Generator().manual_seed(0))
-    photo = _photo(trunk.crop)
-    photo_13SS = _prepared(original, photo)
+    page = format_page(name)
+    crop = page.crop(trunk.crop)
+    photo = _photo(crop)
+    photo_13SS = _prepared(original, crop, photo)
     ours_ND, ours_1D = _outputs(original, network, images), _outputs(original, network, photo_13SS)
     if not (ours_ND[0] - ours_ND[1]).abs().max() > 0:
         raise RunFailed("the original's features are the same for every image, or not finite: an export proves nothing")
-    page = format_page(name)
     try:
         theirs_ND = page.features(path, architecture, images)
         if theirs_ND is None:
@@ -69,7 +71,11 @@ def prove(
     if theirs_13SS is None or theirs_1D is None:
         return Proof(difference, None)
     _check_pixels(theirs_13SS, photo_13SS, min(trunk.known().std), name)
-    return Proof(difference, _checked_cosine(theirs_1D, ours_1D, name))
+    cosine = _checked_cosine(theirs_1D, ours_1D, name)
+    if crop != trunk.crop:
+        evaluated_1D = _outputs(original, network, _prepared(original, trunk.crop, photo))
+        cosine = cosine_similarity(theirs_1D.double(), evaluated_1D.double()).item()
+    return Proof(difference, cosine)
 
 
 def _outputs(original: Weights, network: nn.Module, images: Tensor) -> Tensor:
@@ -92,11 +98,11 @@ def _photo(crop: CenterCrop) -> Image.Image:
     return Image.fromarray(coarse).resize((2 * width, 2 * height), Image.Resampling.BICUBIC)
 
 
-def _prepared(original: Weights, photo: Image.Image) -> Tensor:
-    """[1, 3, S, S] as evaluation makes it."""
+def _prepared(original: Weights, crop: CenterCrop, photo: Image.Image) -> Tensor:
+    """[1, 3, S, S] as evaluation makes it, but for the crop."""
     about = original.known()
     mean_311, std_311 = (torch.tensor(values).view(3, 1, 1) for values in (about.mean, about.std))
-    return ((original.crop(photo).float() / 255 - mean_311) / std_311)[None]
+    return ((crop(photo).float() / 255 - mean_311) / std_311)[None]
 
 
 def _prepared_by_library(name: str, path: Path, photo: Image.Image) -> Tensor | None:

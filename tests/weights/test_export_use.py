@@ -57,6 +57,17 @@ def test_an_image_file_has_the_evaluation_s_features_by_the_other_library_s_own_
     assert torch.cosine_similarity(by_transformers, ours).item() >= 0.9999
 
 
+def test_a_centre_between_two_pixels_is_said(tmp_path, here, capsys):
+    """28 of 31 pixels: evaluation leaves two above and one below, transformers would leave one above."""
+    source = fresh_checkpoint(tmp_path / "run", "evaluate.crop_fraction=0.9")
+    export_here(source, tmp_path / "hf", "transformers")
+    said = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    assert said["size"]["shortest_edge"] == 32
+    assert "transformers resizes images to 32 pixels and evaluation to 31" in capsys.readouterr().err
+    export_here(source, tmp_path / "timm", "timm")
+    assert "resizes" not in capsys.readouterr().err
+
+
 ALONE = """
 import sys
 sys.modules.update(engine=None, models=None)  # importing them is an error

@@ -1,5 +1,6 @@
 """transformers: a folder for Hugging Face's `ViTModel.from_pretrained`, with its image processor."""
 
+import dataclasses
 from pathlib import Path
 
 from PIL import Image
@@ -57,7 +58,7 @@ def write_config(weights: Weights, folder: Path) -> None:
     crop = weights.crop
     # ViT's own processor squashes photographs to a square; this one, DINOv2's too, keeps their shape.
     processor = BitImageProcessor(
-        size={"shortest_edge": _shortest_edge(crop)},
+        size={"shortest_edge": nearest(crop).resized_side},
         crop_size={"height": crop.size, "width": crop.size},
         resample=RESAMPLING[crop.interpolation],
         image_mean=list(about.mean),
@@ -66,10 +67,12 @@ def write_config(weights: Weights, folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def _shortest_edge(crop: CenterCrop) -> int:
-    """Of a resized image, one pixel more where transformers would cut the centre out half a pixel elsewhere."""
-    side = crop.resized_side
-    return side + (side % 2 and round((side - crop.size) / 2) != (side - crop.size) // 2)
+def nearest(crop: CenterCrop) -> CenterCrop:
+    """The same, of an image with one pixel more where transformers, which rounds halves down, cut it out elsewhere."""
+    beside = crop.resized_side - crop.size
+    if round(beside / 2) == beside // 2:
+        return crop
+    return dataclasses.replace(crop, fraction=crop.size / (crop.resized_side + 1))
 
 
 def images(path: Path, photo: Path) -> Tensor:
@@ -98,6 +101,7 @@ FORMAT = Format(
     config=write_config,
     features=features,
     images=images,
+    crop=nearest,
     namings=(VIT,),
     libraries=("transformers",),
     kinds=("vit",),
