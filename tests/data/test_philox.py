@@ -132,6 +132,7 @@ def test_neighbouring_addresses_are_unrelated():
         assert not torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_compiled_draws_are_the_same_and_a_new_epoch_compiles_nothing():
     compiled = torch.compile(lambda epoch, sample_B: uniform(2**63 + 5, epoch, sample_B, 1, AUGMENT, 6), fullgraph=True)
     for epoch in range(3):

@@ -358,6 +358,7 @@ def on_two_nodes(arguments: list[str], places: tuple[Path, Path]) -> list[Ended]
         return [one.end(), other.end()]
 
 
+@pytest.mark.slow
 def test_two_nodes_train_and_resume(tmp_path):
     for steps in (2, 4):
         nodes = on_two_nodes(overrides(Path("run"), train__max_steps=steps), (tmp_path, tmp_path))
