@@ -188,14 +188,14 @@ def read_roots(text: str) -> Paths:
 
 def image_roots(options: Namespace, *names: str) -> "list[Root]":
     """Where the options of these names say that images are: all of one kind, which is `given_source` or else what the
-    files of the first are. Raises UserError."""
+    files of the first are; `~` and `$VAR` in them are expanded. Raises UserError."""
     kind = given_source(options)
     if kind == "torchvision":
         require(options, ["--dataset"], "a class of torchvision.datasets; pass it with --source torchvision")
     from engine.data.opening import guess_kind  # loads PyTorch
     from engine.data.source import Root
 
-    paths = [[Path(path) for path in each(_value(options, name))] for name in names]
+    paths = [[expand(path) for path in each(_value(options, name))] for name in names]
     kind = kind or guess_kind(paths[0][0])
     return [
         Root(kind, first, name, options.dataset, more=tuple(more))

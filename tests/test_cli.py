@@ -39,6 +39,14 @@ def test_a_source_is_given_or_implied_or_guessed(tmp_path):
     assert given_source(parsed("--source", "torchvision")) == "torchvision"
 
 
+def test_a_root_is_expanded_where_the_shell_does_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (root,) = image_roots(parsed("--data", "[~/a, $HOME/b]"), "--data")
+    assert root.paths == (tmp_path / "a", tmp_path / "b")
+    with pytest.raises(UserError, match=r"path \(\$NOPE/a\) must name what exists; set \$NOPE"):
+        image_roots(parsed("--data=$NOPE/a"), "--data")
+
+
 def test_several_roots_are_a_list_in_brackets(tmp_path):
     (tmp_path / "a.tar").touch()
     (root,) = image_roots(parsed("--data", f"[{tmp_path}/a.tar, b]"), "--data")
