@@ -25,6 +25,7 @@ from engine.data.unchanged import Timed, Times, append_times, is_unchanged, list
 from engine.errors import UserError, listed
 
 _BATCH = 1 << 14  # images
+_ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _MOST_VISITS = 100  # of one folder, by links: ten that lead to each other would be entered millions of times
 
 
@@ -63,14 +64,16 @@ def _instead(root: Root) -> str:
     """What to do where the root is a file."""
     if is_image_name(bytes(root.path)):
         return f"this is one of them: pass the folder that it lies in, {root.path.parent}"
-    if root.path.suffix.lower() in (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"):
+    if root.path.suffix.lower() in _ARCHIVES:
         return "unpack the archive, and pass the folder that comes of it"
     return f"for a text file of paths pass {root.of_source('list')}"
 
 
 def _no_images(root: Root, folder: Path, survey: Survey) -> UserError:
     others = {".tar": "shards", ".parquet": "hf", ".arrow": "hf"}
-    do = next((f"; pass {root.of_source(kind)}" for suffix, kind in others.items() if survey.left_out[suffix]), "")
+    hints = {suffix: f"; pass {root.of_source(kind)}" for suffix, kind in others.items()}
+    hints |= dict.fromkeys(_ARCHIVES, "; unpack the archives")
+    do = next((hint for suffix, hint in hints.items() if survey.left_out[suffix]), "")
     found = survey.words()
     return UserError(
         f"{root} must hold images ({' '.join(IMAGE_SUFFIXES)}); {folder} has none{f', but {found}' if found else ''}"

@@ -171,6 +171,10 @@ def test_another_kind_of_source_is_named(tmp_path):
             open_source(Root("folder", at, "--train"), "train")
     with pytest.raises(UserError, match=r"no \*\.tar; for images in folders pass data.source=folder"):
         opened("shards", fill(tmp_path / "e", {"a/1.png": 1}))
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z/photos.ZIP").touch()
+    with pytest.raises(UserError, match=r"has none, but 1 \.zip; unpack the archives$"):
+        opened("folder", tmp_path / "z")
     (root / "a.parquet").touch()  # a table of captions beside a tar, as downloaders write it
     assert guess_kind(root) == "shards"
 
