@@ -14,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from engine.data.decode import Reading, decode, opened, read_whole
+from engine.data.decode import Reading, decode, read_whole
 from engine.data.hints import brightest, lies
 from engine.data.jpeg import Jpeg
 from engine.data.orientation import UPRIGHT
 from engine.data.packing import in_order
+from engine.data.pillow import opened
 from engine.data.source import Source
 from engine.data.survey import suffix_of
 from engine.data.workers import Workers

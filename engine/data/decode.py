@@ -3,14 +3,13 @@
 Shapes: V views, B samples, D random numbers per sample and view, S side of a crop in pixels.
 """
 
-import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import functional as F
@@ -18,11 +17,11 @@ from torchvision.transforms import functional as F
 from engine.data.jpeg import PILLOW, SIMPLEJPEG, Jpeg
 from engine.data.orientation import Box, lying_box, turned, turned_pixels
 from engine.data.philox import CROP, uniform_array
+from engine.data.pillow import opened
 from engine.recipe.sections import Data, Interpolation
 
 _NEW_SUFFIXES = (".jfif", ".jpe", ".ppm", ".pgm", ".avif")  # since rules 2 (engine.data.rules)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", *_NEW_SUFFIXES)
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # never all: Pillow starts Ghostscript for EPS
 
 _TRIES = 10
 _ASPECTS = (3 / 4, 4 / 3)
@@ -76,15 +75,6 @@ def decode(data: bytes) -> Image.Image | Jpeg:
     Raises whatever Pillow raises where the bytes are no image; what is broken or cut short is found by `to_rgb`.
     """
     return Jpeg.of(data) or opened(data)
-
-
-def opened(data: bytes) -> Image.Image:
-    """The same by Pillow alone."""
-    Image.MAX_IMAGE_PIXELS = None  # it holds for the whole process and names no key: `Reading.check_size` does
-    try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
-    except UnidentifiedImageError:  # Pillow's own text names an object in memory
-        raise ValueError(f"not an image of the kinds {', '.join(_FORMATS)}") from None
 
 
 def to_rgb(image: Image.Image | Jpeg, reading: Reading = AS_IT_IS) -> Image.Image:

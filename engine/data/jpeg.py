@@ -1,15 +1,14 @@
 """JPEG files by libjpeg-turbo alone (simplejpeg): faster than Pillow around the same library, and with less detail
 where less will do."""
 
-import io
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import numpy as np
 import simplejpeg
-from PIL import Image
 
 from engine.data.orientation import UPRIGHT, lies_on_its_side, orientation
+from engine.data.pillow import opened
 
 # What makes a run's crops of JPEG files: of runs that begin now, and of those of former versions.
 DECODERS = SIMPLEJPEG, PILLOW = "simplejpeg", "pillow"
@@ -52,7 +51,7 @@ class Jpeg:
         if not any(mark in self.data for mark in _MARKS):  # most say nothing, and are not opened for it
             return UPRIGHT
         try:
-            return orientation(Image.open(io.BytesIO(self.data), formats=("JPEG",)))
+            return orientation(opened(self.data))
         except Exception:  # the pixels say whether the file can be read
             return UPRIGHT
 

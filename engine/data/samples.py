@@ -19,6 +19,7 @@ from engine.data.folder import FolderSource
 from engine.data.labels import read_label
 from engine.data.orientation import TAG, UPRIGHT, orientation
 from engine.data.paths import FileSource
+from engine.data.pillow import opened
 from engine.data.source import Source
 from engine.errors import one_line
 
@@ -128,7 +129,7 @@ def _smaller(data: bytes, short_side: int) -> tuple[bytes, str] | None:
     A JPEG stays one, all others are PNG. What cameras say of an image is kept: which side is up. Raises whatever Pillow
     raises, and ValueError for an image that would lose more than pixels.
     """
-    with Image.open(io.BytesIO(data), formats=tuple(_SUFFIX_OF)) as image:
+    with opened(data) as image:
         if min(image.size) <= short_side:
             return None
         if ImageMode.getmode(image.mode).typestr not in ("|u1", "|b1"):
@@ -169,7 +170,7 @@ def _encoded(image: Image.Image, kind: str, exif: bytes = b"") -> tuple[bytes, s
 def _suffix(data: bytes) -> str:
     """Of a file that has no name."""
     try:
-        with Image.open(io.BytesIO(data), formats=tuple(_SUFFIX_OF)) as image:
+        with opened(data) as image:
             return _SUFFIX_OF[image.format]
     except Exception:  # it cannot be read in the tar either, and is reported then
         return ".jpg"

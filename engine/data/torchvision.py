@@ -14,6 +14,7 @@ from PIL import Image
 
 from engine.data.decode import Reading, to_rgb
 from engine.data.joined import JoinedSource
+from engine.data.pillow import silence
 from engine.data.source import Root, Source, Split
 from engine.errors import UserError, one_line
 
@@ -70,7 +71,7 @@ class TorchvisionSource(Source):
         return len(self._dataset)
 
     def read(self, i: int) -> Image.Image:
-        Image.MAX_IMAGE_PIXELS = None  # torchvision opens files itself; `engine.data.decode` knows data.max_pixels
+        silence()  # torchvision opens files itself; `engine.data.decode` knows data.max_pixels
         return to_rgb(self._dataset[i][0], _OF_ANY_SIZE)
 
     def name(self, i: int) -> str:

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from torchvision import transforms
 from torchvision.transforms import functional as F
 
 from engine.data.decode import DRAWS, CenterCrop, Crops, Reading, crop_box, crop_draws, decode, to_rgb
+from engine.data.jpeg import Jpeg
+from engine.data.samples import _smaller
 from tests.data.images import encoded, picture
 
 
@@ -62,6 +66,17 @@ def test_grey_in_a_range_goes_from_black_to_white():
     form = Crops(2, 0.5, reading=reading)
     form.cut(decode(encoded(Image.new("I;16", (3, 3), 4095), "PNG")), form.draw(0, 0, torch.tensor([0]))[0], 0, 0, out)
     assert (out == 255).all()
+
+
+def test_what_pillow_warns_of_is_not_said_as_it_names_no_file():
+    """By all ways to open a file, each image of which is whole."""
+    data = encoded(picture(4, 4), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    uses = [to_rgb, Jpeg.upright, lambda image: _smaller(image.data, 2)]
+    for use in uses:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            use(decode(data))
+        assert not caught
 
 
 def test_an_image_of_too_many_pixels_is_refused_by_the_key(monkeypatch):
