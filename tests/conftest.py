@@ -1,4 +1,4 @@
-"""Every process of the tests computes with one thread: several test processes share the cores, and sums have one order."""
+"""Every process of the tests computes with one thread: several share the cores, and sums have one order."""
 
 import os
 
