@@ -36,6 +36,11 @@ def is_tar_name(name: str) -> bool:
     return _TAR.fullmatch(name) is not None
 
 
+def is_part_of_tar(name: str) -> bool:
+    """Whether it is a visible file that may become a tar, as `x.tar.part` of a download; an index is none."""
+    return re.fullmatch(r"[^.].*\.tar\.(?!index$).+", name, re.IGNORECASE | re.DOTALL) is not None
+
+
 def split_of_tar(name: str) -> Named | None:
     """The split that a word of a tar's name says; of `train-val-0.tar`, where both are trained on, train."""
     words = {word.lower() for word in _WORD.findall(_stem(name))}

@@ -17,7 +17,7 @@ from engine.data.decode import IMAGE_SUFFIXES, is_image_name
 from engine.data.index import TarIndex, TarReader, checksum_of_headers, open_index
 from engine.data.listing import SUFFIX, Columns, Listing, open_listing, places
 from engine.data.names import Names, first_folders
-from engine.data.naming import are_numbered, class_of_tar, is_tar_name, split_of_tar
+from engine.data.naming import are_numbered, class_of_tar, is_part_of_tar, is_tar_name, split_of_tar
 from engine.data.paths import FileSource
 from engine.data.rules import RULES
 from engine.data.source import Root, Source, Split, part_of
@@ -49,9 +49,9 @@ def open_shards(root: Root, split: Split) -> Source | None:
     if split == "val" and not chosen:
         return None
     if not chosen:
-        others = any(is_image_name(bytes(path)) or path.is_dir() for path in root.path.iterdir())
-        do = f"; for images in folders pass {root.of_source('folder')}" if others else ""
-        raise UserError(f"{root} must hold tars of images ({' '.join(IMAGE_SUFFIXES)}); it has no *.tar{do}")
+        raise UserError(
+            f"{root} must hold tars of images ({' '.join(IMAGE_SUFFIXES)}); it has no *.tar{_instead(root)}"
+        )
     source = _open(root, split, chosen, is_split=bool(parts.train or parts.val))
     found = beside.words()
     source.notes = (*parts.notes, *([f"{root}: left out beside tars: {found}"] if found else []), *source.notes)
@@ -59,15 +59,26 @@ def open_shards(root: Root, split: Split) -> Source | None:
     return source
 
 
+def _instead(root: Root) -> str:
+    """What to do where the root holds no tars."""
+    inside = sorted(root.path.iterdir())
+    folders = [path for path in inside if path.is_dir()]
+    of_tars = [path for path in folders if any(is_tar_name(each.name) for each in path.iterdir())]
+    if of_tars:
+        return f"; pass a folder that does, such as {root.key}={of_tars[0]}"
+    others = folders or any(is_image_name(bytes(path)) for path in inside)
+    return f"; for images in folders pass {root.of_source('folder')}" if others else ""
+
+
 def _tars(folder: Path, beside: Survey) -> list[Path]:
-    """Its tars; images and folders among the rest, which nobody may miss, go to the survey."""
+    """Its tars; of the rest images, folders and tars that are not all there yet go to the survey."""
     found = []
     for path in sorted(folder.iterdir()):
         if is_tar_name(path.name):
             found.append(path)
         elif path.is_dir() and not path.name.startswith("."):
             beside.leave_out("folders")
-        elif is_image_name(bytes(path)):
+        elif is_image_name(bytes(path)) or is_part_of_tar(path.name):
             beside.leave_out_file(bytes(path))
     return found
 

@@ -175,6 +175,10 @@ def test_another_kind_of_source_is_named(tmp_path):
     (tmp_path / "z/photos.ZIP").touch()
     with pytest.raises(UserError, match=r"has none, but 1 \.zip; unpack the archives$"):
         opened("folder", tmp_path / "z")
+    (tmp_path / "y").mkdir()
+    inner = tars(tmp_path / "y/train", **{"a.tar": 1})
+    with pytest.raises(UserError, match=rf"has no \*\.tar; pass a folder that does, such as data.root={inner}$"):
+        opened("shards", tmp_path / "y")
     (root / "a.parquet").touch()  # a table of captions beside a tar, as downloaders write it
     assert guess_kind(root) == "shards"
 
@@ -282,6 +286,16 @@ def test_images_that_several_roots_have_in_common_are_said(tmp_path, monkeypatch
     (tmp_path / "e/link").symlink_to(root)
     (line,) = said_again(Root("folder", root, more=(tmp_path / "e",)))
     assert "3 images of one root are another's too" in line
+
+
+def test_a_tar_that_is_not_all_there_is_said(tmp_path):
+    root = tars(tmp_path / "d", **{"a.tar": 1})
+    opened("shards", root)
+    for name in ("b.tar.part", "c.TAR.aria2", "a.tar.tmp-0123abcd", ".d.tar.part"):
+        (root / name).touch()
+    assert any(
+        note.endswith("left out beside tars: 1 other files, 1 .part, 1 .aria2") for note in opened("shards", root).notes
+    )
 
 
 def test_a_tar_beside_a_link_to_it_is_said(tmp_path):
