@@ -12,11 +12,11 @@ import torch
 from engine.data.decode import RESAMPLING
 from engine.errors import UserError, listed, one_line, reason
 from engine.recipe.sections import Interpolation
+from engine.weights.weights import LARGEST
 from models.architecture import MODEL_ARGS, Architecture
 from models.vit import NORM_EPS
 
 BESIDE = ("num_classes", "global_pool", "dynamic_img_size")  # of timm's model_args, as `drop_path_rate`: no trunk's
-LARGEST = 16_384  # side of images
 RESNET_ARGS = {"layers", "base_width"}  # which shapes of tensors show
 PROCESSOR = "preprocessor_config.json"
 

@@ -115,7 +115,7 @@ def _open(path: Path) -> Found:
     content = opened.content
     if not isinstance(content, Mapping):
         raise UserError(f"weights ({path}) must be a table of tensors; it holds a {type(content).__name__}")
-    keys, inner, said = _keys(content), content, {}
+    keys, inner, said = _keys(content, set()), content, {}
     if keys is None:
         keys = [key for key in WRAPPERS if isinstance(content.get(key), Mapping)][:1]
     for key in keys:
@@ -132,12 +132,19 @@ def _open(path: Path) -> Found:
     return Found(str(path), said, get, {name: tensor.shape for name, tensor in inner.items()}, key=".".join(keys))
 
 
-def _keys(content: Mapping[Any, Any], most: int = 3) -> list[str] | None:
-    """Those that lead to a pickle's table of tensors by name, at most so many: the usual ones, else the only ones."""
+def _keys(content: Mapping[Any, Any], seen: set[int], most: int = 3) -> list[str] | None:
+    """Those that lead to a pickle's table of tensors by name, at most so many: the usual ones, else the only ones.
+
+    seen: tables that were looked at, as one may hold itself.
+    """
+    seen.add(id(content))
     if content and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
         return []
-    tables = {key: value for key, value in content.items() if most and isinstance(value, Mapping)}
-    leading = {key: keys for key, value in tables.items() if (keys := _keys(value, most - 1)) is not None}
+    leading = {}
+    for key, value in content.items() if most else ():
+        is_new = isinstance(value, Mapping) and id(value) not in seen
+        if is_new and (keys := _keys(value, seen, most - 1)) is not None:
+            leading[key] = keys
     first = next((key for key in WRAPPERS if key in leading), None)
     if first is None and len(leading) == 1:
         (first,) = leading

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType
@@ -17,6 +18,7 @@ from engine.recipe.load import loads, shape
 from engine.recipe.sections import Finetune, Interpolation, Model
 from models.architecture import Architecture, of_name, trunk_shapes
 
+LARGEST = 16_384  # side of images that a file may ask for
 MARK = "moco_v3_engine"  # metadata of every safetensors file that is written here
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of published files
 REFERENCE_LICENCE = "CC-BY-NC-4.0"
@@ -78,6 +80,11 @@ class About:
         about = cls(**content | {key: tuple(map(float, content[key])) for key in ("mean", "std")})
         if type(about.image_size) is not int or len(about.mean) != 3 or len(about.std) != 3:
             raise ValueError("image_size, mean and std must be an integer and three numbers each")
+        if not all(map(math.isfinite, about.mean + about.std)) or min(about.std) <= 0:
+            raise ValueError("mean must be finite and std above 0")
+        own = about.architecture.arguments.get("image_size", about.image_size)
+        if own != about.image_size or not 1 <= own <= LARGEST:
+            raise ValueError(f"image_size must be the architecture's, from 1 to {LARGEST:,}")
         texts = (about.recipe, about.arch, about.licence, about.finetuned)
         counts = (about.step, about.epoch)
         if any(not isinstance(t, str | None) for t in texts) or any(type(c) not in (int, NoneType) for c in counts):

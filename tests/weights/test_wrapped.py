@@ -8,12 +8,16 @@ import pytest
 import timm
 import timm.data
 import torch
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import engine
 from engine.errors import UserError
 from engine.runs.finetune import open_fetched
+from engine.weights import read
 from engine.weights.opening import open_weights
+from engine.weights.weights import MARK, About
+from models.architecture import vit
 from tests.weights.exports import close, export_here
 from tests.weights.files import SHAPE, photograph, small_vit, under
 
@@ -49,9 +53,22 @@ def test_a_trunk_in_any_wrapping_gives_its_features(kind, tmp_path):
 
 def test_of_several_tables_none_is_guessed(tmp_path):
     tensors = small_vit(heads=6).state_dict()
-    torch.save({"first": tensors, "second": tensors}, tmp_path / "a.pth")
+    torch.save({"first": tensors, "second": dict(tensors)}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="a table of tensors by name; found first, second"):
         open_weights(str(tmp_path / "a.pth"))
+
+
+def test_tables_that_hold_each_other_are_looked_at_once(tmp_path, monkeypatch):
+    """Of a hundred, each in each, there would be a million ways."""
+    tables: list[dict] = [{} for _ in range(100)]
+    for table in tables:
+        table |= {str(number): other for number, other in enumerate(tables)}
+    looked, look = [], read._keys
+    monkeypatch.setattr(read, "_keys", lambda *of: looked.append(of) or look(*of))
+    torch.save(tables[0], tmp_path / "a.pth")
+    with pytest.raises(UserError, match="a table of tensors by name"):
+        open_weights(str(tmp_path / "a.pth"))
+    assert len(looked) <= 100
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
@@ -175,3 +192,14 @@ def test_only_unknown_arguments_are_called_unknown(tmp_path):
     folder = folder_of_timm(small_vit(heads=6, qk_norm=True), tmp_path, {**SHAPE, "num_heads": 6, "qk_norm": True})
     with pytest.raises(UserError, match="must be known; qk_norm is not"):
         open_weights(str(folder))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"image_size": n} for n in (0, -3, 64, 10**9)] + [{"mean": [float("nan")] * 3}, {"std": [0, 0, 0]}],
+)
+def test_a_file_s_own_words_of_odd_numbers_are_one_line(said, tmp_path):
+    about = json.loads(About(vit(32, 16, 48, 2, 6, False), 32, (0.5,) * 3, (0.5,) * 3).to_json())
+    save_file(small_vit(heads=6).state_dict(), tmp_path / "a.safetensors", metadata={MARK: json.dumps(about | said)})
+    with pytest.raises(UserError, match=r"its metadata moco_v3_engine cannot be understood \((image_size|mean) must"):
+        open_weights(str(tmp_path / "a.safetensors"))
