@@ -43,11 +43,12 @@ class Changes(NamedTuple):
     """What images are not as they were.
 
     place_N: the present number of each image that there was, -1 where it is gone. differ: numbers of those that have
-    another size. added: names of those that there were not.
+    another size; relabelled: of those with another label. added: names of those that there were not.
     """
 
     place_N: np.ndarray
     differ: list[int]
+    relabelled: list[int]
     added: list[str]
 
     @property
@@ -56,10 +57,10 @@ class Changes(NamedTuple):
 
     def in_words(self, began: Began) -> str:
         """The first of each kind, and how many there are."""
-        gone, differ = ([began.names[i] for i in numbers] for numbers in (self.gone, self.differ))
-        kinds = {"gone": gone, "of another size": differ, "new": self.added}
+        numbers = {"gone": self.gone, "of another size": self.differ, "of another label": self.relabelled}
+        kinds = {what: [began.names[i] for i in some] for what, some in numbers.items()} | {"new": self.added}
         found = [f"{len(names):,} {what} ({listed(names, most=_NAMED)})" for what, names in kinds.items() if names]
-        return ", ".join(found) or "their order or labels differ"
+        return ", ".join(found) or "their order or classes differ"
 
 
 # ---- the list --------------------------------------------------------------------------------------------------------
@@ -160,7 +161,18 @@ def compare(began: Began, source: Source) -> Changes | None:
     differ = still[np.array(sizes, np.int64)[place_N[still]] != began.sizes_N[still]]
     is_new_M = np.ones(len(sizes), bool)
     is_new_M[place_N[still]] = False
-    return Changes(place_N, differ.tolist(), [name.partition("\n")[0] for name in compress(number, is_new_M)])
+    added = [name.partition("\n")[0] for name in compress(number, is_new_M)]
+    return Changes(place_N, differ.tolist(), _relabelled(began, source, place_N), added)
+
+
+def _relabelled(began: Began, source: Source, place_N: np.ndarray) -> list[int]:
+    """Numbers of images that have another label than they had."""
+    if began.labels_N is None or began.classes is None or source.labels is None:
+        return []
+    number = {name: i for i, name in enumerate(began.classes)}
+    label_C = np.array([number.get(name, -1) for name in source.classes], np.int64)
+    still = np.flatnonzero(place_N >= 0)
+    return still[label_C[source.labels[place_N[still]]] != began.labels_N[still]].tolist()
 
 
 def _told_apart(files: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
@@ -207,7 +219,11 @@ class AsBegun(Source):
         self.by_folder = None if began.labels_N is None else source.by_folder
         self.changes = changes.in_words(began)
         self.notes, self.otherwise, self.folders = source.notes, source.otherwise, source.folders
-        self._check_labels()
+        if other := changes.relabelled:
+            raise UserError(
+                f"data.accept_changes (true) must not change labels: {len(other):,} images have others than the run "
+                f"began with, such as {began.names[other[0]]}; give it those, or pass another run.dir"
+            )
 
     def __len__(self) -> int:
         return len(self._place_N)
@@ -225,17 +241,3 @@ class AsBegun(Source):
         if i in self._gone:
             raise FileNotFoundError("it is gone since the run began")
         return int(self._place_N[i])
-
-    def _check_labels(self) -> None:
-        """Raises UserError where an image has another label than it had."""
-        if self.labels is None or self._source.labels is None:
-            return
-        number = {name: i for i, name in enumerate(self.classes)}
-        label_C = np.array([number.get(name, -1) for name in self._source.classes], np.int64)
-        still = np.flatnonzero(self._place_N >= 0)
-        other = still[label_C[self._source.labels[self._place_N[still]]] != self.labels[still]]
-        if len(other):
-            raise UserError(
-                f"data.accept_changes (true) must not change labels: {len(other):,} images have others than the run "
-                f"began with, such as {self.name(int(other[0]))}; give it those, or pass another run.dir"
-            )

@@ -110,6 +110,7 @@ def test_other_labels_are_not_accepted(tmp_path):
     root = Root("list", listing)
     write_began(open_source(root, "train"), tmp_path / "began")
     listing.write_text("1.png\tdog\n2.png\tdog\n")
+    assert changes_in_words(open_source(root, "train"), tmp_path / "began") == "1 of another label (1.png)"
     with pytest.raises(UserError, match=r"must not change labels: 1 images have others .*, such as 1.png"):
         as_begun(open_source(root, "train"), tmp_path / "began", 0.0)
 
