@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 KNOWN = (
-    "MoCo v1 to v3, SimSiam, BYOL, SwAV, DINO, DINOv2, MAE, DeiT, timm, torchvision and transformers' ViT; ResNets "
-    "with blocks of three convolutions, as in ResNet-50"
+    "MoCo v1 to v3, SimSiam, BYOL, SwAV, DINO, DINOv2, iBOT, MAE, DeiT, timm, torchvision and transformers' ViT; "
+    "ResNets with blocks of three convolutions, as in ResNet-50"
 )
 
 # MoCo v1 and v2, v3 without predictor; BYOL; DINO in training; SimSiam; DINO and others; transformers; a bare trunk.
