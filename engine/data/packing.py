@@ -231,7 +231,8 @@ class Packing:
         lost = {number for tar in tars for number in tar.lost}
         source, samples, packed = self.splits[split], self.samples[split], self.packed(split)
         count = len(source) - len(lost)
-        if len(packed) != count or (packed.labels is None) != (source.labels is None):
+        gained = source.labels is None and bool(lost)  # the one that lay in no folder may be lost, and all others do
+        if len(packed) != count or ((packed.labels is None) != (source.labels is None) and not gained):
             raise RunFailed(f"{self.out} holds {len(packed)} images of {split}, and {count} were written")
         kept = (i for i in range(len(source)) if i not in lost)
         for j, i in enumerate(self._follow(kept, count, f"comparing {split}")):

@@ -153,6 +153,8 @@ def check_pack(work: Path, source: Source, good: int) -> None:
     assert held(found) == there
     assert decoded(found) == good
     assert len(said) == len(source) - len(there)
+    if source.labels is None and len(there) < len(source):  # of what is left all may lie in folders
+        return
     kept = [name for name, data in zip(class_of_each(source) or [], held(source), strict=False) if data is not None]
     assert (class_of_each(found) or []) == kept
 

@@ -342,6 +342,15 @@ def test_another_folder_is_refused(tmp_path, monkeypatch):
 # ---- what cannot be read, and fewer pixels ---------------------------------------------------------------------------
 
 
+def test_a_lost_image_may_be_the_one_that_lies_in_no_folder(tmp_path):
+    root = fill(tmp_path / "d", {"a/1.png": 1, "b/2.png": 2})
+    (root / "gone.png").symlink_to("nowhere")
+    source = opened(root)
+    packed(source, tmp_path / "out")
+    found = open_source(Root("shards", tmp_path / "out"), "train")
+    assert (source.labels, class_of_each(found)) == (None, ["a", "b"])
+
+
 def test_what_cannot_be_read_is_left_out_and_named(tmp_path, monkeypatch):
     fill(tmp_path / "from", {f"{'ab'[k % 2]}/{k}.png": k for k in range(8)})
     for name in ("a/2.png", "b/5.png"):
