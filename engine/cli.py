@@ -129,7 +129,7 @@ def read_choice(options: Namespace) -> dict[str, Any]:
     """The keywords of `engine.evaluation.subject.open_subject`. Raises UserError."""
     fraction = options.crop_fraction
     if fraction is not None and not 0.01 <= fraction <= 1:
-        raise UserError(f"--crop-fraction ({fraction}) must be > 0 and <= 1, and no less than 0.01; 0.875 is usual")
+        raise UserError(f"--crop-fraction ({fraction}) must be from 0.01 to 1; 0.875 is usual")
     if options.baseline == "pixels":
         refuse(options, ["--features"], "for --baseline pixels, which has none")
     check_baseline(options)

@@ -16,6 +16,7 @@ from engine.recipe.ranges import (
     AT_LEAST_1,
     AT_LEAST_2,
     BELOW_1,
+    CENTRE,
     CROP,
     FRACTION,
     MINUTES,
@@ -130,7 +131,7 @@ class Evaluate:
     val_root: Paths | None = key(QUERIES, PATH, since=2, before=None, default=None)
     knn_every_epochs: int = key("epochs between kNN rows; 0: never", NOT_NEGATIVE, default=10)
     knn_bank: int | None = key(KNN_BANK, AT_LEAST_1, since=2, before=None, default=None)
-    crop_fraction: float = key(CROP_FRACTION, CROP, default=0.875)
+    crop_fraction: float = key(CROP_FRACTION, CENTRE, default=0.875)
     online_probe: bool = key("train a linear classifier beside the network, which it leaves alone", default=False)
 
 
@@ -208,7 +209,7 @@ class LinearAugment:
 
 @section
 class LinearEvaluate:
-    crop_fraction: float = key(CROP_FRACTION, CROP, default=0.875)
+    crop_fraction: float = key(CROP_FRACTION, CENTRE, default=0.875)
 
 
 @section

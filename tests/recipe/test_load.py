@@ -191,7 +191,7 @@ WRONG = {
     "evaluate.train_root": ["''", "[]"],
     "evaluate.val_root": ["''", "[null]"],
     "evaluate.knn_bank": ["0", "ten", "1.5"],
-    "evaluate.crop_fraction": [*NUMBER, "0", "1.1"],
+    "evaluate.crop_fraction": [*NUMBER, "0", "1e-9", "1.1"],
     "evaluate.online_probe": ["1", "yes", "null"],
     "parallel.compile": ["1", "yes", "null", "Auto"],
     "parallel.precision": ["fp16", "32"],
