@@ -31,6 +31,7 @@ SAY_SECONDS = 60.0  # between two lines about images that do not come
 TIMEOUT = 300.0  # seconds
 END_SECONDS = 5.0  # at most, for the end of processes that were killed
 _TICK = 0.5
+_NICER = 5  # than the training process: on full cores it computes, and the next batches lie ready for it
 _ON_LINUX = sys.platform == "linux"
 # What a whole process group gets: it asks the parent to stop in good order, for which it may still need batches.
 _NOT_THEIRS = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1} | ({signal.SIGTERM} if _ON_LINUX else set())
@@ -260,6 +261,7 @@ def _reply(work: Work, source: Source, argument: Any, out: np.ndarray) -> Any:
 def _start(parent: int) -> None:
     """parent: the process id of the one that reads."""
     end_with_parent(parent)
+    os.nice(_NICER)
     if _ON_LINUX:
         threading.Thread(target=_obey, args=(parent,), daemon=True).start()
     # Garbage of the training process is not this process's to collect. Not touching inherited objects also leaves their

@@ -243,6 +243,14 @@ def test_a_batch_takes_no_files_and_no_descriptors_to_hand_over():
         assert rows(batches(Slow(lambda limit=limit: lower(limit, 10)), workers=2)) == expected  # in the workers alone
 
 
+def test_the_training_process_goes_before_its_workers(source):
+    iterator = batches(source, workers=1, last=1000)
+    next(iterator)
+    (pid,) = workers_now()
+    assert os.getpriority(os.PRIO_PROCESS, pid) == min(os.nice(0) + workers._NICER, 19)
+    iterator.close()
+
+
 def test_processes_that_the_system_refuses_are_an_error_of_one_line(source):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     lower(resource.RLIMIT_NOFILE, max(int(fd.name) for fd in Path("/proc/self/fd").iterdir()) + 8)
