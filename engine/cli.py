@@ -19,6 +19,7 @@ exit_if_hidden()
 from engine.recipe.keys import wrong  # noqa: E402
 from engine.recipe.load import AnyRecipe, check_world, load, place  # noqa: E402
 from engine.recipe.paths import each, expand, typed  # noqa: E402
+from engine.recipe.ranges import CENTRE  # noqa: E402
 from engine.recipe.sections import Paths, Source  # noqa: E402
 from engine.recipe.shipped import find  # noqa: E402
 
@@ -128,8 +129,8 @@ def add_subject(parser: ArgumentParser, *roots: str, required: bool = True) -> N
 def read_choice(options: Namespace) -> dict[str, Any]:
     """The keywords of `engine.evaluation.subject.open_subject`. Raises UserError."""
     fraction = options.crop_fraction
-    if fraction is not None and not 0.01 <= fraction <= 1:
-        raise UserError(f"--crop-fraction ({fraction}) must be from 0.01 to 1; 0.875 is usual")
+    if fraction is not None and not CENTRE.holds(fraction):
+        raise UserError(f"--crop-fraction ({fraction}) must be{CENTRE.text}; 0.875 is usual")
     if options.baseline == "pixels":
         refuse(options, ["--features"], "for --baseline pixels, which has none")
     check_baseline(options)

@@ -50,24 +50,26 @@ class BadImages:
         self.bearable, self.world = bearable, world
         self.total = 0
         self.met = 0  # on this rank since the last count
-        self._new: set[Bad] = set()  # reported by this rank since the last count
-        self._known: set[Bad] = set()  # reported by any rank before
+        self._said: set[Bad] = set()  # by this rank, and by the others up to the last count
+        self._new: list[Bad] = []  # said by this rank since then
 
     def meet(self, bad: Sequence[Bad]) -> None:
         """Count unreadable images and report those that no rank has, as of the last count."""
         self.met += len(bad)
         for image in bad:
-            if image not in self._known and image not in self._new:
-                self._new.add(image)
+            if image not in self._said:
+                self._said.add(image)
+                self._new.append(image)
                 _report(image, "its neighbour took its place")
 
     def count(self) -> int:
         """Add what the ranks met since the last time; all ranks call it together. Returns `total`."""
-        met = torch.tensor(self.met)
-        dist.all_reduce(met, group=self.world.host_group)
-        if met:  # each epoch shows an image to another rank
-            self._known.update(*all_gather(self._new, self.world.host_group))
-        self.total, self.met, self._new = self.total + int(met), 0, set()
+        counts = torch.tensor([self.met, len(self._new)])
+        dist.all_reduce(counts, group=self.world.host_group)
+        met, new = counts.tolist()
+        if new:  # each epoch shows an image to another rank
+            self._said.update(*all_gather(self._new, self.world.host_group))
+        self.total, self.met, self._new = self.total + met, 0, []
         return self.total
 
     def excess(self, total: int, images: int) -> str | None:

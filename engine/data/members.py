@@ -196,18 +196,19 @@ def _follow(tar: Path, file: BinaryIO, found: _Found, survey: Survey) -> list[Im
     for at, target, place in found.links:
         for _ in range(_MOST_LINKS):
             target = onward.get(target, target) if target not in files else target
+        leads_to = Image(at, *files[target]) if target in files else None
         if place is not None:
-            images[place] = Image(at, *files[target]) if target in files else None
-        if place is None and target in folders:
+            images[place] = leads_to
+            if leads_to:
+                survey.takes_otherwise(at.name, "a link is the image that it leads to")
+            else:
+                survey.leave_out("links to nothing")
+        elif target in folders:
             survey.leave_out("links to folders")
-        elif place is None and not (target in files and _is_label(at)):
-            survey.leave_out_file(at.name)
-        elif place is None:
-            found.labels[at.key].append(Image(at, *files[target]))
-        elif target in files:
-            survey.takes_otherwise(at.name, "a link is the image that it leads to")
+        elif leads_to and _is_label(at):
+            found.labels[at.key].append(leads_to)
         else:
-            survey.leave_out("links to nothing")
+            survey.leave_out_file(at.name)
     return [image for image in images if image is not None]
 
 

@@ -90,8 +90,9 @@ def trained_on(train: Source, val: Source) -> str | None:
         return "the images of training and validation are the same"
     if tars := _tars(train) & _tars(val):
         return f"validation images lie in tars that are trained on ({listed(sorted(tar.name for tar in tars), most=3)})"
-    known = [source.file_numbers for source in (train, val) if len(source) <= _MOST_COMPARED]
-    one_N, other_N = known if len(known) == 2 else (None, None)
+    if max(len(train), len(val)) > _MOST_COMPARED:
+        return None
+    one_N, other_N = train.file_numbers, val.file_numbers
     again = 0 if one_N is None or other_N is None else in_both(one_N, other_N)
     return f"{again} of {len(val)} validation images are training images too" if again else None
 

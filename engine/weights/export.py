@@ -55,8 +55,7 @@ def export(
         note(
             f"--format {name} has no place for an eps of LayerNorms ({about.norm_eps:g}); the proof shows if it counts"
         )
-    for line in _on_crop(original, name):
-        note(line)
+    _say_crop(original, name)
     weights = dataclasses.replace(original if format_page(name).whole else original.trunk(trunk), about=about)
     card = None if is_file(out) else model_card(weights, name, trunk, out, command)
     with _folder_beside(out) as folder:
@@ -70,12 +69,11 @@ def export(
     return {"files": files, "max_feature_difference": proof.difference}
 
 
-def _on_crop(original: Weights, name: str) -> tuple[str, ...]:
-    """A line where the format's library cannot cut out of photographs what evaluation does."""
+def _say_crop(original: Weights, name: str) -> None:
+    """Where the format's library cannot cut out of photographs what evaluation does."""
     ours, theirs = original.crop.resized_side, format_page(name).crop(original.crop).resized_side
-    if ours == theirs:
-        return ()
-    return (f"{name} resizes images to {theirs} pixels and evaluation to {ours}: it cuts no centre between two pixels",)
+    if ours != theirs:
+        note(f"{name} resizes images to {theirs} pixels and evaluation to {ours}: it cuts no centre between two pixels")
 
 
 def export_classifier(weights: Weights, head: Head, out: Path) -> None:
