@@ -1,11 +1,16 @@
-"""Every process of the tests computes with one thread: several share the cores, and sums have one order."""
+"""Every process of the tests computes on the CPU with one thread: several share the cores, and sums have one order.
+
+What a GPU has to show is tests/on_a_gpu.py's; CUDA_VISIBLE_DEVICES=0 lets these tests see one nevertheless.
+"""
 
 import os
 
 import pytest
 from hypothesis import settings
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch
+# Before anything imports torch.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # two ranks want two GPUs
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
 
