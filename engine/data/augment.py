@@ -4,7 +4,8 @@ Every parameter is drawn per sample from (seed, epoch, sample, view), so a sampl
 rank. The operations are those of torchvision on float images in [0, 1]. The published recipe works on 8-bit images and
 rounds after each operation; here nothing is rounded.
 
-Shapes: V views, B local batch, S side of the crop; K = 2 * radius + 1 taps of the blur.
+Shapes: V views, B local batch, S side of the crop; K = 2 * radius + 1 taps of the blur,
+n windows, each of W pixels, of which N are blurred.
 """
 
 import math
@@ -19,7 +20,9 @@ from engine.data.philox import AUGMENT, uniform
 from engine.recipe import sections
 
 BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2  # the blends of the colour jitter, as indices
+Planes = Sequence[Tensor]  # red, green and blue, each [B, 1, S, S]
 _LUMA = (0.2989, 0.587, 0.114)
+_WHOLE, _STEP = 128, 32  # of the blur, in pixels: the largest image that is one window; from window to window in others
 
 
 class Draw(NamedTuple):
@@ -80,22 +83,26 @@ class Augment:
         )
 
     def _apply(self, crops_BCSS: Tensor, draw: Draw) -> Tensor:
-        x, values = crops_BCSS.to(self.dtype) / 255, self.section
+        values = self.section
+        # Colours lie in planes of their own: a compiler makes one kernel of sums over an image and what is done to its
+        # pixels, where both run over the same pixels.
+        planes = (crops_BCSS.to(self.dtype) / 255).split(1, 1)
         if values.jitter_probability > 0:
-            x = self._jitter(x, draw)
+            planes = self._jitter(planes, draw)
         if values.grayscale_probability > 0:
-            x = torch.where(_image(draw.on_grayscale), grayscale(x), x)
+            grey_B1SS, on_B111 = grayscale(planes), _image(draw.on_grayscale.to(self.dtype))
+            planes = [plane_B1SS.lerp(grey_B1SS, on_B111) for plane_B1SS in planes]
+        x = torch.cat(list(planes), 1)
         if any(values.blur_probability):
-            # Four standard deviations hold all but 6e-5 of a Gaussian.
-            blurred = gaussian_blur(x, draw.sigma, radius=math.ceil(4 * values.blur_sigma[1]))
-            x = torch.where(_image(draw.on_blur), blurred, x)
+            # Four standard deviations hold all but 6e-5 of a Gaussian. A sigma of 0 changes nothing, to the bit.
+            x = gaussian_blur(x, draw.sigma * draw.on_blur, radius=math.ceil(4 * values.blur_sigma[1]))
         if any(values.solarize_probability):
-            x = torch.where(_image(draw.on_solarize), solarize(x), x)
+            x = solarize(x, draw.on_solarize.to(self.dtype))
         if values.flip_probability > 0:
             x = torch.where(_image(draw.on_flip), x.flip(-1), x)
         return normalise(x, values.mean, values.std)
 
-    def _jitter(self, x_BCSS: Tensor, draw: Draw) -> Tensor:
+    def _jitter(self, planes: Planes, draw: Draw) -> Planes:
         """Brightness, contrast, saturation and hue, in each sample's own order.
 
         A sample's next blend costs one pass whichever it is, but hue is dear. So hue is computed once, between two
@@ -106,17 +113,17 @@ class Augment:
         factor_B3 = draw.factor_B3.gather(1, op_B3)
         if self.section.hue > 0:
             before_B3 = turn_B3 < draw.turn_B4[:, 3:]
-            x_BCSS = self._blends(x_BCSS, op_B3, torch.where(before_B3, factor_B3, 1))
-            x_BCSS = adjust_hue(x_BCSS, draw.hue)
+            planes = self._blends(planes, op_B3, torch.where(before_B3, factor_B3, 1))
+            planes = adjust_hue(planes, draw.hue)
             factor_B3 = torch.where(before_B3, 1, factor_B3)
-        return self._blends(x_BCSS, op_B3, factor_B3)
+        return self._blends(planes, op_B3, factor_B3)
 
-    def _blends(self, x_BCSS: Tensor, op_B3: Tensor, factor_B3: Tensor) -> Tensor:
+    def _blends(self, planes: Planes, op_B3: Tensor, factor_B3: Tensor) -> Planes:
         if self.section.brightness == self.section.contrast == self.section.saturation == 0:
-            return x_BCSS
+            return planes
         for op_B1, factor_B1 in zip(op_B3.split(1, 1), factor_B3.split(1, 1), strict=True):
-            x_BCSS = blend(x_BCSS, op_B1, factor_B1)
-        return x_BCSS
+            planes = blend(planes, op_B1, factor_B1)
+        return planes
 
 
 @dataclass(frozen=True)
@@ -150,64 +157,70 @@ def denormalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tenso
     return (x * std_311 + mean_311).clamp(0, 1)
 
 
-def blend(x_BCSS: Tensor, op_B1: Tensor, factor_B1: Tensor) -> Tensor:
+def blend(planes: Planes, op_B1: Tensor, factor_B1: Tensor) -> Planes:
     """Each image's own choice of BRIGHTNESS, CONTRAST or SATURATION, by its own factor: factor * x + (1 - factor) *
     target, clamped to [0, 1]; the target is black, the image's mean grey, or its grey at each pixel."""
-    grey_B1SS = grayscale(x_BCSS)
+    grey_B1SS = grayscale(planes)
     rest_B1 = 1 - factor_B1
     of_mean = _image(rest_B1 * (op_B1 == CONTRAST)) * grey_B1SS.mean((2, 3), keepdim=True)
     target_B1SS = _image(rest_B1 * (op_B1 == SATURATION)) * grey_B1SS + of_mean
-    return torch.addcmul(target_B1SS, _image(factor_B1), x_BCSS).clamp(0, 1)
+    return [torch.addcmul(target_B1SS, _image(factor_B1), plane_B1SS).clamp(0, 1) for plane_B1SS in planes]
 
 
-def grayscale(x_BCSS: Tensor) -> Tensor:
+def grayscale(planes: Planes) -> Tensor:
     """Luma, [B, 1, S, S]."""
-    red, green, blue = x_BCSS.split(1, 1)
+    red, green, blue = planes
     return red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]
 
 
-def adjust_hue(x_BCSS: Tensor, shift_B1: Tensor) -> Tensor:
+def adjust_hue(planes: Planes, shift_B1: Tensor) -> Planes:
     """Turn each image's hues by its shift, in turns of the colour circle; HSV's value and saturation stay."""
-    red, green, blue = x_BCSS.split(1, 1)
-    top, bottom = x_BCSS.amax(1, keepdim=True), x_BCSS.amin(1, keepdim=True)
-    chroma = top - bottom
+    red, green, blue = planes
+    top = torch.maximum(torch.maximum(red, green), blue)
+    chroma = top - torch.minimum(torch.minimum(red, green), blue)
     # Masks as 0 and 1: on a CPU products are many times faster than `where`.
-    is_red = (red == top).to(x_BCSS.dtype)
-    is_green = (green == top).to(x_BCSS.dtype) * (1 - is_red)
+    is_red = (red == top).to(red.dtype)
+    is_green = (green == top).to(red.dtype) * (1 - is_red)
     is_blue = 1 - is_red - is_green
     # Hue in sixths of the circle from red. Where there is no chroma the numerator is 0 and hue does not matter.
     numerator = is_red * (green - blue) + is_green * (blue - red) + is_blue * (red - green)
     hue = numerator / chroma.clamp_min(1e-12) + 2 * is_green + 4 * is_blue + _image(6 * shift_B1)
     hue = hue - 6 * (hue / 6).floor()
     # How much of the chroma each channel lacks at this hue: 0 at its own third of the circle, 1 at the opposite one.
-    lack = torch.cat((2 - (hue - 3).abs(), (hue - 2).abs() - 1, (hue - 4).abs() - 1), 1).clamp(0, 1)
-    return top - chroma * lack
+    lacks = (2 - (hue - 3).abs(), (hue - 2).abs() - 1, (hue - 4).abs() - 1)
+    return [top - chroma * lack.clamp(0, 1) for lack in lacks]
 
 
 def gaussian_blur(x_BCSS: Tensor, sigma_B1: Tensor, radius: int) -> Tensor:
     """Blur each square image by a Gaussian of its own sigma, sampled at whole pixels up to `radius`; beyond an edge
     the edge pixel repeats, as in PIL.
 
-    Both passes are products with a banded [S, S] matrix per image: exact at edges, few operations, and of one shape
-    whatever sigma is.
+    First along rows, then along columns, windows of W pixels are multiplied by one [W, N] matrix per image, which gives
+    N pixels each: few operations, and of one shape whatever sigma is. A small image is one window without a margin, and
+    its matrix repeats the edges.
     """
-    (B, C, S, _), device = x_BCSS.shape, x_BCSS.device
+    (B, _, S, _), device = x_BCSS.shape, x_BCSS.device
+    N, margin = (S, 0) if S <= _WHOLE else (_STEP, radius)
+    W = N + 2 * margin
     tap_K = torch.arange(-radius, radius + 1, device=device)
-    pixel_S = torch.arange(S, device=device)
     weight_BK = torch.exp(-0.5 * (tap_K / sigma_B1.clamp_min(1e-3)) ** 2)
     weight_BK = weight_BK * (weight_BK > 1e-12)  # denormal numbers make a CPU's product several times slower
     weight_BK = weight_BK / weight_BK.sum(1, keepdim=True)
-    source_KS1 = (tap_K[:, None, None] + pixel_S[:, None]).clamp(0, S - 1)
-    matrix_BSS = (weight_BK @ (source_KS1 == pixel_S).to(x_BCSS.dtype).flatten(1)).view(B, S, S)
-    for _ in range(2):  # rows and columns change places before each pass
-        x_BCSS = (x_BCSS.mT.reshape(B, C * S, S) @ matrix_BSS.mT).view(B, C, S, S)
-    return x_BCSS
+    source_K1N = (tap_K[:, None, None] + torch.arange(margin, margin + N, device=device)).clamp(0, W - 1)
+    is_source_KWN = source_K1N == torch.arange(W, device=device)[:, None]
+    matrix_BWN = (weight_BK @ is_source_KWN.to(x_BCSS.dtype).flatten(1)).view(B, W, N)
+    if margin:  # not by F.pad, which breaks a graph on a GPU under deterministic algorithms
+        x_BCSS = torch.ops.aten.replication_pad2d(x_BCSS, [margin, margin + -S % N] * 2)
+    x_BCSS = (x_BCSS.unfold(3, W, N).reshape(B, -1, W) @ matrix_BWN).view(*x_BCSS.shape[:3], -1)
+    window_BWCnS = x_BCSS.unfold(2, W, N).movedim(-1, 1)
+    x_BNCnS = (matrix_BWN.mT @ window_BWCnS.reshape(B, W, -1)).view(B, N, *window_BWCnS.shape[2:])
+    return x_BNCnS.permute(0, 2, 3, 1, 4).flatten(2, 3)[..., :S, :S]
 
 
-def solarize(x_BCSS: Tensor) -> Tensor:
-    """Invert what is at or above level 128 of 255. Between 127 and 128 the limit is their middle, where an inversion
-    changes nothing: so rounding noise never turns into a jump."""
-    return torch.minimum(x_BCSS, 1 - x_BCSS)
+def solarize(x_BCSS: Tensor, on_B1: Tensor) -> Tensor:
+    """Where `on` is 1 and not 0, invert what is at or above level 128 of 255. Between 127 and 128 the limit is their
+    middle, where an inversion changes nothing: so rounding noise never turns into a jump."""
+    return torch.minimum(x_BCSS, (_image(on_B1) - x_BCSS).abs())
 
 
 def _numbers(seed: int, epoch: int | Tensor, sample_B: Tensor, view: int) -> tuple[Tensor, ...]:

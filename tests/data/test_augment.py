@@ -84,7 +84,7 @@ def column(values, dtype=torch.float64):
 )
 def test_blends_are_torchvisions(op, theirs, dtype):
     images, factors = random_images(6, 9, dtype), [0.0, 0.6, 1.0, 1.4, 2.0, 0.8]
-    ours = augment.blend(images, torch.full((6, 1), op), column(factors, dtype))
+    ours = torch.cat(augment.blend(images.split(1, 1), torch.full((6, 1), op), column(factors, dtype)), 1)
     expected = torch.stack([theirs(image, factor) for image, factor in zip(images, factors, strict=True)])
     torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE[dtype])
 
@@ -94,14 +94,17 @@ def test_hue_grayscale_and_solarize_are_torchvisions(dtype):
     images, shifts = random_images(8, 9, dtype), [-0.5, -0.1, 0.0, 0.1, 0.25, 0.5, -0.37, 1 / 3]
     limits = {"rtol": 0, "atol": TOLERANCE[dtype]}
     hues = torch.stack([F.adjust_hue(image, shift) for image, shift in zip(images, shifts, strict=True)])
-    torch.testing.assert_close(augment.adjust_hue(images, column(shifts, dtype)), hues, **limits)
-    torch.testing.assert_close(augment.grayscale(images), F.rgb_to_grayscale(images, 1), **limits)
-    torch.testing.assert_close(augment.solarize(images), F.solarize(images, 0.5), **limits)
+    ours = torch.cat(augment.adjust_hue(images.split(1, 1), column(shifts, dtype)), 1)
+    torch.testing.assert_close(ours, hues, **limits)
+    torch.testing.assert_close(augment.grayscale(images.split(1, 1)), F.rgb_to_grayscale(images, 1), **limits)
+    on = column([1, 0] * 4, dtype)
+    solarized = torch.where(on[:, :, None, None] == 1, F.solarize(images, 0.5), images)
+    torch.testing.assert_close(augment.solarize(images, on), solarized, **limits)
 
 
 def test_solarize_is_pils_at_every_level():
     levels = torch.arange(256).byte().view(1, 16, 16).expand(3, 16, 16)
-    ours = augment.solarize(levels[None].double() / 255)[0] * 255
+    ours = augment.solarize(levels[None].double() / 255, column([1.0]))[0] * 255
     pil = from_pil(ImageOps.solarize(to_pil(levels), 128))
     torch.testing.assert_close(ours, pil.double(), rtol=0, atol=1e-9)
 
@@ -115,6 +118,36 @@ def test_blur_is_torchvisions_with_edge_pixels_repeated(dtype, radius):
         padded = torch.nn.functional.pad(image[None], [radius] * 4, mode="replicate")[0]
         expected = F.gaussian_blur(padded, [2 * radius + 1] * 2, [sigma] * 2)[:, radius:-radius, radius:-radius]
         torch.testing.assert_close(blurred, expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+def blur_by_whole_matrices(x_BCSS, sigma_B1, radius):
+    """The same sums as products of whole images with a banded [S, S] matrix each."""
+    (B, _, S, _), tap_K = x_BCSS.shape, torch.arange(-radius, radius + 1)
+    weight_BK = torch.exp(-0.5 * (tap_K / sigma_B1.clamp_min(1e-3)) ** 2)
+    weight_BK = weight_BK * (weight_BK > 1e-12)
+    weight_BK = weight_BK / weight_BK.sum(1, keepdim=True)
+    source_KS1 = (tap_K[:, None, None] + torch.arange(S)[:, None]).clamp(0, S - 1)
+    matrix_BSS = (weight_BK @ (source_KS1 == torch.arange(S)).to(x_BCSS.dtype).flatten(1)).view(B, 1, S, S)
+    return matrix_BSS @ x_BCSS @ matrix_BSS.mT
+
+
+@pytest.mark.parametrize("side", [1, 28, 96, 128, 129, 150, 224])
+@pytest.mark.parametrize("radius", [3, 8, 20])
+def test_blur_in_windows_is_a_product_with_whole_matrices(side, radius):
+    images, sigma_B1 = random_images(5, side), column([0.0, 0.1, 0.9, 2.0, 5.0])
+    ours = augment.gaussian_blur(images, sigma_B1, radius)
+    expected = blur_by_whole_matrices(images, sigma_B1, radius)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    assert torch.equal(ours[0], images[0])  # a sigma of 0 changes nothing
+
+
+@pytest.mark.parametrize("side", [28, 150])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blur_is_the_same(side, backend):
+    images, sigma_B1 = random_images(5, side), column([0.0, 0.1, 0.9, 1.5, 2.0])
+    compiled = torch.compile(augment.gaussian_blur, fullgraph=True, dynamic=False, backend=backend)
+    expected = augment.gaussian_blur(images, sigma_B1, 8)
+    torch.testing.assert_close(compiled(images, sigma_B1, 8), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("side", [28, 64])
