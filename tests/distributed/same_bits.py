@@ -34,7 +34,7 @@ def digests(folder: Path, recipe: Path, *overrides: str) -> dict[str, str]:
         for steps in ends:
             values = [*overrides, f"run.dir={folder / name}", f"train.max_steps={steps}"]
             command = [sys.executable, "-m", "engine.run", str(recipe), *values]
-            subprocess.run(command, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), check=True, stdout=sys.stderr)
+            subprocess.run(command, cwd=ROOT, env=environment(), check=True, stdout=sys.stderr)
     return {name: digest(folder / name / f"checkpoints/step_{max(ends):07d}") for name, ends in STEPS.items()}
 
 
