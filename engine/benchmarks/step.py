@@ -53,7 +53,7 @@ class Plan(NamedTuple):
         return self.warmup + self.counted + self.parts + PROFILED
 
 
-PLANS = {"cuda": Plan(warmup=50, block=10, rounds=5, parts=10), "cpu": Plan(warmup=3, block=1, rounds=3, parts=3)}
+PLANS = {"cuda": Plan(warmup=50, block=5, rounds=4, parts=10), "cpu": Plan(warmup=3, block=1, rounds=3, parts=3)}
 
 
 class Subject:
