@@ -195,6 +195,8 @@ def compile_method(module: nn.Module, name: str, kept: float = 1.0) -> None:
 
     kept: the share that stays of what its backward pass needs beside its inputs; the rest is computed again.
     """
+    # What is left in float32 is meant so.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores for float32 matrix multiplication available")
     # Modules of one class share a cache: each shape of a ResNet's bottleneck is an entry, with and without gradient.
     allow_variants(COMPILED_VARIANTS)
     setattr(module, name, compiled(getattr(module, name), kept))
