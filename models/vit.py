@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
+from models.attention import attend
 from models.drop_path import drop_path_places
 from models.initial import seeded
 from models.norm import GlobalBatchNorm
@@ -78,8 +79,11 @@ class ClsBlock(Block):
 
     def forward(self, token_NTD: Tensor, *options: Any, cls_only: bool = False, **named_options: Any) -> Tensor:
         """[N, T, D] -> [N, T, D], or [N, D] with `cls_only`."""
-        if not cls_only:
+        if options or named_options:
             return super().forward(token_NTD, *options, **named_options)
+        if not cls_only:
+            token_NTD = token_NTD + self.drop_path1(attend(self.attn, self.norm1(token_NTD)))
+            return token_NTD + self.drop_path2(self.mlp(self.norm2(token_NTD)))
         cls_ND = token_NTD[:, 0]
         cls_ND = cls_ND + self.drop_path1(cls_attention(self.attn, self.norm1(token_NTD)))
         return cls_ND + self.drop_path2(self.mlp(self.norm2(cls_ND)))

@@ -1,0 +1,108 @@
+"""Self-attention of a ViT's tokens: torch's, or on a GPU a kernel of our own for sequences as short as a ViT's.
+
+Shapes: N images, T tokens, D channels, H heads, E = D / H channels of a head.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import Attention
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+
+LONGEST = 256  # tokens whose keys one program holds
+WIDTHS = (32, 64)  # E
+FORWARD = {"Q": 64, "num_warps": 4}
+BACKWARD = {"Q": 64, "STAGES": 2, "num_warps": 8}
+
+
+def attend(attention: Attention, token_NTD: Tensor) -> Tensor:
+    """What `attention` gives for all tokens, [N, T, D]."""
+    if not (attention.fused_attn and is_short(token_NTD, attention.head_dim)):
+        return attention(token_NTD)
+    qkv_NT3HE = attention.qkv(token_NTD).unflatten(2, (3, attention.num_heads, attention.head_dim))
+    return attention.proj(short_scaled_dot_product_attention(qkv_NT3HE)[0].flatten(2))
+
+
+def is_short(token_NTD: Tensor, width: int) -> bool:
+    """Whether the kernel is for such tokens and heads, and Triton is there to compile it."""
+    if token_NTD.device.type != "cuda" or torch.version.hip or token_NTD.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return token_NTD.shape[1] <= LONGEST and width in WIDTHS and HAS_TRITON
+
+
+HAS_TRITON = find_spec("triton") is not None
+
+
+@torch.library.custom_op("mocov3::short_scaled_dot_product_attention", mutates_args=())
+def short_scaled_dot_product_attention(qkv_NT3HE: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of each head, [N, T, H, E], and what its backward pass needs beside it, [N, H, T] float32.
+
+    Queries, keys and values lie side by side, as one projection gives them. The same bits every time.
+    """
+    N, T, _, H, _ = qkv_NT3HE.shape
+    out_NTHE, log_sum_NHT = _allocate(qkv_NT3HE)
+    _launch("forward", (-(-T // FORWARD["Q"]), N * H), qkv_NT3HE.contiguous(), out_NTHE, log_sum_NHT, FORWARD)
+    return out_NTHE, log_sum_NHT
+
+
+@short_scaled_dot_product_attention.register_fake
+def _allocate(qkv_NT3HE: Tensor) -> tuple[Tensor, Tensor]:
+    N, T, _, H, E = qkv_NT3HE.shape
+    return qkv_NT3HE.new_empty(N, T, H, E), qkv_NT3HE.new_empty(N, H, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("mocov3::short_scaled_dot_product_attention_backward", mutates_args=())
+def backward(d_out_NTHE: Tensor, qkv_NT3HE: Tensor, out_NTHE: Tensor, log_sum_NHT: Tensor) -> Tensor:
+    """The gradient of queries, keys and values, [N, T, 3, H, E]."""
+    N, _, _, H, _ = qkv_NT3HE.shape
+    d_qkv_NT3HE = _like_qkv(d_out_NTHE, qkv_NT3HE, out_NTHE, log_sum_NHT)
+    given = qkv_NT3HE.contiguous(), out_NTHE.contiguous(), log_sum_NHT, d_out_NTHE.contiguous()
+    _launch("backward", (N * H,), *given, d_qkv_NT3HE, BACKWARD)
+    return d_qkv_NT3HE
+
+
+@backward.register_fake
+def _like_qkv(d_out_NTHE: Tensor, qkv_NT3HE: Tensor, out_NTHE: Tensor, log_sum_NHT: Tensor) -> Tensor:
+    return qkv_NT3HE.new_empty(qkv_NT3HE.shape)
+
+
+def _launch(name: str, grid: tuple[int, ...], qkv_NT3HE: Tensor, *others: Any) -> None:
+    """others: the kernel's further tensors, and its tiles."""
+    from models import attention_kernels
+
+    *tensors, tiles = others
+    _, T, _, H, E = qkv_NT3HE.shape
+    kernel, keys = getattr(attention_kernels, name), max(16, 1 << (T - 1).bit_length())  # products have 16 at least
+    kernel[grid](qkv_NT3HE, *tensors, scale=E**-0.5, T=T, H=H, E=E, K=keys, **tiles)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _differentiate(ctx: Any, d_out_NTHE: Tensor, _: Any) -> Tensor:
+    return backward(d_out_NTHE, *ctx.saved_tensors)
+
+
+short_scaled_dot_product_attention.register_autograd(_differentiate, setup_context=_keep)
+
+
+# ---- so that a partitioner knows that it is dear
+
+
+def _heads_first(shape_NT3HE: Any) -> list[int]:
+    N, T, _, H, E = shape_NT3HE
+    return [N, H, T, E]
+
+
+@register_flop_formula(torch.ops.mocov3.short_scaled_dot_product_attention)
+def _flop(shape_NT3HE: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(*[_heads_first(shape_NT3HE)] * 3)
+
+
+@register_flop_formula(torch.ops.mocov3.short_scaled_dot_product_attention_backward)
+def _backward_flop(_: Any, shape_NT3HE: Any, *__: Any, **___: Any) -> int:
+    return sdpa_backward_flop_count(*[_heads_first(shape_NT3HE)] * 4)
