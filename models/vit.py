@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ def build_vit(*, image_size: int, patch_size: int, dim: int, depth: int, heads: 
         norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
         weight_init="skip",
         block_fn=ClsBlock,
-        **({"embed_layer": ConvStem} if conv_stem else {}),
+        embed_layer=ConvStem if conv_stem else PatchProjection,
     )
     module = make()
     module.pos_embed.requires_grad_(False)
@@ -98,6 +99,19 @@ def cls_attention(attention: Attention, token_NTD: Tensor) -> Tensor:
     kv_NT2HE = F.linear(token_NTD, kv_weight, kv_bias).unflatten(2, (2, attention.num_heads, -1))
     k_NHTE, v_NHTE = kv_NT2HE.permute(2, 0, 3, 1, 4).unbind()
     return attention.proj(F.scaled_dot_product_attention(q_NH1E, k_NHTE, v_NHTE).flatten(1))
+
+
+class PatchProjection(PatchEmbed):
+    """timm's convolution of patches that do not overlap, as the matrix product that it is; as a convolution in bf16 it
+    takes a GPU several times as long. [N, 3, H, W] -> [N, tokens, D]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2:] != self.img_size:
+            given, own = (" x ".join(map(str, size)) for size in (x.shape[2:], self.img_size))
+            raise ValueError(f"images ({given}) must be of {own} pixels; resize them")
+        rows, columns = self.patch_size
+        patches = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class ConvStem(nn.Module):

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.classifier import Classifier
 from models.trunk import blocks
-from models.vit import build_vit
+from models.vit import PatchProjection, build_vit
 
 SHAPE = {"image_size": 32, "patch_size": 8, "dim": 24, "heads": 3}
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -89,3 +90,19 @@ def test_every_block_is_one_graph():
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="eager")
     torch.testing.assert_close(network(images()), expected, **EXACT)
     assert network.trunk.forward_features(images()).shape == (4, 17, 24)
+
+
+@pytest.mark.parametrize("patch_size", [4, (2, 8)])
+def test_the_patch_projection_is_timms_convolution(patch_size):
+    own = PatchProjection(16, patch_size, 3, 10).double()
+    x = images()[:, :, :16, :16].clone().requires_grad_()
+    found, expected = own(x), PatchEmbed.forward(own, x)
+    torch.testing.assert_close(found, expected, **EXACT)
+    inputs = x, *own.parameters()
+    of_found, of_expected = (torch.autograd.grad(each.square().sum(), inputs) for each in (found, expected))
+    torch.testing.assert_close(of_found, of_expected, **EXACT)
+
+
+def test_images_of_another_size_are_refused_in_words():
+    with pytest.raises(ValueError, match=r"images \(32 x 16\) must be of 32 x 32 pixels"):
+        classifier().trunk(images()[..., :16])
