@@ -8,7 +8,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from models.initial import seeded
 from models.norm import GlobalBatchNorm
-from models.trunk import Trunk
+from models.trunk import Trunk, as_convolutions_want
 
 LAYERS = {"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)\.(\d+)"}  # as timm tells them by a parameter's name
 
@@ -33,7 +33,7 @@ class StemResNet(ResNet):
 
     def stem_forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] -> the first block's input, [N, 64, H/4, W/4]."""
-        return self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        return self.maxpool(self.relu(self.bn1(self.conv1(as_convolutions_want(images)))))
 
 
 def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

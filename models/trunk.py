@@ -43,6 +43,12 @@ class HasStem(Protocol):
         ...
 
 
+def as_convolutions_want(images: Tensor) -> Tensor:
+    """The same images [N, C, H, W], on a GPU with channels last in memory: what its tensor cores read, and what comes
+    out of a convolution and of BatchNorm has their order."""
+    return images.to(memory_format=torch.channels_last) if images.device.type == "cuda" else images
+
+
 def blocks(module: nn.Module) -> list[nn.Module]:
     """The repeated units of a trunk's module, in order: what is compiled one by one and sharded in units.
 

@@ -17,7 +17,7 @@ from models.attention import attend
 from models.drop_path import drop_path_places
 from models.initial import seeded
 from models.norm import GlobalBatchNorm
-from models.trunk import Trunk
+from models.trunk import Trunk, as_convolutions_want
 
 WAVELENGTH = 10_000.0  # of the slowest sine, in patches / 2 pi
 NORM_EPS = 1e-6  # what LayerNorms add to the variance, as the reference's, timm's and DeiT's do
@@ -141,7 +141,7 @@ class ConvStem(nn.Module):
         self.grid_size, self.num_patches = (side, side), side * side
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(as_convolutions_want(x)).flatten(2).transpose(1, 2)
 
 
 def sincos_position(rows: int, columns: int, dim: int) -> Tensor:

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.recipe.load import load
 from engine.runs.pretrain import make_moco
 from models.architecture import of_name, of_shapes
-from models.norm import GlobalBatchNorm
+from models.norm import GlobalBatchNorm, set_views
 from models.resnet import build_resnet
 from models.shapes import RESNET_SHAPES, VIT_SHAPES
-from models.trunk import HasStem, blocks
+from models.trunk import HasStem, as_convolutions_want, blocks
 from models.vit import PatchProjection, build_vit, sincos_position
 from tests.replay import our_name
 
@@ -158,3 +159,25 @@ def test_what_runs_before_the_blocks_runs_in_the_stem(kind):
     assert in_stem
     assert called[: len(in_stem)] == in_stem
     assert called[len(in_stem) :] == [trunk.get_submodule("avgpool" if kind == "resnet" else "norm")]
+
+
+@pytest.mark.parametrize("kind", ["vit_conv", "resnet"])
+def test_channels_that_are_last_in_memory_stay_so_and_change_nothing(kind):
+    shape = {"image_size": 32, "patch_size": 8, "dim": 16, "depth": 1, "heads": 4, "conv_stem": True}
+    trunk = (build_resnet([1, 1, 1, 1], 8) if kind == "resnet" else build_vit(**shape)).module.double().train()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trunk.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    set_views(trunk, 2)
+    images = torch.randn(4, 3, 32, 32, generator=generator, dtype=torch.float64)
+    last = images.to(memory_format=torch.channels_last)
+    maps = trunk.stem_forward(last) if kind == "resnet" else trunk.patch_embed.proj(last)
+    assert maps.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(trunk(last), trunk(images), rtol=1e-9, atol=1e-9)
+
+
+def test_a_gpu_has_its_channels_last():
+    with FakeTensorMode():
+        on_gpu, on_cpu = (as_convolutions_want(torch.empty(2, 3, 8, 8, device=device)) for device in ("cuda", "cpu"))
+        assert on_gpu.is_contiguous(memory_format=torch.channels_last)
+        assert on_cpu.is_contiguous()
