@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.attention import attend
 from models.drop_path import drop_path_places
+from models.gelu import Gelu
 from models.initial import seeded
 from models.norm import GlobalBatchNorm
 from models.trunk import Trunk, as_convolutions_want
@@ -38,6 +39,7 @@ def build_vit(*, image_size: int, patch_size: int, dim: int, depth: int, heads: 
         norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
         weight_init="skip",
         block_fn=ClsBlock,
+        act_layer=Gelu,
         embed_layer=ConvStem if conv_stem else PatchProjection,
     )
     module = make()

@@ -1,0 +1,29 @@
+"""GELU by fewer operations is GELU."""
+
+import torch
+import torch.nn.functional as F
+
+from models.gelu import Gelu, _Gelu, probability
+
+
+def test_the_probability_is_that_of_a_normal_number():
+    x = torch.linspace(-12, 12, 100_001)
+    below, exponential = probability(x)
+    assert (below - torch.special.ndtr(x.double())).abs().max() < 3e-7
+    assert torch.allclose(exponential, (-x.double().square() / 2).exp().float(), rtol=1e-5, atol=1e-30)
+
+
+def test_value_and_gradient_are_torchs_to_rounding():
+    x = torch.linspace(-8, 8, 4001, requires_grad=True)
+    other = x.detach().clone().requires_grad_()
+    dy = torch.linspace(1, -1, 4001)
+    _Gelu.apply(x).backward(dy)
+    F.gelu(other).backward(dy)
+    assert (_Gelu.apply(x) - F.gelu(other)).abs().max() < 2e-6
+    assert (x.grad - other.grad).abs().max() < 2e-6
+
+
+def test_on_a_cpu_and_in_full_precision_it_is_torchs():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        assert torch.equal(Gelu()(x.to(dtype)), F.gelu(x.to(dtype)))
