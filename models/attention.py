@@ -1,4 +1,4 @@
-"""Self-attention of a ViT's tokens: torch's, or on a GPU a kernel of our own for sequences as short as a ViT's.
+"""Self-attention of a ViT's tokens: torch's, or compiled for a GPU a kernel of our own for sequences as short as these.
 
 Shapes: N images, T tokens, D channels, H heads, E = D / H channels of a head.
 """
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_c
 
 LONGEST = 256  # tokens whose keys one program holds
 WIDTHS = (32, 64)  # E
+SHARED_BYTES = 160 * 1024  # of a program: data centres' GPUs have them from the A100 on; others have 100 KiB or less
 FORWARD = {"Q": 64, "num_warps": 4}
 BACKWARD = {"Q": 64, "STAGES": 2, "num_warps": 8}
 
@@ -26,10 +27,19 @@ def attend(attention: Attention, token_NTD: Tensor) -> Tensor:
 
 
 def is_short(token_NTD: Tensor, width: int) -> bool:
-    """Whether the kernel is for such tokens and heads, and Triton is there to compile it."""
+    """Whether the kernel is for such tokens and heads: in compiled code, which needs Triton and a C compiler too."""
     if token_NTD.device.type != "cuda" or torch.version.hip or token_NTD.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return token_NTD.shape[1] <= LONGEST and width in WIDTHS and HAS_TRITON
+    fits = token_NTD.shape[1] <= LONGEST and width in WIDTHS
+    return fits and torch.compiler.is_dynamo_compiling() and HAS_TRITON and has_room(token_NTD.device)
+
+
+@torch.compiler.assume_constant_result
+def has_room(device: torch.device) -> bool:
+    """Whether the kernel's tiles fit into the shared memory of this GPU. One that is not there has room."""
+    if not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= SHARED_BYTES
 
 
 HAS_TRITON = find_spec("triton") is not None

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,18 +34,33 @@ def test_on_a_cpu_attention_is_torchs():
     assert torch.equal(attend(module, token_NTD), module(token_NTD))
 
 
+def takes(tokens, width, dtype, compile=torch.compile):
+    """Whether code for a GPU takes the kernel."""
+    ask = compile(lambda token_NTD: attention.is_short(token_NTD, width), fullgraph=True, backend="eager")
+    with torch._subclasses.FakeTensorMode():
+        return ask(torch.empty(1, tokens, 8, dtype=dtype, device="cuda"))
+
+
 def test_a_gpu_takes_the_kernel_for_short_sequences_of_narrow_heads_in_16_bits(monkeypatch):
     monkeypatch.setattr(attention, "HAS_TRITON", True)
+    bf16 = torch.bfloat16
+    assert [takes(197, 32, bf16), takes(256, 64, bf16)] == [True, True]
+    assert [takes(257, 64, bf16), takes(197, 80, bf16), takes(197, 64, torch.float32)] == [False] * 3
+    monkeypatch.setattr(attention, "HAS_TRITON", False)
+    assert not takes(197, 64, bf16)
 
-    def takes(tokens, width, dtype):
-        return attention.is_short(torch.empty(1, tokens, 8, dtype=dtype, device="meta").to("cuda"), width)
 
-    with torch._subclasses.FakeTensorMode():
-        bf16 = torch.bfloat16
-        assert [takes(197, 32, bf16), takes(256, 64, bf16)] == [True, True]
-        assert [takes(257, 64, bf16), takes(197, 80, bf16), takes(197, 64, torch.float32)] == [False] * 3
-        monkeypatch.setattr(attention, "HAS_TRITON", False)
-        assert not takes(197, 64, bf16)
+def test_code_that_is_not_compiled_needs_no_triton(monkeypatch):
+    monkeypatch.setattr(attention, "HAS_TRITON", True)
+    assert not takes(197, 64, torch.bfloat16, compile=lambda function, **_: function)
+
+
+@pytest.mark.parametrize(("kib", "fits"), [(227, True), (163, True), (99, False), (64, False)])
+def test_a_gpu_of_little_shared_memory_takes_torchs(monkeypatch, kib, fits):
+    gpu = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    assert attention.has_room(torch.device("cuda", 0)) == fits
 
 
 @pytest.fixture
