@@ -53,7 +53,9 @@ def short_scaled_dot_product_attention(qkv_NT3HE: Tensor) -> tuple[Tensor, Tenso
     """
     N, T, _, H, _ = qkv_NT3HE.shape
     out_NTHE, log_sum_NHT = _allocate(qkv_NT3HE)
-    _launch("forward", (-(-T // FORWARD["Q"]), N * H), qkv_NT3HE.contiguous(), out_NTHE, log_sum_NHT, FORWARD)
+    tiles = -(-T // FORWARD["Q"])
+    # In one dimension: a grid's others end at 65,535 programs, fewer than the heads of 4,096 images may be.
+    _launch("forward", (N * H * tiles,), qkv_NT3HE.contiguous(), out_NTHE, log_sum_NHT, FORWARD)
     return out_NTHE, log_sum_NHT
 
 
@@ -85,7 +87,8 @@ def _launch(name: str, grid: tuple[int, ...], qkv_NT3HE: Tensor, *others: Any) -
     *tensors, tiles = others
     _, T, _, H, E = qkv_NT3HE.shape
     kernel, keys = getattr(attention_kernels, name), max(16, 1 << (T - 1).bit_length())  # products have 16 at least
-    kernel[grid](qkv_NT3HE, *tensors, scale=E**-0.5, T=T, H=H, E=E, K=keys, **tiles)
+    with torch.cuda.device_of(qkv_NT3HE):  # Triton would launch on the current GPU
+        kernel[grid](qkv_NT3HE, *tensors, scale=E**-0.5, T=T, H=H, E=E, K=keys, **tiles)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:

@@ -26,9 +26,11 @@ def forward(
     Q: tl.constexpr,
 ):
     """out [N, T, H, E] and log_sum [N, H, T], the base-2 logarithm of each softmax's sum; a program for each tile."""
-    image, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    tiles: tl.constexpr = (T + Q - 1) // Q
+    nth, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * Q  # of all heads; the tile's first query
+    image, head = (nth // H).to(tl.int64), nth % H
     row: tl.constexpr = 3 * H * E
-    query_Q, key_K, channel_E = tl.program_id(0) * Q + tl.arange(0, Q), tl.arange(0, K), tl.arange(0, E)
+    query_Q, key_K, channel_E = start + tl.arange(0, Q), tl.arange(0, K), tl.arange(0, E)
     is_query_Q1, is_key_K1 = query_Q[:, None] < T, key_K[:, None] < T
     first = qkv + image * T * row + head * E
     q_QE = tl.load(first + query_Q[:, None] * row + channel_E[None, :], mask=is_query_Q1, other=0.0)
@@ -44,7 +46,7 @@ def forward(
 
     own = out + image * T * H * E + head * E
     tl.store(own + query_Q[:, None] * (H * E) + channel_E[None, :], out_QE.to(out.dtype.element_ty), mask=is_query_Q1)
-    at_Q = tl.program_id(1).to(tl.int64) * T + query_Q
+    at_Q = nth.to(tl.int64) * T + query_Q
     tl.store(log_sum + at_Q, top_Q + tl.log2(sum_Q), mask=query_Q < T)
 
 

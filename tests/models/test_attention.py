@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from timm.models.vision_transformer import Attention
 from torch.utils.flop_counter import FlopCounterMode
 
+import models
 from engine.training.activation_checkpoint import is_dear
 from models import attention
 from models.attention import attend
@@ -26,6 +28,29 @@ def test_kernels_give_what_torch_gives():
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == len(CASES)
     assert all(error < 2e-6 for errors in found for error in errors), found
+
+
+def test_a_launch_has_one_dimension_and_the_gpu_of_its_tensors(monkeypatch):
+    """A grid's other dimensions end at 65,535 programs."""
+    grids, devices = [], []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    def device_of(tensor):
+        devices.append(tensor.device)
+        return nullcontext()
+
+    monkeypatch.setitem(sys.modules, "models.attention_kernels", SimpleNamespace(forward=Kernel(), backward=Kernel()))
+    monkeypatch.setattr(models, "attention_kernels", sys.modules["models.attention_kernels"], raising=False)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    qkv_NT3HE = torch.empty(4096, 2, 3, 16, 32, requires_grad=True)
+    out_NTHE, _ = attention.short_scaled_dot_product_attention(qkv_NT3HE)
+    out_NTHE.sum().backward()
+    assert grids == [(65536,), (65536,)]
+    assert devices == [qkv_NT3HE.device] * 2
 
 
 def test_on_a_cpu_attention_is_torchs():
