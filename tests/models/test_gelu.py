@@ -1,8 +1,11 @@
 """GELU by fewer operations is GELU."""
 
+import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from engine.torch_internals import watching
 from models.gelu import Gelu, _Gelu, probability
 
 
@@ -27,3 +30,17 @@ def test_on_a_cpu_and_in_full_precision_it_is_torchs():
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         assert torch.equal(Gelu()(x.to(dtype)), F.gelu(x.to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_only_compiled_code_for_a_gpu_computes_it_in_many_small_steps(dtype):
+    """One by one they would each pass over memory, in float32."""
+
+    def called(function):
+        names = []
+        with FakeTensorMode(), watching(lambda operation, _: names.append(str(operation))):
+            function(torch.empty(8, device="cuda", dtype=dtype))
+        return names
+
+    assert "aten.gelu.default" in called(Gelu())
+    assert "aten.gelu.default" not in called(torch.compile(Gelu(), fullgraph=True, backend="eager"))
