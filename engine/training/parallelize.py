@@ -5,7 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Container, Iterable
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from engine.recipe.sections import Parallel
 from engine.torch_internals import allow_variants, forget_forwards, has_cpp_compiler, keeping
 from engine.training.activation_checkpoint import KEPT_SHARE, checkpoint_forward
 from models.norm import batch_norm_weights, set_batch_norm_group
-from models.parts import Network
+from models.parts import Network, Part
 from models.trunk import HasStem, blocks, cast_constants, rows_of_blocks
 
 P, T = ParamSpec("P"), TypeVar("T")
@@ -39,7 +39,8 @@ def parallelize(
     `parallel.shard` says where a parameter rests. full, hybrid: units of blocks sharded also between forward and
     backward; grad_op: gathered from the forward to the backward pass; replicate: whole on every rank. Heads, and the
     rest of a trunk, stay gathered until their backward pass in any mode: it begins where their forward has ended. A
-    rank that is alone has nobody to share with: it makes what it trains ready once a step, each part in one piece.
+    rank that is alone has nobody to share with: it makes what it trains ready once a step, each part in one piece, and
+    where there is nothing to cast either, the network stays as it is.
 
     Args:
         group: the ranks of the global batch, for BatchNorm.
@@ -51,18 +52,14 @@ def parallelize(
         mesh = mesh["shard"]
     network.to(dtype_of(parallel))
     set_batch_norm_group(network, group)
+    is_ready = group.size() == 1 and parallel.precision != "bf16"
     for part in network.parts():
-        # What is not trained (the momentum encoder, a moving average) must rest sharded after every forward: it never
-        # has a backward pass to do so, and its update writes shards, which weights still gathered from the last step
-        # would hide.
-        resting = not part.is_trained
         if part.is_trunk:
             _prepare_blocks(part.module, parallel, part.is_trained)
-            _shard_trunk(part.module, mesh, parallel, resting, least or least_unit(group.size()))
-        else:
-            _lay_head(part.module, mesh, parallel, resting)
-        if not part.is_trained:
-            forget_forwards(part.module)
+        elif parallel.compile:
+            compile_method(part.module, "forward")
+        if not is_ready:
+            _shard_part(part, mesh, parallel, least or least_unit(group.size()))
 
 
 def _prepare_blocks(trunk: nn.Module, parallel: Parallel, is_trained: bool) -> None:
@@ -75,6 +72,18 @@ def _prepare_blocks(trunk: nn.Module, parallel: Parallel, is_trained: bool) -> N
             checkpoint_forward(block, mode)
         if parallel.compile:  # what is compiled decides itself what it computes again
             compile_method(block, "forward", KEPT_SHARE[mode])
+
+
+def _shard_part(part: Part, mesh: DeviceMesh, parallel: Parallel, least: float) -> None:
+    # What is not trained (the momentum encoder, a moving average) must rest sharded after every forward: it never has a
+    # backward pass to do so, and its update writes shards, which weights still gathered from the last step would hide.
+    resting = not part.is_trained
+    if part.is_trunk:
+        _shard_trunk(part.module, mesh, parallel, resting, least)
+    else:
+        shard([part.module], mesh, MixedPrecisionPolicy(), resting)
+    if resting:
+        forget_forwards(part.module)
 
 
 def _shard_trunk(trunk: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool, least: float) -> None:
@@ -109,12 +118,6 @@ def units(trunk: nn.Module, least: float) -> list[list[nn.Module]]:
                 found.append(unit)
                 unit = []
     return found
-
-
-def _lay_head(head: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool) -> None:
-    if parallel.compile:
-        compile_method(head, "forward")
-    shard([head], mesh, MixedPrecisionPolicy(), resting)
 
 
 def shard(modules: list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy, resting: bool) -> None:
@@ -184,10 +187,10 @@ def add_up_gradients(root: nn.Module, *, last: bool) -> None:
     """Let the next backward pass of `root` add its gradients to those before on this rank alone; the last one sends
     the sum to the ranks that keep it, once for all. Weights that rest gathered from forward to backward (grad_op,
     replicate) stay so until then."""
-    sharded = cast(FSDPModule, root)
-    sharded.set_requires_gradient_sync(last)
-    rests_sharded = any(isinstance(parameter, DTensor) for parameter in root.parameters())
-    sharded.set_reshard_after_backward(last or rests_sharded)
+    if isinstance(root, FSDPModule):
+        root.set_requires_gradient_sync(last)
+        rests_sharded = any(isinstance(parameter, DTensor) for parameter in root.parameters())
+        root.set_reshard_after_backward(last or rests_sharded)
 
 
 def compile_method(module: nn.Module, name: str, kept: float = 1.0) -> None:

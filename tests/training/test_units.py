@@ -47,12 +47,21 @@ def test_blocks_of_a_plain_list_never_share_a_unit():
     assert units(branches, least=90) == [[branch] for branch in branches]
 
 
-def test_a_rank_that_is_alone_has_each_trunk_as_one_unit():
+def laid_alone(precision: str) -> MoCo:
     shape = {"image_size": 224, "patch_size": 16, "dim": 768, "depth": 2, "heads": 12}
     with process_group() as world:
         with torch.device("meta"):
             moco = MoCo(Architecture("vit", shape).build, 16, 8)
-        parallelize(moco, make_mesh(world, "full", 1), world.group, Parallel(compile=False, precision="bf16"))
+        parallelize(moco, make_mesh(world, "full", 1), world.group, Parallel(compile=False, precision=precision))
+    return moco
+
+
+def test_a_rank_that_is_alone_has_each_trunk_as_one_unit():
+    moco = laid_alone("bf16")
     for trunk in (moco.base.trunk, moco.momentum.trunk):
         assert isinstance(trunk, FSDPModule)
         assert not any(isinstance(block, FSDPModule) for block in blocks(trunk))
+
+
+def test_a_rank_that_is_alone_and_casts_nothing_has_its_network_as_it_is():
+    assert not any(isinstance(module, FSDPModule) for module in laid_alone("float32").modules())
