@@ -108,10 +108,11 @@ class PatchProjection(PatchEmbed):
     takes a GPU several times as long. [N, 3, H, W] -> [N, tokens, D]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2:] != self.img_size:
+        if self.strict_img_size and x.shape[2:] != self.img_size:
             given, own = (" x ".join(map(str, size)) for size in (x.shape[2:], self.img_size))
             raise ValueError(f"images ({given}) must be of {own} pixels; resize them")
         rows, columns = self.patch_size
+        x = x[..., : x.shape[2] // rows * rows, : x.shape[3] // columns * columns]
         patches = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).permute(0, 2, 4, 1, 3, 5)
         return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 

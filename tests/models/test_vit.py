@@ -103,6 +103,17 @@ def test_the_patch_projection_is_timms_convolution(patch_size):
     torch.testing.assert_close(of_found, of_expected, **EXACT)
 
 
+@pytest.mark.parametrize("shape", [(30, 30), (8, 35)])
+def test_what_is_left_beside_whole_patches_is_left_out_as_by_timms(shape):
+    own, x = PatchProjection(shape, 8, 3, 10).double(), torch.randn(2, 3, *shape, dtype=torch.float64)
+    torch.testing.assert_close(own(x), PatchEmbed.forward(own, x), **EXACT)
+
+
+def test_a_patch_projection_that_is_not_strict_takes_other_sizes_as_timms_does():
+    own = PatchProjection(16, 4, 3, 10, strict_img_size=False).double()
+    torch.testing.assert_close(own(images()), PatchEmbed.forward(own, images()), **EXACT)
+
+
 def test_images_of_another_size_are_refused_in_words():
     with pytest.raises(ValueError, match=r"images \(32 x 16\) must be of 32 x 32 pixels"):
         classifier().trunk(images()[..., :16])
