@@ -132,13 +132,18 @@ def blur_by_whole_matrices(x_BCSS, sigma_B1, radius):
 
 
 @pytest.mark.parametrize("side", [1, 28, 96, 128, 129, 150, 224])
-@pytest.mark.parametrize("radius", [3, 8, 20])
+@pytest.mark.parametrize("radius", [0, 3, 8, 20])
 def test_blur_in_windows_is_a_product_with_whole_matrices(side, radius):
     images, sigma_B1 = random_images(5, side), column([0.0, 0.1, 0.9, 2.0, 5.0])
     ours = augment.gaussian_blur(images, sigma_B1, radius)
     expected = blur_by_whole_matrices(images, sigma_B1, radius)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
     assert torch.equal(ours[0], images[0])  # a sigma of 0 changes nothing
+
+
+@pytest.mark.parametrize("side", [28, 150])
+def test_no_images_are_blurred_into_none(side):
+    assert augment.gaussian_blur(random_images(5, side)[:0], column([]), 8).shape == (0, 3, side, side)
 
 
 @pytest.mark.parametrize("side", [28, 150])
