@@ -211,8 +211,7 @@ def gaussian_blur(x_BCSS: Tensor, sigma_B1: Tensor, radius: int) -> Tensor:
     matrix_BWN = (weight_BK @ is_source_KWN.to(x_BCSS.dtype).flatten(1)).view(B, W, N)
     if N < S:  # not by F.pad, which breaks a graph on a GPU under deterministic algorithms
         x_BCSS = torch.ops.aten.replication_pad2d(x_BCSS, [margin, margin + -S % N] * 2)
-    window_BCSnW = x_BCSS.unfold(3, W, N)
-    x_BCSS = (window_BCSnW.flatten(1, 3) @ matrix_BWN).view(*window_BCSnW.shape[:4], N).flatten(3)
+    x_BCSS = (x_BCSS.unfold(3, W, N).flatten(1, 3) @ matrix_BWN).view(*x_BCSS.shape[:3], S + -S % N)
     window_BWCnS = x_BCSS.unfold(2, W, N).movedim(-1, 1)
     x_BNCnS = (matrix_BWN.mT @ window_BWCnS.flatten(2)).view(B, N, *window_BWCnS.shape[2:])
     return x_BNCnS.permute(0, 2, 3, 1, 4).flatten(2, 3)[..., :S, :S]
