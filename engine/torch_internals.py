@@ -83,6 +83,14 @@ def descend_each_(
     )
 
 
+# ---- modules
+
+
+def put_weight(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Let a tensor that is no Parameter, but comes from one, stand in its place, as FSDP lets gathered ones."""
+    module._parameters[name] = tensor  # pyrefly: ignore
+
+
 # ---- FSDP
 
 

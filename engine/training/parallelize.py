@@ -18,6 +18,7 @@ from engine.errors import UserError
 from engine.recipe.sections import Parallel
 from engine.torch_internals import allow_variants, forget_forwards, has_cpp_compiler, keeping
 from engine.training.activation_checkpoint import KEPT_SHARE, checkpoint_forward
+from engine.training.cast import cast_weights
 from models.norm import batch_norm_weights, set_batch_norm_group
 from models.parts import Network, Part
 from models.trunk import HasStem, blocks, cast_constants, rows_of_blocks
@@ -39,8 +40,7 @@ def parallelize(
     `parallel.shard` says where a parameter rests. full, hybrid: units of blocks sharded also between forward and
     backward; grad_op: gathered from the forward to the backward pass; replicate: whole on every rank. Heads, and the
     rest of a trunk, stay gathered until their backward pass in any mode: it begins where their forward has ended. A
-    rank that is alone has nobody to share with: it makes what it trains ready once a step, each part in one piece, and
-    where there is nothing to cast either, the network stays as it is.
+    rank that is alone has nobody to share with, and casts alone: see `engine.training.cast`.
 
     Args:
         group: the ranks of the global batch, for BatchNorm.
@@ -52,14 +52,21 @@ def parallelize(
         mesh = mesh["shard"]
     network.to(dtype_of(parallel))
     set_batch_norm_group(network, group)
-    is_ready = group.size() == 1 and parallel.precision != "bf16"
     for part in network.parts():
         if part.is_trunk:
             _prepare_blocks(part.module, parallel, part.is_trained)
         elif parallel.compile:
             compile_method(part.module, "forward")
-        if not is_ready:
+        if group.size() > 1 or computes_blocks_again(parallel):
             _shard_part(part, mesh, parallel, least or least_unit(group.size()))
+        elif part.is_trunk and parallel.precision == "bf16":
+            cast_constants(part.module, torch.bfloat16)
+            cast_weights(part.module, torch.bfloat16)
+
+
+def computes_blocks_again(parallel: Parallel) -> bool:
+    """Whether blocks are called again in the backward pass, which compiled ones are not."""
+    return parallel.activation_checkpoint != "none" and not parallel.compile
 
 
 def _prepare_blocks(trunk: nn.Module, parallel: Parallel, is_trained: bool) -> None:

@@ -2,13 +2,9 @@
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
-from engine.distributed.world import make_mesh, process_group
-from engine.recipe.sections import Parallel
-from engine.training.parallelize import least_unit, parallelize, units
+from engine.training.parallelize import least_unit, units
 from models.architecture import Architecture
-from models.moco import MoCo
 from models.trunk import blocks
 
 
@@ -45,23 +41,3 @@ def test_blocks_of_a_plain_list_never_share_a_unit():
     branches = nn.ModuleList(nn.Sequential(nn.Linear(9, 9), nn.ReLU()) for _ in range(4))
     assert units(branches, least=100) == []
     assert units(branches, least=90) == [[branch] for branch in branches]
-
-
-def laid_alone(precision: str) -> MoCo:
-    shape = {"image_size": 224, "patch_size": 16, "dim": 768, "depth": 2, "heads": 12}
-    with process_group() as world:
-        with torch.device("meta"):
-            moco = MoCo(Architecture("vit", shape).build, 16, 8)
-        parallelize(moco, make_mesh(world, "full", 1), world.group, Parallel(compile=False, precision=precision))
-    return moco
-
-
-def test_a_rank_that_is_alone_has_each_trunk_as_one_unit():
-    moco = laid_alone("bf16")
-    for trunk in (moco.base.trunk, moco.momentum.trunk):
-        assert isinstance(trunk, FSDPModule)
-        assert not any(isinstance(block, FSDPModule) for block in blocks(trunk))
-
-
-def test_a_rank_that_is_alone_and_casts_nothing_has_its_network_as_it_is():
-    assert not any(isinstance(module, FSDPModule) for module in laid_alone("float32").modules())
