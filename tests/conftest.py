@@ -3,6 +3,7 @@
 What a GPU has to show is tests/on_a_gpu.py's; CUDA_VISIBLE_DEVICES=0 lets these tests see one nevertheless.
 """
 
+import multiprocessing
 import os
 
 import pytest
@@ -13,6 +14,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # two ranks want two GPUs
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
+# Processes of the one forkserver begin with what takes seconds to load, whichever test asks for the first.
+multiprocessing.set_forkserver_preload(
+    ["pytest", "torch._dynamo", "torch.distributed.fsdp", "engine.checkpoint.background", "engine.evaluation.subject"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,3 +27,9 @@ def world():
 
     with process_group() as world:
         yield world
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Proofs in this process, to save the seconds in which another one would import everything again."""
+    monkeypatch.setattr("engine.weights.export._in_own_process", lambda function, *arguments: function(*arguments))

@@ -158,7 +158,6 @@ def save_until_killed(folder: Path, seconds: float, first: int) -> None:
 @pytest.mark.parametrize("kills", [4, pytest.param(60, marks=pytest.mark.faults)])
 def test_a_kill_at_any_moment_leaves_what_was_committed(tmp_path, kills):
     context, draw = multiprocessing.get_context("forkserver"), random.Random(0)
-    context.set_forkserver_preload([__name__])
     newest, cut_off = 0, 0
     for kill in range(9 * kills):
         if kill >= kills and newest > 0:

@@ -103,9 +103,9 @@ def _first(images: int, epoch: int) -> np.ndarray:
 
 
 def measured(open_it: Callable[..., Source], *arguments: object) -> dict:
-    """Of a process of its own: CPU seconds until the first batch of an epoch is known, those of the first batch of the
-    next epoch, and MB that this process alone holds."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    """Of a process of its own, forked from one that has done nothing: CPU seconds until the first batch of an epoch is
+    known, those of the first batch of the next epoch, and MB that this process alone holds."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as process:
         return process.submit(_measure, open_it, arguments).result()
 
 

@@ -104,7 +104,6 @@ def _rank_main(scenario: Callable, rank: int, ranks: int, store: Path, checkpoin
 def launch(tmp_path_factory):
     """launch(ranks, scenario, checkpoints) -> exit codes by rank; a rank that hangs fails the test."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
 
     def run(ranks: int, scenario: Callable, checkpoints: Path) -> list[int]:
         store = tmp_path_factory.mktemp("store") / "store"

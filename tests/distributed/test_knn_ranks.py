@@ -1,6 +1,5 @@
 """kNN and RankMe give the same on 1, 2 and 4 ranks: real processes, gloo, a sharded trunk."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -105,7 +104,6 @@ def worker(rank: int, world: int, folder: str) -> None:
 def results(tmp_path_factory) -> dict[int, list[dict]]:
     """{world: result of each rank}; one launch per world size."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])  # imported once, not by every process
     for world in WORLDS:
         mp.start_processes(worker, (world, str(folder)), nprocs=world, start_method="forkserver")
     return {world: [load(folder, world, rank) for rank in range(world)] for world in WORLDS}
