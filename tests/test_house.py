@@ -3,6 +3,7 @@
 import ast
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,16 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Modules of this project that a file imports, at the top or later."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             found |= {n if (ROOT / (n.replace(".", "/") + ".py")).exists() else node.module for n in names}
@@ -81,7 +88,7 @@ def test_no_test_imports_another():
 @pytest.mark.parametrize("path", sorted(path for top in TOPS for path in (ROOT / top).rglob("*.py")), ids=module_name)
 def test_no_name_is_defined_twice(path):
     """The second would silently take the place of the first."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     for scope in [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]:
         plain = [n for n in scope.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.decorator_list]
         twice = [name for name, count in Counter(node.name for node in plain).items() if count > 1]
@@ -90,8 +97,9 @@ def test_no_name_is_defined_twice(path):
 
 def test_every_key_is_read(tmp_path):
     """A run reads every key of its recipe: none is there for show. All recipes have the same keys."""
-    recipe_file = ROOT / "recipes/quickstart.yaml"
-    recipe = load(recipe_file, [f"run.dir={tmp_path}/run", "train.max_steps=1", "data.workers=0"])
+    recipe_file, few = ROOT / "recipes/quickstart.yaml", ROOT / "recipes/data/fashion_mnist/val.tar"
+    values = [f"run.dir={tmp_path}/run", f"data.root={few}", f"data.val_root={few}"]
+    recipe = load(recipe_file, [*values, "train.max_steps=1", "data.workers=0"])
 
     def run(watched) -> None:
         check_world(watched, 1)

@@ -107,7 +107,8 @@ def stories(tmp_path_factory) -> Stories:
         story.append(forked(ranks, QUICKSTART, *overrides(folder, train__max_steps=last)))
     commands, before_more = [], []
     for steps in (last, last, last + 2):
-        arguments = overrides(unbroken, train__max_steps=steps, evaluate__knn_every_epochs=1)
+        monitored = {"evaluate__knn_every_epochs": 1, "evaluate__knn_bank": 500}
+        arguments = overrides(unbroken, train__max_steps=steps, **monitored)
         before_more.append(contents(unbroken))
         commands.append(forked(2, QUICKSTART, *arguments))
     return Stories(killed, deaths, terminated, terminations, unbroken, commands, tuple(before_more[1:]), last)

@@ -9,7 +9,7 @@ from tests.distributed.launch import results
 from tests.runs.small import CHECKPOINT, EVERYTHING, FINETUNE, FOUR_STEPS, VAL, finetune_recipe, rows, run_finetune
 
 # 2 and 3 ranks divide the batch, and an epoch has three.
-OPTIONS = [*EVERYTHING, "train.global_batch_size=252", "train.max_steps=5"]
+OPTIONS = [*EVERYTHING, "data.labels=0.3", "train.global_batch_size=90", "train.max_steps=5"]
 
 
 def launched(ranks: int, directory: Path, *overrides: str) -> dict:

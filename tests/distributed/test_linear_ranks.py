@@ -27,9 +27,15 @@ def output(ranks: int, *arguments: object) -> str:
 
 
 def linear(ranks: int, directory: Path, *overrides: str) -> dict:
-    """1,000 images in batches of 333: an epoch ends with a batch of one, which all ranks but one have nothing of."""
+    """100 images in batches of 33: an epoch ends with a batch of one, which all ranks but one have nothing of."""
     recipe = ("--recipe", ROOT / "recipes/linear_vit.yaml", "--out", directory, "--workers", 0)
-    small = ("train.global_batch_size=333", f"train.epochs={EPOCHS}", "optimizer.base_lr=0.5", "log.every_steps=1")
+    small = (
+        "data.labels=0.1",
+        "train.global_batch_size=33",
+        f"train.epochs={EPOCHS}",
+        "optimizer.base_lr=0.5",
+        "log.every_steps=1",
+    )
     return json.loads(output(ranks, "linear", CHECKPOINT, *ROOTS, *recipe, *small, *overrides).splitlines()[-1])
 
 
@@ -44,7 +50,7 @@ def alone(tmp_path_factory) -> tuple[Path, dict]:
 
 
 def test_three_ranks_train_the_classifier_of_one_and_go_on_from_its_checkpoint(alone, tmp_path):
-    """Three ranks divide 333; the loss is that of the global batch, the last partial one too."""
+    """Three ranks divide 33; the loss is that of the global batch, the last partial one too."""
     linear(1, tmp_path, "train.max_steps=3")  # before the batch of one
     found = linear(3, tmp_path)
     ours, theirs = rows(tmp_path, "loss"), rows(alone[0], "loss")

@@ -69,6 +69,7 @@ def ranks_in_training(launchers: list[Command], start: int = 1) -> dict[int, int
     return ranks
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_rank_was_killed(tmp_path):
     """With the store that torchrun keeps, as for those who have not read the README."""
     with Command(*RESTARTING, *arguments(tmp_path / "run")) as command:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,17 @@ def folders(tmp_path_factory) -> Path:
         for i in range(count):
             pixels = rng.integers(0, 100, (40, 48, 3)) + (120 if "light" in name else 0)
             Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def fashion(tmp_path_factory) -> Path:
+    """train.tar and val.tar: 1,000 and 250 images of the quickstart's."""
+    root = tmp_path_factory.mktemp("fashion")
+    for name, every in (("train.tar", 5), ("val.tar", 4)):
+        with tarfile.open(DATA / name) as whole, tarfile.open(root / name, "w") as part:
+            for member in whole.getmembers()[::every]:
+                part.addfile(member, whole.extractfile(member))
     return root
 
 
@@ -104,9 +116,9 @@ def test_images_on_both_sides_are_said_under_whatever_paths(tmp_path, capsys):
     assert "among train's" not in capsys.readouterr().err
 
 
-def test_a_root_with_train_and_val_serves_both_sides(folders, capsys):
-    apart = result(capsys, "knn", CHECKPOINT, "--train", DATA / "train.tar", "--val", DATA / "val.tar")
-    together = result(capsys, "knn", CHECKPOINT, "--train", DATA, "--val", DATA)
+def test_a_root_with_train_and_val_serves_both_sides(fashion, capsys):
+    apart = result(capsys, "knn", CHECKPOINT, "--train", fashion / "train.tar", "--val", fashion / "val.tar")
+    together = result(capsys, "knn", CHECKPOINT, "--train", fashion, "--val", fashion)
     assert apart == together
     assert apart["k"] == 20
     assert 0.3 < apart["top1"] < apart["top5"] < 1
@@ -118,22 +130,23 @@ def test_rankme_needs_no_labels(folders, capsys):
     assert 1 <= found["rankme"] < 4
 
 
-def test_baselines_differ_from_the_network_and_pixels_need_none_of_it(folders, capsys):
-    roots = ["--train", DATA / "val.tar", "--val", DATA / "val.tar", "--k", "7"]
+def test_baselines_differ_from_the_network_and_pixels_need_none_of_it(fashion, capsys):
+    roots = ["--train", fashion / "val.tar", "--val", fashion / "val.tar", "--k", "7"]
     numbers = {b: result(capsys, "knn", CHECKPOINT, *roots, *b)["top1"] for b in ((), ("--baseline", "initial"))}
     numbers[("pixels",)] = result(capsys, "knn", CHECKPOINT, *roots, "--baseline", "pixels")["top1"]
     assert len(set(numbers.values())) == 3
     assert min(numbers.values()) > 0.3
 
 
-def test_initial_baseline_is_the_network_that_the_run_began_with(tmp_path, capsys):
+def test_initial_baseline_is_the_network_that_the_run_began_with(fashion, tmp_path, capsys):
     """The row of step 0 that the monitor wrote, to the bit; and the trained network is the last row."""
     recipe = str(ROOT / "recipes/quickstart.yaml")
-    run_main([recipe, f"run.dir={tmp_path}", "train.max_steps=1", "data.workers=0", "run.seed=5"])
+    few = [f"data.root={fashion}", "train.max_steps=1", "data.workers=0", "run.seed=5"]
+    run_main([recipe, f"run.dir={tmp_path}", *few])
     capsys.readouterr()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     first, last = (row for row in rows if "knn_top1" in row)
-    roots = ["--train", DATA, "--val", DATA]
+    roots = ["--train", fashion, "--val", fashion]
     initial = result(capsys, "knn", tmp_path, *roots, "--baseline", "initial")
     trained = result(capsys, "knn", tmp_path, *roots)
     assert (initial["top1"], initial["top5"]) == (first["knn_top1"], first["knn_top5"])
@@ -153,18 +166,14 @@ def test_fast_prints_the_whole_table_and_what_it_is_not(folders, capsys):
     assert found["top1"] == 1
 
 
-def test_fast_takes_a_share_of_the_labels(capsys):
-    found = {}
-    for share in ("1%", "100%"):
-        evaluate.main(["linear", CHECKPOINT, *roots_of_fashion(), "--fast", "--labels", share, "--workers", "0"])
+def test_fast_takes_a_share_of_the_labels(fashion, capsys):
+    found, roots = {}, ["--train", str(fashion), "--val", str(fashion)]
+    for share in ("2%", "100%"):
+        evaluate.main(["linear", CHECKPOINT, *roots, "--fast", "--labels", share, "--workers", "0"])
         said = capsys.readouterr()
         found[share] = json.loads(said.out.splitlines()[-1])["top1"]
-        assert f"{50 if share == '1%' else '5,000'} images of train, 1,000 of val" in said.err
-    assert 0.2 < found["1%"] < found["100%"]
-
-
-def roots_of_fashion() -> list[str]:
-    return ["--train", str(DATA), "--val", str(DATA)]
+        assert f"{20 if share == '2%' else '1,000'} images of train, 250 of val" in said.err
+    assert 0.2 < found["2%"] < found["100%"]
 
 
 def test_linear_takes_roots_and_overrides_from_the_command_line(folders, tmp_path, capsys):

@@ -93,13 +93,15 @@ def test_the_run_against_plain_torch(tmp_path):
     torch.testing.assert_close(trunk(images), network.float()(images), rtol=1e-3, atol=1e-3)
 
 
+# 300 images, of which an epoch has four batches.
+SEVENTY_FIVE = [*EVERYTHING, "data.labels=0.3", "train.global_batch_size=75"]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, dict]:
     """All that a run can do at once, over the end of an epoch."""
     directory = tmp_path_factory.mktemp("finetune")
-    return directory, run_finetune(
-        finetune_recipe(directory, *EVERYTHING, "train.global_batch_size=250", "train.max_steps=6")
-    )
+    return directory, run_finetune(finetune_recipe(directory, *SEVENTY_FIVE, "train.max_steps=6"))
 
 
 def test_the_result_is_the_last_evaluations_and_files_are_there(finished):
@@ -121,9 +123,8 @@ def test_the_result_is_the_last_evaluations_and_files_are_there(finished):
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path):
-    options = [*EVERYTHING, "train.global_batch_size=250"]
-    run_finetune(finetune_recipe(tmp_path, *options, "train.max_steps=3"))
-    assert run_finetune(finetune_recipe(tmp_path, *options, "train.max_steps=6")) == finished[1]
+    run_finetune(finetune_recipe(tmp_path, *SEVENTY_FIVE, "train.max_steps=3"))
+    assert run_finetune(finetune_recipe(tmp_path, *SEVENTY_FIVE, "train.max_steps=6")) == finished[1]
     ours, theirs = (rows(directory, "loss") for directory in (tmp_path, finished[0]))
     assert [row["loss"] for row in ours] == [row["loss"] for row in theirs]
     assert len(ours) == 6
@@ -307,7 +308,7 @@ def test_a_recipe_that_cannot_be_is_refused(tmp_path, override, words):
 
 
 def test_a_resume_refuses_what_differs(finished):
-    options = [*EVERYTHING, "train.global_batch_size=250", "train.max_steps=6"]
+    options = [*SEVENTY_FIVE, "train.max_steps=6"]
     with pytest.raises(UserError, match=r"augment.mixup \(0.8 -> 0.2\)"):
         run_finetune(finetune_recipe(finished[0], *options, "augment.mixup=0.2"))
     with pytest.raises(UserError, match="holds a run on another network"):

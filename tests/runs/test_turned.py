@@ -97,7 +97,7 @@ def test_runs_with_labels_and_their_predictions(run, recipe, folders, tmp_path, 
     assert upright[1] != lying[1]
 
 
-def test_a_checkpoint_says_how_its_images_are_read(folders, tmp_path, capsys, monkeypatch):
+def test_a_checkpoint_says_how_its_images_are_read(folders, tmp_path, capsys, monkeypatch, here):
     """To doors that are given none of its recipe, to `engine.load` and to who reads an export or its card."""
 
     def results(folder, turned):

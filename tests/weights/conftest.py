@@ -29,12 +29,6 @@ def features(trained):
     return images, {name: trunk_of(trained, name)(images) for name in ("base", "momentum")}
 
 
-@pytest.fixture
-def here(monkeypatch):
-    """Proofs in this process, to save the seconds in which another one would import everything again."""
-    monkeypatch.setattr("engine.weights.export._in_own_process", lambda function, *arguments: function(*arguments))
-
-
 @pytest.fixture(scope="session")
 def other_runs(tmp_path_factory):
     """Checkpoints of trunks by their model.name."""

@@ -152,20 +152,20 @@ def test_a_timm_trunk_exports_to_every_format_that_fits(name, formats, refused, 
             export_here(source, tmp_path / "refused", format)
 
 
-def test_timm_s_published_weights_are_a_checkpoint_too(tmp_path):
+def test_timm_s_published_weights_are_a_checkpoint_too(tmp_path, monkeypatch, here):
     """From the cache of downloads, as timm itself finds them there."""
     import timm
 
     network = timm.create_model("test_vit")
-    folder = tmp_path / "hub" / f"models--{network.pretrained_cfg['hf_hub_id'].replace('/', '--')}"
+    folder = tmp_path / f"models--{network.pretrained_cfg['hf_hub_id'].replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("0" * 40)
     (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
     save_file(network.state_dict(), folder / "snapshots" / ("0" * 40) / "model.safetensors")
 
-    cached = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = run("engine.export", "timm/test_vit", str(tmp_path / "out.safetensors"), "--format", "timm", **cached)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    main(["timm/test_vit", str(tmp_path / "out.safetensors"), "--format", "timm"])
     assert torch.equal(load_file(tmp_path / "out.safetensors")["cls_token"], network.state_dict()["cls_token"])
 
     with pytest.raises(UserError, match="must be a timm model"):

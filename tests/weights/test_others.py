@@ -139,7 +139,7 @@ def test_the_reference_s_linear_classifiers_are_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("wrapped", ["model", "state_dict", None])
 @torch.no_grad()
-def test_heads_are_asked_where_nothing_tells_them(wrapped, tmp_path):
+def test_heads_are_asked_where_nothing_tells_them(wrapped, tmp_path, here):
     """A ViT-S of timm, DeiT or DINO has 6, of MoCo v3 12, with equal shapes."""
     network, file = small_vit(heads=6), tmp_path / "a.pth"
     tensors = network.state_dict()
@@ -207,7 +207,7 @@ def test_a_folder_of_transformers_is_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(("fraction", "by"), [(0.9, "bicubic"), (0.95, "bilinear"), (1.0, "bicubic")])
-def test_images_are_prepared_as_a_network_s_own_library_does(fraction, by, tmp_path):
+def test_images_are_prepared_as_a_network_s_own_library_does(fraction, by, tmp_path, here):
     said = {"input_size": (3, 32, 32), "crop_pct": fraction, "interpolation": by, "std": (0.3, 0.2, 0.1)}
     network = small_vit(heads=6, pretrained_cfg_overlay=said)
     arguments = {**SHAPE, "num_heads": 6}
