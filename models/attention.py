@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
+HAS_TRITON = find_spec("triton") is not None
 LONGEST = 256  # tokens whose keys one program holds
 WIDTHS = (32, 64)  # E
 SHARED_BYTES = 160 * 1024  # of a program: data centres' GPUs have them from the A100 on; others have 100 KiB or less
@@ -40,9 +41,6 @@ def has_room(device: torch.device) -> bool:
     if not torch.cuda.is_available():
         return True
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= SHARED_BYTES
-
-
-HAS_TRITON = find_spec("triton") is not None
 
 
 @torch.library.custom_op("mocov3::short_scaled_dot_product_attention", mutates_args=())
