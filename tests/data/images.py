@@ -42,3 +42,11 @@ def pack(members: dict[str, bytes], **options) -> bytes:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return file.getvalue()
+
+
+def thinned(tar: Path, every: int, out: Path) -> Path:
+    """`out`, a tar of one in so many images of another."""
+    with tarfile.open(tar) as whole, tarfile.open(out, "w") as part:
+        for member in whole.getmembers()[::every]:
+            part.addfile(member, whole.extractfile(member))
+    return out

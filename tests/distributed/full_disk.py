@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -20,6 +21,13 @@ from engine.runs.pretrain import Pretraining, pretrain
 from tests.distributed.trajectories import KINDS, RECIPE, SMALL
 
 FREE = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+
+def speak_through_pipes() -> None:
+    """What this process says may lie in files, and no limit shall hold it back."""
+    for number in (1, 2):
+        writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=number)
+        os.dup2(writer.stdin.fileno(), number)
 
 
 def limit(size: int) -> None:
@@ -56,6 +64,7 @@ def train(run: dict, world: World) -> str:
 
 
 def main(runs: str) -> None:
+    speak_through_pipes()
     with process_group() as world:
         ends = {Path(run["dir"]).name: train(run, world) for run in json.loads(runs)}
         everywhere = os.environ.get("RANK") == "0"

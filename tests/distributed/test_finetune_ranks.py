@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from engine.weights.opening import open_weights
+from tests.data.images import thinned
 from tests.distributed.launch import results
 from tests.runs.small import CHECKPOINT, EVERYTHING, FINETUNE, FOUR_STEPS, VAL, finetune_recipe, rows, run_finetune
 
@@ -12,17 +13,23 @@ from tests.runs.small import CHECKPOINT, EVERYTHING, FINETUNE, FOUR_STEPS, VAL, 
 OPTIONS = [*EVERYTHING, "data.labels=0.3", "train.global_batch_size=90", "train.max_steps=5"]
 
 
-def launched(ranks: int, directory: Path, *overrides: str) -> dict:
-    roots = ("--train", VAL, "--val", VAL, "--out", directory)
+@pytest.fixture(scope="module")
+def val(tmp_path_factory) -> Path:
+    """A hundred images."""
+    return thinned(VAL, 10, tmp_path_factory.mktemp("val") / "val.tar")
+
+
+def launched(ranks: int, val: Path, directory: Path, *overrides: str) -> dict:
+    roots = ("--train", VAL, "--val", val, "--out", directory)
     values = [*FOUR_STEPS, *OPTIONS, *overrides]
     (found,) = results(ranks, "engine.evaluate", "finetune", CHECKPOINT, *roots, "--recipe", FINETUNE, *values)
     return found
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> tuple[Path, dict]:
+def alone(val, tmp_path_factory) -> tuple[Path, dict]:
     directory = tmp_path_factory.mktemp("alone")
-    return directory, run_finetune(finetune_recipe(directory, *OPTIONS))
+    return directory, run_finetune(finetune_recipe(directory, *OPTIONS, f"data.val_root={val}"))
 
 
 def check_same(directory: Path, found: dict, alone: tuple[Path, dict]) -> None:
@@ -41,11 +48,11 @@ def check_same(directory: Path, found: dict, alone: tuple[Path, dict]) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks(alone, tmp_path):
-    check_same(tmp_path, launched(2, tmp_path), alone)
+def test_two_ranks(alone, val, tmp_path):
+    check_same(tmp_path, launched(2, val, tmp_path), alone)
 
 
-def test_three_ranks_go_on_from_the_checkpoint_of_one(alone, tmp_path):
+def test_three_ranks_go_on_from_the_checkpoint_of_one(alone, val, tmp_path):
     """The first and the last exchange what they mix with; the one in the middle mixes with its own."""
-    run_finetune(finetune_recipe(tmp_path, *OPTIONS, "train.max_steps=2"))
-    check_same(tmp_path, launched(3, tmp_path, "parallel.shard=grad_op"), alone)
+    run_finetune(finetune_recipe(tmp_path, *OPTIONS, "train.max_steps=2", f"data.val_root={val}"))
+    check_same(tmp_path, launched(3, val, tmp_path, "parallel.shard=grad_op"), alone)

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from engine.checkpoint.manifest import read_manifest
 from tests.distributed.commands import rows, timeless
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the signal of a file that grows too large")
 
@@ -51,10 +51,9 @@ def launch(tmp_path_factory) -> Callable[[dict], Launched]:
             {"dir": str(folder / name), "ranks": [0, 1], **run, "overrides": [STEPS, *run.get("overrides", [])]}
             for name, run in (MORE if more else RUNS).items()
         ]
-        done = torchrun(2, "tests.distributed.full_disk", json.dumps(runs))
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-        ends = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
-        return Launched(folder, ends, done.stderr.splitlines())
+        out, err = on_ranks(2, "tests.distributed.full_disk", json.dumps(runs))
+        ends = next(json.loads(line) for line in out.splitlines() if line.startswith("{"))
+        return Launched(folder, ends, err.splitlines())
 
     return lambda runs: launched(runs is MORE)
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from engine.data.source import Root
 from engine.errors import RunFailed, UserError
 from engine.evaluation import subject
 from engine.run import main as run_main
+from tests.data.images import thinned
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = str(ROOT / "tests/golden/I_vit_small_shape.pth.tar")
@@ -42,9 +42,7 @@ def fashion(tmp_path_factory) -> Path:
     """train.tar and val.tar: 1,000 and 250 images of the quickstart's."""
     root = tmp_path_factory.mktemp("fashion")
     for name, every in (("train.tar", 5), ("val.tar", 4)):
-        with tarfile.open(DATA / name) as whole, tarfile.open(root / name, "w") as part:
-            for member in whole.getmembers()[::every]:
-                part.addfile(member, whole.extractfile(member))
+        thinned(DATA / name, every, root / name)
     return root
 
 
