@@ -52,7 +52,11 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.dtype = tensors[0].dtype
-        return _cast(tensors, dtype)
+        casts = _cast(tensors, dtype)
+        # What is frozen takes no gradient, and what took no part in the loss has none, in place of zeros.
+        ctx.mark_non_differentiable(*(cast for cast, own in zip(casts, tensors, strict=True) if not own.requires_grad))
+        ctx.set_materialize_grads(False)
+        return casts
 
     @staticmethod
     @once_differentiable

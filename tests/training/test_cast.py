@@ -75,3 +75,16 @@ def test_batch_norms_weights_are_not_cast():
     cast_weights(network, torch.bfloat16)
     network(torch.ones(2, 3, 2, 2))
     assert seen == [(torch.float32, torch.bfloat16)]
+
+
+def test_what_is_frozen_or_takes_no_part_has_no_gradient():
+    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    network[0].weight.requires_grad_(False)
+    network[1].register_parameter("idle", nn.Parameter(torch.ones(2)))
+    needs = []
+    network[0].register_forward_pre_hook(lambda module, _: needs.extend((module.weight, module.bias)))
+    cast_weights(network, torch.bfloat16)
+    network(torch.ones(2, 3)).sum().backward()
+    assert [tensor.requires_grad for tensor in needs] == [False, True]
+    found = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
+    assert found == {"0.bias", "1.weight", "1.bias"}
