@@ -91,8 +91,10 @@ def test_it_is_the_run_that_torchrun_makes(interrupted, tmp_path):
 def test_it_starts_again_as_often_as_asked(tmp_path):
     """A rank is killed, twice; then a person stops it, which nothing starts again."""
     restarting = [*OWN_RANKS, "--max-restarts", "2", QUICKSTART]
-    folder, last = tmp_path / "run", 20
-    with Command(*restarting, *overrides(folder, train__max_steps=last)) as command:
+    folder, last = tmp_path / "run", 40
+    # Then step 2 is saved when step 3 is said.
+    saving = {"train__max_steps": last, "checkpoint__asynchronous": "false"}
+    with Command(*restarting, *overrides(folder, **saving)) as command:
         command.wait_for("step 3/")
         os.kill(ranks_of(command)[1], signal.SIGKILL)
         command.wait_for("resumed ")
