@@ -53,7 +53,7 @@ def short_scaled_dot_product_attention(qkv_NT3HE: Tensor) -> tuple[Tensor, Tenso
     out_NTHE, log_sum_NHT = _allocate(qkv_NT3HE)
     tiles = -(-T // FORWARD["Q"])
     # In one dimension: a grid's others end at 65,535 programs, fewer than the heads of 4,096 images may be.
-    _launch("forward", (N * H * tiles,), qkv_NT3HE.contiguous(), out_NTHE, log_sum_NHT, FORWARD)
+    _launch("forward", N * H * tiles, FORWARD, qkv_NT3HE.contiguous(), out_NTHE, log_sum_NHT)
     return out_NTHE, log_sum_NHT
 
 
@@ -69,7 +69,7 @@ def backward(d_out_NTHE: Tensor, qkv_NT3HE: Tensor, out_NTHE: Tensor, log_sum_NH
     N, _, _, H, _ = qkv_NT3HE.shape
     d_qkv_NT3HE = _like_qkv(d_out_NTHE, qkv_NT3HE, out_NTHE, log_sum_NHT)
     given = qkv_NT3HE.contiguous(), out_NTHE.contiguous(), log_sum_NHT, d_out_NTHE.contiguous()
-    _launch("backward", (N * H,), *given, d_qkv_NT3HE, BACKWARD)
+    _launch("backward", N * H, BACKWARD, *given, d_qkv_NT3HE)
     return d_qkv_NT3HE
 
 
@@ -78,15 +78,14 @@ def _like_qkv(d_out_NTHE: Tensor, qkv_NT3HE: Tensor, out_NTHE: Tensor, log_sum_N
     return qkv_NT3HE.new_empty(qkv_NT3HE.shape)
 
 
-def _launch(name: str, grid: tuple[int, ...], qkv_NT3HE: Tensor, *others: Any) -> None:
-    """others: the kernel's further tensors, and its tiles."""
+def _launch(name: str, programs: int, tiles: dict[str, int], qkv_NT3HE: Tensor, *tensors: Tensor) -> None:
+    """tiles: the kernel's sizes and warps. tensors: those that it takes after qkv."""
     from models import attention_kernels
 
-    *tensors, tiles = others
     _, T, _, H, E = qkv_NT3HE.shape
     kernel, keys = getattr(attention_kernels, name), max(16, 1 << (T - 1).bit_length())  # products have 16 at least
     with torch.cuda.device_of(qkv_NT3HE):  # Triton would launch on the current GPU
-        kernel[grid](qkv_NT3HE, *tensors, scale=E**-0.5, T=T, H=H, E=E, K=keys, **tiles)
+        kernel[(programs,)](qkv_NT3HE, *tensors, scale=E**-0.5, T=T, H=H, E=E, K=keys, **tiles)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:

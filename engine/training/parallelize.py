@@ -54,13 +54,13 @@ def parallelize(
     set_batch_norm_group(network, group)
     for part in network.parts():
         if part.is_trunk:
+            cast_constants(part.module, trunk_dtype_of(parallel))
             _prepare_blocks(part.module, parallel, part.is_trained)
         elif parallel.compile:
             compile_method(part.module, "forward")
         if group.size() > 1 or computes_blocks_again(parallel):
             _shard_part(part, mesh, parallel, least or least_unit(group.size()))
         elif part.is_trunk and parallel.precision == "bf16":
-            cast_constants(part.module, torch.bfloat16)
             cast_weights(part.module, torch.bfloat16)
 
 
@@ -96,9 +96,7 @@ def _shard_part(part: Part, mesh: DeviceMesh, parallel: Parallel, least: float) 
 def _shard_trunk(trunk: nn.Module, mesh: DeviceMesh, parallel: Parallel, resting: bool, least: float) -> None:
     inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     outer = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    if parallel.precision == "bf16":
-        cast_constants(trunk, torch.bfloat16)
-    else:
+    if parallel.precision != "bf16":
         inner = outer = MixedPrecisionPolicy()
     units_rest = resting or (parallel.shard in ("full", "hybrid") and mesh.size() > 1)
     for unit in units(trunk, least):
