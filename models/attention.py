@@ -13,10 +13,12 @@ from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_c
 
 HAS_TRITON = find_spec("triton") is not None
 LONGEST = 256  # tokens whose keys one program holds
-WIDTHS = (32, 64)  # E
 SHARED_BYTES = 160 * 1024  # of a program: data centres' GPUs have them from the A100 on; others have 100 KiB or less
 FORWARD = {"Q": 64, "num_warps": 4}
-BACKWARD = {"Q": 64, "STAGES": 2, "num_warps": 8}
+BACKWARD = {  # by E
+    32: {"Q": 64, "STAGES": 1, "num_warps": 8},
+    64: {"Q": 32, "STAGES": 3, "num_warps": 8},
+}
 
 
 def attend(attention: Attention, token_NTD: Tensor) -> Tensor:
@@ -31,7 +33,7 @@ def is_short(token_NTD: Tensor, width: int) -> bool:
     """Whether the kernel is for such tokens and heads: in compiled code, which needs Triton and a C compiler too."""
     if token_NTD.device.type != "cuda" or torch.version.hip or token_NTD.dtype not in (torch.bfloat16, torch.float16):
         return False
-    fits = token_NTD.shape[1] <= LONGEST and width in WIDTHS
+    fits = token_NTD.shape[1] <= LONGEST and width in BACKWARD
     return fits and torch.compiler.is_dynamo_compiling() and HAS_TRITON and has_room(token_NTD.device)
 
 
@@ -66,10 +68,10 @@ def _allocate(qkv_NT3HE: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("mocov3::short_scaled_dot_product_attention_backward", mutates_args=())
 def backward(d_out_NTHE: Tensor, qkv_NT3HE: Tensor, out_NTHE: Tensor, log_sum_NHT: Tensor) -> Tensor:
     """The gradient of queries, keys and values, [N, T, 3, H, E]."""
-    N, _, _, H, _ = qkv_NT3HE.shape
+    N, _, _, H, E = qkv_NT3HE.shape
     d_qkv_NT3HE = _like_qkv(d_out_NTHE, qkv_NT3HE, out_NTHE, log_sum_NHT)
     given = qkv_NT3HE.contiguous(), out_NTHE.contiguous(), log_sum_NHT, d_out_NTHE.contiguous()
-    _launch("backward", N * H, BACKWARD, *given, d_qkv_NT3HE)
+    _launch("backward", N * H, BACKWARD[E], *given, d_qkv_NT3HE)
     return d_qkv_NT3HE
 
 
