@@ -27,6 +27,8 @@ DEAR = {"mm", "addmm", "bmm", "baddbmm", "convolution"}  # and all forms of scal
 
 def check_activation_checkpoint(trunk: nn.Module, mode: ActivationCheckpoint, name: str) -> None:
     """Raises UserError where the blocks of the trunk of this name cannot be checkpointed so."""
+    if mode != "none" and not blocks(trunk):
+        raise wrong("parallel.activation_checkpoint", mode, f"none for {name}, which has no repeated blocks")
     if mode == "full" and _has_norm_in_blocks(trunk):
         # Their statistics would be sent a second time, and moved.
         must = f"none or selective for {name}, whose blocks have BatchNorm over all ranks"

@@ -13,7 +13,11 @@ from tests.distributed.micro_batches import Run, difference
 from tests.distributed.replays import TRACES
 from tests.replay import compare
 
-MODES = {"A_vit_adamw": ("selective", "full"), "B_resnet_lars": ("selective",), "C_conv_stem_adamw": ("full",)}
+MODES = {
+    "A_vit_adamw": ("selective", "full"),
+    "B_resnet_lars": ("selective",),
+    "C_conv_stem_adamw": ("selective", "full"),
+}
 
 
 def main(*options: str) -> None:

@@ -8,7 +8,7 @@ from tests.distributed.replays import TRACES
 
 @pytest.mark.parametrize(
     ("ranks", "traces", "pairs"),
-    [(1, (TRACES[0], TRACES[2]), 2 * 2 + 1), pytest.param(2, (), 2 * 2 + 1 + 1, marks=pytest.mark.slow)],
+    [(1, (TRACES[0], TRACES[2]), 2 * 2 + 2), pytest.param(2, (), 2 * 2 + 1 + 2, marks=pytest.mark.slow)],
 )
 def test_steps_are_those_without_checkpoints(ranks, traces, pairs):
     """Golden traces in float64, buffers and optimizer too: to the bit, but for micro-batches' order of sums. A ResNet's

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.errors import UserError
 from engine.recipe.load import load
 from engine.runs.pretrain import make_moco
-from engine.training.activation_checkpoint import checkpoint_forward
+from engine.training.activation_checkpoint import check_activation_checkpoint, checkpoint_forward
 from models.classifier import Classifier
 from models.norm import set_views
 from models.resnet import build_resnet
@@ -137,3 +137,13 @@ def test_blocks_with_batch_norm_are_not_computed_again_in_full():
     make_moco(load(RESNET, ["parallel.activation_checkpoint=selective"]))
     make_moco(load(QUICK, full))
     make_moco(load(CONV, full))  # the stem has BatchNorm; the blocks have none
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_a_trunk_without_blocks_has_nothing_to_compute_again(mode):
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    check_activation_checkpoint(plain, "none", "timm/plain")
+    with pytest.raises(
+        UserError, match=rf"^parallel.activation_checkpoint \({mode}\) must be none for timm/plain, whi"
+    ):
+        check_activation_checkpoint(plain, mode, "timm/plain")
