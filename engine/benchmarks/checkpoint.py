@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.benchmarks.clock import median, timed
-from engine.benchmarks.step import Subject
+from engine.benchmarks.step import Subject, as_a_run
 from engine.checkpoint.background import Saver
 from engine.checkpoint.layout import step_name
 from engine.checkpoint.state import RunState
@@ -17,7 +17,6 @@ from engine.recipe.identity import fingerprint
 from engine.recipe.load import dump
 from engine.recipe.sections import Pretrain
 from engine.runs.auto import settled
-from engine.training.determinism import deterministic
 
 STEPS = {"cuda": 10, "cpu": 3}  # before anything counts, and then again
 
@@ -33,7 +32,7 @@ def measure_checkpoint(recipe: Pretrain, world: World) -> dict[str, Any]:
     """
     steps = STEPS[world.device.type]
     recipe = settled(recipe, world, of_run=False)
-    with deterministic(recipe.parallel.deterministic):
+    with as_a_run(recipe, world):
         subject = Subject(recipe, world, 2 * steps)
         subject.run(steps)
         step_seconds = median([timed(partial(subject.run, 1), world.device) for _ in range(steps)]).wall

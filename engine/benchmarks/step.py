@@ -7,7 +7,8 @@ published code augments on the CPU, beside its step: they differ in the rest alo
 Shapes: V = 2 views, B images of this rank, S side of a view.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +23,13 @@ from engine.benchmarks.reference import Reference
 from engine.benchmarks.work import peak_flops, useful_flop
 from engine.distributed.agreement import agreement
 from engine.distributed.world import World
-from engine.errors import UserError
+from engine.errors import RunFailed, UserError
 from engine.recipe.sections import Pretrain
 from engine.runs.auto import settled
+from engine.runs.failures import full_device
 from engine.runs.pretrain import build_state, make_augment, make_moco, make_schedule
 from engine.torch_internals import graph_breaks, graphs_compiled
-from engine.training.determinism import deterministic
+from engine.training.determinism import deterministic, refused_in_trial
 from engine.training.micro_batch import MicroBatches
 from engine.training.parallelize import check_compiler
 from engine.training.step import train_step
@@ -108,10 +110,31 @@ def measure_step(recipe: Pretrain, world: World, versus: str, trace: Path | None
 
     Raises:
         UserError: the recipe's network cannot be; a reference has no ranks; the profile cannot be written.
+        RunFailed: the device has no memory left.
     """
     recipe = settled(recipe, world, of_run=False)
-    with deterministic(recipe.parallel.deterministic):
+    with as_a_run(recipe, world):
         return _measure_step(recipe, world, versus, trace)
+
+
+@contextmanager
+def as_a_run(recipe: Pretrain, world: World) -> Iterator[None]:
+    """Within it steps are as deterministic as in a run of the recipe, after the same trial. Raises RunFailed where the
+    device has no memory left."""
+    parallel, model, refused = recipe.parallel, recipe.model, None
+    try:
+        with agreement(world.host_group):
+            make_moco(recipe)  # says what cannot be
+            if parallel.deterministic:
+                build = declared(model).build
+                refused = refused_in_trial(lambda: build().module, model.image_size, parallel, world.device)
+        with deterministic(parallel.deterministic, refused):
+            yield
+    except RuntimeError as error:
+        if (full := full_device(error)) is None:
+            raise
+        less = "a smaller --batch, train.micro_batch_size=N or parallel.activation_checkpoint=selective"
+        raise RunFailed(f"{world.device_name} had no memory left {full}; pass {less}", alone=True) from error
 
 
 def _measure_step(recipe: Pretrain, world: World, versus: str, trace: Path | None) -> dict[str, Any]:

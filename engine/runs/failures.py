@@ -16,6 +16,9 @@ from engine.distributed.roll import lost_ranks
 from engine.errors import RunFailed, one_line
 from engine.runs.task import Task
 
+# Of libraries that take memory on a GPU beside torch; torch itself raises an error of its own.
+NO_MEMORY = re.compile(r"CU(BLAS|DNN)_STATUS_ALLOC_FAILED|Cuda failure \d+ 'out of memory'")
+
 
 def kept(checkpoints: Path, step: int = 0) -> str:
     """How a run that has failed goes on, in words; step: after which it ends, where that is known."""
@@ -66,19 +69,28 @@ def _memory_in_words(task: Task, checkpoints: Path) -> Iterator[None]:
     """Raises RunFailed in place of torch's error, of many lines, where the device has no memory left."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-        raise RunFailed(
-            f"{task.world.device_name} had no memory left for {asked[1] if asked else one_line(error)} more; "
-            f"{_newest(checkpoints)}: go on with {task.less_memory}, which makes the same run in less memory"
-        ) from error
-    except RuntimeError as error:  # the device has memory, and the host none that it can pin
+    except RuntimeError as error:
+        if (full := full_device(error)) is not None:
+            raise RunFailed(
+                f"{task.world.device_name} had no memory left {full}; "
+                f"{_newest(checkpoints)}: go on with {task.less_memory}, which makes the same run in less memory"
+            ) from error
         if "CUDA error: out of memory" not in str(error):
             raise
+        # The device has memory, and the host none that it can pin.
         raise RunFailed(
             "the host had no memory left that a GPU can read, for batches and copies of checkpoints; "
             f"{_newest(checkpoints)}: go on with checkpoint.asynchronous=false or fewer processes on this node"
         ) from error
+
+
+def full_device(error: RuntimeError) -> str | None:
+    """For what the device had no memory left, in words; None for another error."""
+    text = one_line(error)
+    if not (isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(text)):
+        return None
+    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
+    return f"for {asked[1]} more" if asked else f"({text[:300]})"
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,19 +14,22 @@ import torch
 import torch.nn.functional as F
 
 from engine import bench
-from engine.benchmarks import data, loss
+from engine.benchmarks import data, loss, step
 from engine.benchmarks.step import Subject, measure_step
 from engine.data.decode import decode, to_rgb
 from engine.distributed.world import process_group
-from engine.errors import UserError
+from engine.errors import RunFailed, UserError
 from engine.recipe.load import load
 from engine.runs.auto import settled
 from engine.training.loss import contrastive_loss
 from tests.distributed.launch import results
+from tests.training.trunks import Unpooled
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/quickstart.yaml"
 PARTS = {"augmentation", "momentum_update", "keys", "queries_and_loss", "backward", "optimizer", "other"}
+UNKNOWN = ["model.name=timm/no_such", "model.freeze_patch_projection=false"]
+UNKNOWN += [f"model.{key}=null" for key in ("patch_size", "dim", "depth", "heads")]
 NO_DATA = "data.root=no/such/folder"
 
 
@@ -82,6 +86,29 @@ def test_compiled_steps_compile_nothing_more(found, versus):
     more = ["parallel.compile=true", "parallel.precision=bf16"]
     result = found("step", "--recipe", RECIPE, "--batch", 4, "--vs", versus, *more)
     assert (result["graph_breaks"], result["recompiles"]) == (0, 0)
+
+
+@pytest.mark.parametrize("wanted", ["true", "false"])
+def test_steps_are_as_deterministic_as_a_runs(monkeypatch, wanted):
+    """Of a network with an operation that strict mode refuses, which a run trains as well."""
+    monkeypatch.setattr(
+        step, "declared", lambda model: SimpleNamespace(build=lambda: SimpleNamespace(module=Unpooled()))
+    )
+    recipe = load(RECIPE, [f"parallel.deterministic={wanted}", "parallel.compile=false", "parallel.precision=float32"])
+    with process_group() as world, step.as_a_run(recipe, world):
+        assert torch.are_deterministic_algorithms_enabled() == (wanted == "true")
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == (wanted == "true")
+
+
+def test_full_memory_is_one_line(found, monkeypatch):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total ...")
+
+    monkeypatch.setattr(step, "train_step", full)
+    less = r"for 2\.50 GiB more; pass a smaller --batch, train\.micro_batch_size=N or parallel\.activation_checkpoint="
+    for command in ("step", "checkpoint"):
+        with pytest.raises(RunFailed, match=f"^CPU had no memory left {less}selective$"):
+            found(command, "--recipe", RECIPE, "--batch", 2)
 
 
 def test_checkpoint(found, tmp_path, monkeypatch):
@@ -173,6 +200,7 @@ def test_memory_of_large_batches(keys, gigabytes):
         (["step"], "the following arguments are required: --recipe; see `python -m engine.bench step --help`"),
         (["step", "--recipe", ROOT / "recipes/linear_vit.yaml"], r"task \(linear\) must be pretrain"),
         (["step", "--recipe", RECIPE, "--batch", 1], r"--batch \(1\) must be >= 2"),
+        (["checkpoint", "--recipe", RECIPE, *UNKNOWN], r"^model.name \(timm/no_such\) must be a timm model"),
         (["step", "--recipe", RECIPE, "parallel.compil=true"], "did you mean parallel.compile"),
         (["step", "--recipe", RECIPE, "--profile", ROOT], r"--profile \(.*\) must be a file in a folder that ex"),
         (["step", "--recipe", RECIPE, "--profile", "no/such/out.json"], "must be a file in a folder that exists"),

@@ -1,6 +1,8 @@
 """What pre-training does with what it finds: damaged checkpoints, unreadable images, another precision."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from engine.data import leaving_out
 from engine.data.order import Order
 from engine.errors import RunFailed, UserError
 from engine.recipe.load import load
+from engine.runs.failures import failures_in_words
 from engine.runs.pretrain import Pretraining, pretrain
 from tests.data.images import png
 from tests.distributed.trajectories import KINDS, RECIPE, SMALL
@@ -103,6 +106,25 @@ def test_full_memory_ends_a_run_in_one_line(world, tmp_path, monkeypatch):
         train(world, tmp_path / "conv", every, f"{again}=full", *KINDS["vit_conv"])
     with pytest.raises(RunFailed, match=left.format(kept, "more processes")):
         train(world, tmp_path / "resnet", every, f"{again}=selective", *KINDS["resnet"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error in: c10d/NCCLUtils.cpp:94, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2])
+def test_memory_that_libraries_lack_is_the_devices(world, tmp_path, monkeypatch, text, size):
+    task = SimpleNamespace(world=replace(world, size=size), timeout=1, less_memory="less")
+    with pytest.raises(RunFailed) as failed, failures_in_words(task, tmp_path):
+        raise RuntimeError(text)
+    words = " ".join(text.split())
+    assert str(failed.value) == (
+        f"CPU had no memory left ({words}); there is no checkpoint yet: go on with less, which makes the same run in "
+        "less memory"
+    )
 
 
 def test_full_memory_of_the_host_names_what_fills_it(world, tmp_path, monkeypatch):
