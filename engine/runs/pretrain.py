@@ -38,7 +38,15 @@ from engine.runs.words import few_steps, images_in_words, loss_in_words, own_ima
 from engine.training.activation_checkpoint import check_activation_checkpoint
 from engine.training.health import health
 from engine.training.micro_batch import MicroBatches
-from engine.training.parallelize import check_compiler, compiled, dtype_of, materialize, parallelize, saved
+from engine.training.parallelize import (
+    check_compiler,
+    compiled,
+    dtype_of,
+    materialize,
+    parallelize,
+    saved,
+    trunk_dtype_of,
+)
 from engine.training.schedule import MocoSchedule
 from engine.training.step import StepOutput, TrainState, train_step
 from engine.training.update import Update
@@ -94,8 +102,13 @@ def make_moco(recipe: Pretrain) -> MoCo:
 
 
 def make_augment(recipe: Pretrain) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """What turns crops, samples and epoch into images, on the device (engine.data.augment)."""
-    augment = Augment(recipe.augment, recipe.run.seed, dtype_of(recipe.parallel)).__call__
+    """What turns crops, samples and epoch into images, on the device (engine.data.augment): computed in full precision,
+    and then in the type in which trunks compute, so that none of them has to cast all pixels."""
+    exact, dtype = Augment(recipe.augment, recipe.run.seed, dtype_of(recipe.parallel)), trunk_dtype_of(recipe.parallel)
+
+    def augment(crops: Tensor, sample_B: Tensor, epoch: Tensor) -> Tensor:
+        return exact(crops, sample_B, epoch).to(dtype)
+
     return compiled(augment) if recipe.parallel.compile else augment
 
 

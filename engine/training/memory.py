@@ -217,5 +217,5 @@ def _heads(recipe: Pretrain, moco: MoCo, crops: int, gpus: int) -> float:
 
 
 def _images(recipe: Pretrain, crops: int, at_once: int) -> float:
-    """Crops in bytes; views as they were made, and in the trunk's type."""
-    return 3 * recipe.model.image_size**2 * (crops + at_once * (FLOAT + trunk_dtype_of(recipe.parallel).itemsize))
+    """Crops in bytes; views in the trunk's type, as they were made and in the order that convolutions want."""
+    return 3 * recipe.model.image_size**2 * (crops + at_once * 2 * trunk_dtype_of(recipe.parallel).itemsize)

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 from engine.data import leaving_out
+from engine.data.augment import Augment
 from engine.data.order import Order
 from engine.errors import RunFailed, UserError
 from engine.recipe.load import load
 from engine.runs.failures import failures_in_words
-from engine.runs.pretrain import Pretraining, pretrain
+from engine.runs.pretrain import Pretraining, make_augment, pretrain
+from engine.training.parallelize import dtype_of
 from tests.data.images import png
 from tests.distributed.trajectories import KINDS, RECIPE, SMALL
 from tests.training.trunks import Unpooled
@@ -74,6 +76,22 @@ def test_micro_batches_are_refused_where_batch_norm_is_in_the_trunk(world, tmp_p
         with pytest.raises(UserError, match=words):
             train(world, tmp_path / "run", *values)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("float32", torch.float32), ("float64", torch.float64)]
+)
+def test_images_come_in_the_type_in_which_trunks_compute(precision, dtype):
+    """Rounded once, at the end."""
+    values = [f"parallel.precision={precision}", "parallel.compile=false"]
+    recipe = load(RECIPE, values)
+    crops = torch.arange(2 * 3 * 3 * 28 * 28).view(2, 3, 3, 28, 28).remainder(251).byte()
+    arguments = crops, torch.arange(3), torch.tensor(2)
+    images = make_augment(recipe)(*arguments)
+    assert images.dtype == dtype
+    assert torch.equal(
+        images, Augment(recipe.augment, recipe.run.seed, dtype_of(recipe.parallel))(*arguments).to(dtype)
+    )
 
 
 def test_a_picture_shows_one_micro_batch(world, tmp_path, monkeypatch):

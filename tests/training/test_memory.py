@@ -1,6 +1,7 @@
 """Memory is counted as it is kept, and the shipped recipes fit the GPUs that they name."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from models.trunk import blocks
 from models.vit import build_vit
 from tests.recipe.shipped import FILES, PRETRAIN
 
+ROOT = Path(__file__).parents[2]
 LARGE = [name for name in PRETRAIN if not name.startswith(("quickstart", "own_photos_small"))]
 HEADER = re.compile(r"^# Fits (\d+) GPUs? of (\d+) GB: (\d+) GiB each, counted, not measured\.$", re.MULTILINE)
 
@@ -28,6 +30,20 @@ def test_a_recipe_fits_the_gpus_that_it_names(name):
     counted = memory_of(recipe, make_moco(recipe), gpus).gib
     assert abs(counted - said) < 1, counted
     assert counted < 0.9 * card * 1e9 / GIB
+
+
+def test_the_readme_says_what_is_counted_for_one_gpu():
+    """ViT-B at the paper's batch: in micro-batches of 512 images and whole, by each activation checkpoint."""
+    text = " ".join((ROOT / "engine/training/README.md").read_text().split())
+    words = re.search(r"ViT-B at batch 4096 on one GPU of 80 GB: (.*?)\. ", text)[1]
+    found = []
+    for size in (512, "null"):
+        for mode in KEPT_SHARE:
+            values = [f"train.micro_batch_size={size}", f"parallel.activation_checkpoint={mode}"]
+            recipe = load(FILES["vit_b"], values)
+            found.append(round(memory_of(recipe, make_moco(recipe), 1).gib))
+    assert re.findall(r"\b\d+(?= GiB|,| and|$)", words.replace("=512", "")) == [str(gib) for gib in found]
+    assert max(found[:3]) < 0.9 * 80e9 / GIB
 
 
 def vit(depth: int = 3) -> nn.Module:
