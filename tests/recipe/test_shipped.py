@@ -120,6 +120,12 @@ def test_recipes_for_any_machine_leave_it_to_the_machine(name):
     assert (recipe.data.workers, recipe.parallel.compile, recipe.parallel.precision) == ("auto", "auto", "auto")
 
 
+@pytest.mark.parametrize("name", sorted(name for name in FILES if hasattr(shipped(name), "parallel")))
+def test_a_recipe_says_what_bf16_leaves_in_float32(name):
+    (line,) = [line for line in FILES[name].read_text().splitlines() if line.startswith("  precision:")]
+    assert "BatchNorm and the loss stay in float32" in line
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_recipe_stands_alone(name):
     """It writes every key but those that leave something out, or to the named network; and fewer than 60."""
