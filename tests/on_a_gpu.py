@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from tests.distributed.launch import ROOT, environment
@@ -87,13 +88,22 @@ class Running:
             os.killpg(self.process.pid, signal.SIGKILL)
             return self._row({"failed": f"cut off after {self.limit:.0f} s"})
         lines = self.log.read_text(errors="replace").splitlines()
-        found = [line for line in lines if line.startswith("{")]
-        if status or not found:
+        found = last_object(lines)
+        if status or found is None:
             return self._row({"failed": " | ".join(lines[-3:])[:SHOWN], "exit": status})
-        return self._row(json.loads(found[-1]))
+        return self._row(found)
 
     def _row(self, found: dict) -> dict:
         return {"check": self.name, "seconds": round(time.monotonic() - self.began, 1), **found}
+
+
+def last_object(lines: list[str]) -> dict | None:
+    """The last line that is an object in JSON: a library may say something in braces, too."""
+    for line in reversed(lines):
+        with suppress(ValueError):
+            if line.startswith("{"):
+                return json.loads(line)
+    return None
 
 
 def rows(out: Path, *, tiny: bool) -> Iterator[dict]:
