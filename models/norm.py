@@ -1,6 +1,9 @@
 """BatchNorm over the global crop batch.
 
-Shapes: V views, B images of this rank, C channels, S positions (1 for a vector).
+Shapes: V views, B images of this rank, N = V * B, C channels, S the dimensions of positions: height and width, or none.
+
+What is computed of every value has the dimensions of the input. Were they split or merged, a compiler would make a pass
+of its own over memory of it, and copies between the orders of channels first and last.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,6 +15,8 @@ import torch.distributed._functional_collectives as functional
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+_SAMPLED = 16  # one in so many images tells about where the mean is
 
 
 class GlobalBatchNorm(nn.Module):
@@ -58,25 +63,25 @@ class GlobalBatchNorm(nn.Module):
         self.activation = activation or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        views = self.views if self.training else 1
-        x_VBCS = x.reshape(views, -1, x.shape[1], x[0, 0].numel())
-        y_VBCS = self._normalise_and_track(x_VBCS) if self.training else self._normalise_by_running(x_VBCS)
-        return self.activation(y_VBCS.reshape(x.shape))
+        y = self._normalise_and_track(x) if self.training else self._normalise_by_running(x)
+        return self.activation(y)
 
-    def _normalise_by_running(self, x_VBCS: Tensor) -> Tensor:
+    def _normalise_by_running(self, x_NCS: Tensor) -> Tensor:
         scale_C = (self.running_var + self.eps).rsqrt()
-        y_VBCS = (x_VBCS.to(_statistics_dtype(x_VBCS)) - self.running_mean[:, None]) * scale_C[:, None]
+        y_NCS = (x_NCS.to(_statistics_dtype(x_NCS)) - _wide(self.running_mean, x_NCS)) * _wide(scale_C, x_NCS)
         if self.weight is not None:
-            y_VBCS = y_VBCS * self.weight[:, None] + self.bias[:, None]
-        return y_VBCS.to(x_VBCS.dtype)
+            y_NCS = y_NCS * _wide(self.weight, x_NCS) + _wide(self.bias, x_NCS)
+        return y_NCS.to(x_NCS.dtype)
 
-    def _normalise_and_track(self, x_VBCS: Tensor) -> Tensor:
-        y_VBCS, mean_VC, variance_VC = _NormaliseByBatch.apply(
-            x_VBCS, self.weight, self.bias, self.eps, self.ranks, self.group_name
+    def _normalise_and_track(self, x: Tensor) -> Tensor:
+        # A view's vectors are taken for the positions of one image: numbers for each would be as many as they hold.
+        x_NCS = x if x.dim() > 2 else _by_view(x, self.views).mT
+        y_NCS, mean_VC, variance_VC = _NormaliseByBatch.apply(
+            x_NCS, self.weight, self.bias, self.views, self.eps, self.ranks, self.group_name
         )
         if self.is_tracking:
-            self._track(mean_VC, variance_VC, x_VBCS.shape[1] * x_VBCS.shape[3] * self.ranks)
-        return y_VBCS
+            self._track(mean_VC, variance_VC, _values(x_NCS, self.views) * self.ranks)
+        return y_NCS if x.dim() > 2 else y_NCS.mT.flatten(0, 1)
 
     @torch.no_grad()
     def _track(self, mean_VC: Tensor, variance_VC: Tensor, count: int) -> None:
@@ -92,71 +97,77 @@ class _NormaliseByBatch(torch.autograd.Function):
     For its backward it keeps x as it came and a few numbers for each channel; autograd would keep float32 copies of x.
     Ranks speak to each other once forward and once backward, for all views together.
 
-    Returns [V, B, C, S] in the type of x, and mean and variance [V, C], which take no gradient.
+    Returns [N, C, S] in the type of x, and mean and variance [V, C], which take no gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x_VBCS: Tensor,
+        x_NCS: Tensor,
         weight_C: Tensor | None,
         bias_C: Tensor | None,
+        views: int,
         eps: float,
         ranks: int,
         group_name: str | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        near_VC, moved_VBCS, mean_VC, variance_VC = _statistics(x_VBCS, ranks, group_name)
+        near_VC, moved_NCS, mean_VC, variance_VC = _statistics(x_NCS, views, ranks, group_name)
         dtype = near_VC.dtype
         rstd_VC = (variance_VC + eps).rsqrt()
         shift_VC = (near_VC.double() - mean_VC) * rstd_VC
         scale_VC, offset_VC = rstd_VC, shift_VC
         if weight_C is not None:
             scale_VC, offset_VC = rstd_VC * weight_C, shift_VC * weight_C + bias_C
-        y_VBCS = torch.addcmul(_wide(offset_VC.to(dtype)), moved_VBCS, _wide(scale_VC.to(dtype)))
+        y_NCS = torch.addcmul(_of_images(offset_VC.to(dtype), x_NCS), moved_NCS, _of_images(scale_VC.to(dtype), x_NCS))
         ctx.ranks, ctx.group_name = ranks, group_name
-        ctx.save_for_backward(x_VBCS, weight_C, near_VC, rstd_VC.to(dtype), shift_VC.to(dtype))
+        ctx.save_for_backward(x_NCS, weight_C, near_VC, rstd_VC.to(dtype), shift_VC.to(dtype))
         mean_VC, variance_VC = mean_VC.to(dtype), variance_VC.to(dtype)
         ctx.mark_non_differentiable(mean_VC, variance_VC)
         # Not `to` of the type that it has: compiled by torch 2.11, that would take all gradients away without a word.
-        return y_VBCS if dtype == x_VBCS.dtype else y_VBCS.to(x_VBCS.dtype), mean_VC, variance_VC
+        return y_NCS if dtype == x_NCS.dtype else y_NCS.to(x_NCS.dtype), mean_VC, variance_VC
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_VBCS: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x_VBCS, weight_C, near_VC, rstd_VC, shift_VC = ctx.saved_tensors
-        moved_VBCS = x_VBCS - _wide(near_VC)
+    def backward(ctx: Any, dy_NCS: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x_NCS, weight_C, near_VC, rstd_VC, shift_VC = ctx.saved_tensors
+        views, places = len(near_VC), _places(x_NCS)
+        moved_NCS = x_NCS - _of_images(near_VC, x_NCS)
         # Sums of dy and of dy * normalised x: over all ranks the gradients of bias and weight.
-        sum_VC = dy_VBCS.sum((1, 3), dtype=rstd_VC.dtype)
-        product_VC = (dy_VBCS * moved_VBCS).sum((1, 3)) * rstd_VC + shift_VC * sum_VC
+        sum_VC = _by_view(dy_NCS, views).sum(places, dtype=rstd_VC.dtype)
+        product_VC = _by_view(dy_NCS * moved_NCS, views).sum(places) * rstd_VC + shift_VC * sum_VC
         # Nothing of what is stacked is used afterwards: compiled code adds the ranks' numbers up in the same memory.
         sums_2VC = torch.stack([sum_VC, product_VC])
         if ctx.group_name is not None:  # every rank's loss depends on every rank's input
             sums_2VC = sum_over_ranks(sums_2VC, ctx.group_name)
-        dy_mean_VC, product_mean_VC = (sums_2VC / (x_VBCS.shape[1] * x_VBCS.shape[3] * ctx.ranks)).unbind()
+        dy_mean_VC, product_mean_VC = (sums_2VC / (_values(x_NCS, views) * ctx.ranks)).unbind()
         # dx = scale * (dy - mean of dy - normalised x * mean of the products), with one factor for each channel
         scale_VC = rstd_VC if weight_C is None else rstd_VC * weight_C
         slope_VC, constant_VC = rstd_VC * product_mean_VC, dy_mean_VC + shift_VC * product_mean_VC
-        through_mean_VBCS = torch.addcmul(_wide(scale_VC * constant_VC), moved_VBCS, _wide(scale_VC * slope_VC))
-        dx_VBCS = (dy_VBCS * _wide(scale_VC) - through_mean_VBCS).to(x_VBCS.dtype)
+        constant_NCS, slope_NCS = (_of_images(scale_VC * each_VC, x_NCS) for each_VC in (constant_VC, slope_VC))
+        through_mean_NCS = torch.addcmul(constant_NCS, moved_NCS, slope_NCS)
+        dx_NCS = (dy_NCS * _of_images(scale_VC, x_NCS) - through_mean_NCS).to(x_NCS.dtype)
         if weight_C is None:
-            return dx_VBCS, None, None, None, None, None
+            return dx_NCS, None, None, None, None, None, None
         bias_gradient_C, weight_gradient_C = (sums_2VC.sum(1) / ctx.ranks).to(weight_C)
-        return dx_VBCS, weight_gradient_C, bias_gradient_C, None, None, None
+        return dx_NCS, weight_gradient_C, bias_gradient_C, None, None, None, None
 
 
-def _statistics(x_VBCS: Tensor, ranks: int, group_name: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _statistics(x_NCS: Tensor, views: int, ranks: int, group_name: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A number near the mean of this rank's values, the values without it; mean and variance over all ranks (float64).
 
-    The variance is taken of values near zero, so nothing of it is lost however far the mean is from zero.
+    The variance is taken of values near zero, so hardly anything of it is lost however far the mean is from zero. Near
+    is the mean of some images: where it is off, these images lie as far off, and the square of that is at most
+    `_SAMPLED` times the variance. So all values are read but once for their statistics.
     """
-    near_VC = x_VBCS.mean((1, 3), dtype=_statistics_dtype(x_VBCS))
-    moved_VBCS = x_VBCS - _wide(near_VC)
-    rest_VC = moved_VBCS.mean((1, 3)).double()  # what rounding left of the mean
-    variance_VC = moved_VBCS.square().mean((1, 3)).double() - rest_VC.square()
+    places = _places(x_NCS)
+    near_VC = _by_view(x_NCS, views)[:, ::_SAMPLED].mean(places, dtype=_statistics_dtype(x_NCS))
+    moved_NCS = x_NCS - _of_images(near_VC, x_NCS)
+    rest_VC = _by_view(moved_NCS, views).mean(places).double()
+    variance_VC = _by_view(moved_NCS.square(), views).mean(places).double() - rest_VC.square()
     mean_VC = near_VC.double() + rest_VC
     if group_name is not None:
         mean_VC, variance_VC = _over_ranks(mean_VC, variance_VC, ranks, group_name)
-    return near_VC, moved_VBCS, mean_VC, variance_VC
+    return near_VC, moved_NCS, mean_VC, variance_VC
 
 
 def _over_ranks(mean_VC: Tensor, variance_VC: Tensor, ranks: int, group_name: str) -> tuple[Tensor, Tensor]:
@@ -189,8 +200,30 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _wide(channels_VC: Tensor) -> Tensor:
-    return channels_VC[:, None, :, None]
+def _by_view(x_NCS: Tensor, views: int) -> Tensor:
+    """The same values as [V, B, C, S]."""
+    return torch.unflatten(x_NCS, 0, (views, -1))
+
+
+def _places(x_NCS: Tensor) -> tuple[int, ...]:
+    """The dimensions of [V, B, C, S] over which a channel's values lie."""
+    return (1, *range(3, x_NCS.dim() + 1))
+
+
+def _values(x_NCS: Tensor, views: int) -> int:
+    """How many values a channel has in a view."""
+    return x_NCS[:, 0].numel() // views
+
+
+def _wide(channels_C: Tensor, x_NCS: Tensor) -> Tensor:
+    """A number for each channel, [..., C, 1, 1] where positions have two dimensions."""
+    return channels_C[(..., *[None] * (x_NCS.dim() - 2))]
+
+
+def _of_images(channels_VC: Tensor, x_NCS: Tensor) -> Tensor:
+    """Each image's numbers, those of its view: [N, C, 1, 1] where positions have two dimensions."""
+    images = len(x_NCS) // len(channels_VC)
+    return _wide(channels_VC.repeat_interleave(images, 0) if images > 1 else channels_VC, x_NCS)
 
 
 def set_views(module: nn.Module, views: int) -> None:

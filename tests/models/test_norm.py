@@ -3,11 +3,14 @@
 What needs several ranks is in tests/distributed/laws.py.
 """
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import _inductor as inductor
+from torch._inductor import metrics
 from torchvision.models import resnet50
 
 from engine.recipe.load import load
@@ -86,6 +89,42 @@ def test_relu_in_place_and_low_precision_leave_the_gradient_as_it_is():
     torch.testing.assert_close(ours[0].running_mean, theirs[0].running_mean)
     torch.testing.assert_close(ours[0].running_var, theirs[0].running_var)
     assert y.dtype == x.grad.dtype == ours[0].weight.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("far", [[], [0, 16], [5]])
+def test_statistics_are_exact_wherever_some_images_lie(far):
+    """Two views of 32 images around 1e3, some of them 1e3 away from the others, in float32 against float64."""
+    x = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 1e3
+    x.unflatten(0, (2, -1))[:, far] += 1e3
+    module, exact = GlobalBatchNorm(3, affine=False, views=2), GlobalBatchNorm(3, affine=False, views=2).double()
+    module(x.float())
+    exact(x.float().double())
+    torch.testing.assert_close(module.running_mean.double(), exact.running_mean, rtol=2e-7, atol=0)
+    torch.testing.assert_close(module.running_var.double(), exact.running_var, rtol=1e-5, atol=0)
+
+
+def test_the_order_of_memory_stays():
+    x = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
+    y = GlobalBatchNorm(3, views=2)(x)
+    y.square().sum().backward()
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.slow
+def test_compiled_it_moves_each_value_as_seldom_as_it_can(monkeypatch):
+    """Channels last in bf16, with a ReLU: forward two readings and a writing, and the ReLU's mask of half the bytes;
+    backward two readings each of three things, half the bytes of one, and a writing. A sixteenth is for `near`."""
+    monkeypatch.setattr(logging.getLogger("torch._inductor"), "level", logging.INFO)  # it counts bytes where it logs
+    module = nn.Sequential(GlobalBatchNorm(32, views=2), nn.ReLU())
+    x = torch.randn(64, 32, 16, 16).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    metrics.reset()
+    with inductor.config.patch(force_disable_caches=True):
+        y = torch.compile(module, fullgraph=True, dynamic=False)(x)
+        forward = metrics.num_bytes_accessed
+        y.sum().backward()
+    assert 3 * x.nbytes < forward < 3.6 * x.nbytes
+    assert 5.5 * x.nbytes < metrics.num_bytes_accessed - forward < 6.05 * x.nbytes
 
 
 @pytest.mark.parametrize(("recipe", "layers"), [("resnet50_100ep", 53), ("vit_s", 0), ("vit_conv_s", 4)])
