@@ -100,7 +100,7 @@ class Augment:
             x = solarize(x, draw.on_solarize.to(self.dtype))
         if values.flip_probability > 0:
             x = torch.where(_image(draw.on_flip), x.flip(-1), x)
-        return normalise(x, values.mean, values.std)
+        return normalise(x.contiguous(), values.mean, values.std)
 
     def _jitter(self, planes: Planes, draw: Draw) -> Planes:
         """Brightness, contrast, saturation and hue, in each sample's own order.
@@ -148,13 +148,12 @@ class Flip:
 
 def normalise(x_BCSS: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x - mean) / std per channel."""
-    return torch.stack([(x_BCSS[:, c] - m) / s for c, (m, s) in enumerate(zip(mean, std, strict=True))], 1)
+    return (x_BCSS - _channels(mean, x_BCSS)) / _channels(std, x_BCSS)
 
 
 def denormalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Undo `normalise` for images [..., 3, S, S]: values from 0 to 1, to look at."""
-    mean_311, std_311 = (torch.tensor(values, device=x.device)[:, None, None] for values in (mean, std))
-    return (x * std_311 + mean_311).clamp(0, 1)
+    return (x * _channels(std, x) + _channels(mean, x)).clamp(0, 1)
 
 
 def blend(planes: Planes, op_B1: Tensor, factor_B1: Tensor) -> Planes:
@@ -231,6 +230,11 @@ def _numbers(seed: int, epoch: int | Tensor, sample_B: Tensor, view: int) -> tup
 
 def _between(low: float, high: float, u: Tensor) -> Tensor:
     return low + (high - low) * u
+
+
+def _channels(values: Sequence[float], like: Tensor) -> Tensor:
+    """[3, 1, 1]: one value per channel, made on the device, for which nothing waits."""
+    return torch.stack([like.new_full((1, 1), value) for value in values])
 
 
 def _image(value_B1: Tensor) -> Tensor:
