@@ -97,7 +97,7 @@ def _joined() -> Iterator[World]:
     cuda = torch.cuda.is_available()
     device = _own_gpu() if cuda else torch.device("cpu")
     store, rank, size = meet(TIMEOUT) if is_launched() else (dist.HashStore(), 0, 1)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    backend = "nccl" if cuda else "gloo"  # small messages of hosts have a group of their own
     dist.init_process_group(
         backend, timeout=TIMEOUT, device_id=device if cuda else None, store=store, rank=rank, world_size=size
     )

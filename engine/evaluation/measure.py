@@ -81,9 +81,9 @@ def measure_fast_linear(
         subject = open_subject_together(checkpoint, world, **choice)
         note(in_words(checkpoint, subject, splits, **choice))
         bank = features(subject, splits.train, "train", world, readers)
-        query = gather_rows(features(subject, splits.val, "val", world, readers), world.group)
+        query = gather_rows(features(subject, splits.val, "val", world, readers), world.host_group)
     warn_of_same_images(bank, query, world)
-    sides = [gather_rows(bank, world.group), query]
+    sides = [gather_rows(bank, world.host_group), query]
     standard = fast_linear.standardise(*(rows.feature_ND for rows in sides))
     sides = [rows._replace(feature_ND=x).to(world.device) for rows, x in zip(sides, standard, strict=True)]
     mine = []
