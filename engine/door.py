@@ -90,7 +90,8 @@ def carry_out(main: Callable[[list[str]], None], arguments: list[str]) -> None:
 def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
     """Of a door: 0 where it came to its end, or was asked to stop by a file."""
     try:
-        main(arguments)
+        with _full_gpu_in_words():
+            main(arguments)
         sys.stdout.flush()
     except UserError as error:
         complain_once(f"error: {error}")
@@ -114,6 +115,26 @@ def _status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
         sys.excepthook(*sys.exc_info())
         return 1
     return 0
+
+
+@contextmanager
+def _full_gpu_in_words() -> Iterator[None]:
+    """Raises RunFailed in place of torch's error, of many lines, where a GPU has no memory left and the command has no
+    words of its own for that."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "torch" not in sys.modules:
+            raise
+        from engine.runs.failures import full_device
+
+        where, full = "the GPU", full_device(error)
+        if full is None and "CUDA error: out of memory" in str(error):  # as where not even CUDA itself finds room
+            where, full = "the GPU, or the host for batches on their way there,", "(CUDA error: out of memory)"
+        if full is None:
+            raise
+        other = "set CUDA_VISIBLE_DEVICES to the number of another GPU, or to nothing to compute on the CPU"
+        raise RunFailed(f"{where} had no memory left {full}; end what else uses it, or {other}", alone=True) from error
 
 
 def _has_lost_its_reader() -> bool:

@@ -95,6 +95,34 @@ def test_a_path_that_the_system_refuses_is_one_line():
     assert (done.returncode, done.stderr) == (2, line)
 
 
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (
+            "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has\\n...')",
+            "the GPU had no memory left for 2.50 GiB more",
+        ),
+        (
+            "torch.AcceleratorError('CUDA error: out of memory\\nCompile with `TORCH_USE_CUDA_DSA`')",
+            "the GPU, or the host for batches on their way there, had no memory left (CUDA error: out of memory)",
+        ),
+    ],
+)
+def test_a_full_gpu_is_one_line_of_every_door(raised, said):
+    code = f"""
+import torch
+from engine.door import carry_out
+
+def main(_):
+    raise {raised}
+
+carry_out(main, [])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    other = "set CUDA_VISIBLE_DEVICES to the number of another GPU, or to nothing to compute on the CPU"
+    assert (done.returncode, done.stderr) == (1, f"failed: {said}; end what else uses it, or {other}\n")
+
+
 def test_nothing_is_no_path():
     """As of a variable that is not set; the working directory is not meant."""
     parser = Parser("engine.check")

@@ -28,8 +28,6 @@ def lost_ranks(world: World, error: BaseException, timeout: timedelta) -> str | 
     text = one_line(error)
     if world.size == 1 or not isinstance(error, RuntimeError) or not LOST.search(text):
         return None
-    if "'out of memory'" in text:  # NCCL's own, of this rank's GPU
-        return None
     for group in (world.group, world.host_group, world.save_group):  # who waits for this rank is to come here, too
         with suppress(Exception):
             group.abort()

@@ -24,8 +24,10 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)  # a rank may index millions of images while the others wait
 ROLL_TIMEOUT = timedelta(seconds=40)
-# In an error of torch's: another rank did not answer.
-LOST = re.compile(r"gloo/transport|Connection (closed|reset|was likely closed)|Timed out waiting|NCCL")
+# In an error of torch's, on one line: another rank did not answer. NCCL may have lacked memory on this rank's GPU.
+LOST = re.compile(
+    r"^(?!.*'out of memory').*(gloo/transport|Connection (closed|reset|was likely closed)|Timed out waiting|NCCL)"
+)
 _SMALL = 4 << 20  # bytes that every node's first rank may send to all
 UNHURRIED = "unhurried"  # the description of groups whose time-out never changes
 

@@ -93,8 +93,9 @@ def test_a_rank_that_is_lost_before_or_after_a_run_is_said_in_one_line(monkeypat
     said = r"^another rank has ended.*; the same command starts again \(.*closed"
     with pytest.raises(RunFailed, match=said), process_group():
         raise RuntimeError(words)
-    with pytest.raises(RuntimeError, match=r"^a fault of the program$"), process_group():
-        raise RuntimeError("a fault of the program")
+    for others in ("a fault of the program", "NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"):
+        with pytest.raises(RuntimeError, match=f"^{others}$"), process_group():
+            raise RuntimeError(others)
 
 
 def test_where_all_ranks_answer_torchs_own_words_are_kept(monkeypatch):
