@@ -40,12 +40,12 @@ def cast_weights(trunk: nn.Module, dtype: torch.dtype) -> None:
         put(_Cast.apply(dtype, *resting))
         return images[0].to(dtype)
 
-    def end(_: nn.Module, __: tuple[Tensor], features: Tensor) -> Tensor:
+    def end(_: nn.Module, __: tuple[Tensor], features: Tensor | None) -> Tensor | None:
         put(resting)
-        return features.to(resting[0].dtype)
+        return None if features is None else features.to(resting[0].dtype)  # there are none of a forward that failed
 
     trunk.register_forward_pre_hook(begin)
-    trunk.register_forward_hook(end)
+    trunk.register_forward_hook(end, always_call=True)
 
 
 class _Cast(torch.autograd.Function):

@@ -59,8 +59,9 @@ def test_weights_rest_between_forwards_also_after_one_that_fails():
     network = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     weights = list(network.parameters())
     cast_weights(network, torch.bfloat16)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         network(torch.ones(2, 5))
+    assert all(found is weight for found, weight in zip(network.parameters(), weights, strict=True))
     out = network(torch.ones(2, 3))
     assert out.dtype == torch.float32
     assert all(found is weight for found, weight in zip(network.parameters(), weights, strict=True))
