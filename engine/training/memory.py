@@ -18,7 +18,7 @@ from engine.recipe.sections import ActivationCheckpoint, Pretrain
 from engine.torch_internals import watching, without_data
 from engine.training.activation_checkpoint import is_dear
 from engine.training.loss import CHUNK
-from engine.training.parallelize import least_unit, trunk_dtype_of, units
+from engine.training.parallelize import computes_blocks_again, least_unit, trunk_dtype_of, units
 from models.moco import MoCo
 from models.norm import has_batch_norm
 from models.trunk import blocks, cast_constants
@@ -196,13 +196,18 @@ def _at_rest(recipe: Pretrain, moco: MoCo, gpus: int) -> float:
 
 def _gathered(recipe: Pretrain, moco: MoCo, gpus: int, *, is_whole: bool) -> float:
     """is_whole: gradients of micro-batches add up, whole, on each rank."""
-    trunk, heads = moco.base.trunk, _size((*moco.base.projector.parameters(), *moco.predictor.parameters()))
-    whole, width = _size(trunk.parameters()), trunk_dtype_of(recipe.parallel).itemsize
+    trunk, parallel = moco.base.trunk, recipe.parallel
+    whole, width = _size(trunk.parameters()), trunk_dtype_of(parallel).itemsize
+    if gpus == 1 and not computes_blocks_again(parallel):
+        # Casts alone (engine.training.cast). Their gradients take the place of what the backward pass lets go, and come
+        # in float32 all at once: as those that count as at rest, or, of a later micro-batch, beside them.
+        return (width + is_whole * FLOAT) * whole if parallel.precision == "bf16" else 0
     sizes = [sum(_size(block.parameters()) for block in unit) for unit in units(trunk, least_unit(gpus))]
     unit, rest = max(sizes, default=0), whole - sum(sizes)
     # One unit at work, the next one on its way, and one that is let go; the rest of the trunk stays throughout.
-    weights = whole if recipe.parallel.shard in ("grad_op", "replicate") or gpus == 1 else min(rest + 3 * unit, whole)
+    weights = whole if parallel.shard in ("grad_op", "replicate") or gpus == 1 else min(rest + 3 * unit, whole)
     gradients = FLOAT * whole if is_whole else 2 * max(unit, rest) * (width + FLOAT)
+    heads = _size((*moco.base.projector.parameters(), *moco.predictor.parameters()))
     return weights * width + gradients + 2 * FLOAT * heads
 
 

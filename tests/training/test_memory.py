@@ -1,15 +1,19 @@
 """Memory is counted as it is kept, and the shipped recipes fit the GPUs that they name."""
 
 import re
+import weakref
+from collections.abc import Callable, Container
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from engine.benchmarks.step import Subject
 from engine.recipe.load import load
 from engine.runs.pretrain import make_moco
-from engine.torch_internals import keeping
+from engine.torch_internals import keeping, watching
 from engine.training.activation_checkpoint import KEPT_SHARE
 from engine.training.memory import GIB, count_kept, memory_of, trunk_bytes
 from models.norm import GlobalBatchNorm, set_views
@@ -114,6 +118,40 @@ def test_compiled_blocks_with_batch_norm_keep_what_is_counted(mode):
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
         found = held(module, torch.ones(2, 3, 224, 224, dtype=torch.bfloat16))
     assert found / 2 == pytest.approx(trunk_bytes(recipe, moco).kept(mode), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["train.micro_batch_size=2"], ["parallel.precision=float32"]],
+    ids=["whole", "micro-batches", "float32"],
+)
+def test_a_rank_that_is_alone_takes_what_is_counted(world, overrides):
+    """Of a step whose weights take far more than its images."""
+    small = ["train.global_batch_size=4", "model.depth=2", "parallel.compile=false", "parallel.precision=bf16"]
+    recipe = load(FILES["quickstart"], [*small, "model.dim=192", "model.heads=3", "data.root=none", *overrides])
+    subject = Subject(recipe, world, 2)
+    subject.run(1)  # until then nothing has been planned or kept
+    own = {t.data_ptr(): t.nbytes for t in (*subject.state.tensors().values(), subject.crops_VBCSS)}
+    taken = sum(own.values()) + most_alive(partial(subject.run, 1), own)
+    counted = memory_of(recipe, make_moco(recipe), 1).gib * GIB
+    assert 0.9 * counted < taken < counted
+
+
+def most_alive(run: Callable[[], None], beside: Container[int]) -> int:
+    """Bytes of the tensors that `run` makes, where most of them are alive; beside: addresses that do not count."""
+    alive, sums = {}, [0]
+
+    def see(_: object, results: object) -> None:
+        for tensor in results if isinstance(results, list | tuple) else [results]:
+            place = tensor.untyped_storage().data_ptr() if isinstance(tensor, Tensor) else 0
+            if place and place not in alive and place not in beside:
+                alive[place] = tensor.untyped_storage().nbytes()
+                weakref.finalize(tensor.untyped_storage(), alive.pop, place)
+        sums.append(sum(alive.values()))
+
+    with watching(see):
+        run()
+    return max(sums)
 
 
 def test_what_saves_memory_is_counted_so():
