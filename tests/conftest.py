@@ -5,6 +5,7 @@ What a GPU has to show is tests/on_a_gpu.py's; CUDA_VISIBLE_DEVICES=0 lets these
 
 import multiprocessing
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -12,6 +13,9 @@ from hypothesis import settings
 # Before anything imports torch.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # two ranks want two GPUs
+# A shell without job control lets what it starts in the background ignore Ctrl-C, and so would doors under test.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
 # Processes of the one forkserver begin with what takes seconds to load, whichever test asks for the first.
