@@ -36,6 +36,7 @@ from engine.recipe.sections import Parallel, Recipe
 from engine.runs.auto import taken
 from engine.runs.log import Row
 from engine.runs.plan import Plan
+from engine.runs.upload import uploaded
 from engine.training.activation_checkpoint import stronger
 from engine.training.update import Update
 
@@ -240,7 +241,7 @@ class Task(ABC):
     def on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Crops and samples of a batch."""
         device = self.world.device
-        return batch.crops.to(device, non_blocking=True), batch.sample_B.to(device, non_blocking=True)
+        return uploaded(batch.crops, device), batch.sample_B.to(device, non_blocking=True)
 
     def augmented(self, crops: Tensor, sample_B: Tensor, epoch: int) -> Tensor:
         # Compiled code is made for one layout, and a part of a batch may have another.

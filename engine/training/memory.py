@@ -64,7 +64,7 @@ class Memory:
     trunk: float  # activations of the base trunk that its backward pass needs
     backward: float  # and what this pass adds
     heads: float  # the same of projector and predictor, features, keys of all ranks, and logits
-    images: float  # views, and crops in bytes
+    images: float  # views, and crops in bytes, those of the next step among them
 
     @property
     def gib(self) -> float:
@@ -222,5 +222,6 @@ def _heads(recipe: Pretrain, moco: MoCo, crops: int, gpus: int) -> float:
 
 
 def _images(recipe: Pretrain, crops: int, at_once: int) -> float:
-    """Crops in bytes; views in the trunk's type, as they were made and in the order that convolutions want."""
-    return 3 * recipe.model.image_size**2 * (crops + at_once * 2 * trunk_dtype_of(recipe.parallel).itemsize)
+    """Crops in bytes, of this step and of the next, which come meanwhile; views in the trunk's type, as they were made
+    and in the order that convolutions want."""
+    return 3 * recipe.model.image_size**2 * (2 * crops + at_once * 2 * trunk_dtype_of(recipe.parallel).itemsize)
