@@ -126,11 +126,11 @@ def _full_gpu_in_words() -> Iterator[None]:
     except RuntimeError as error:
         if "torch" not in sys.modules:
             raise
-        from engine.runs.failures import full_device
+        from engine.runs.failures import CUDA_LACKED, full_device
 
         where, full = "the GPU", full_device(error)
-        if full is None and "CUDA error: out of memory" in str(error):  # as where not even CUDA itself finds room
-            where, full = "the GPU, or the host for batches on their way there,", "(CUDA error: out of memory)"
+        if full is None and CUDA_LACKED in str(error):  # as where not even CUDA itself finds room
+            where, full = "the GPU, or the host for batches on their way there,", f"({CUDA_LACKED})"
         if full is None:
             raise
         other = "set CUDA_VISIBLE_DEVICES to the number of another GPU, or to nothing to compute on the CPU"

@@ -28,8 +28,8 @@ from engine.recipe.sections import Pretrain
 from engine.runs.auto import settled
 from engine.runs.failures import full_device
 from engine.runs.pretrain import build_state, make_augment, make_moco, make_schedule
+from engine.runs.trial import deterministic_as_asked
 from engine.torch_internals import graph_breaks, graphs_compiled
-from engine.training.determinism import deterministic, refused_in_trial
 from engine.training.micro_batch import MicroBatches
 from engine.training.parallelize import check_compiler
 from engine.training.step import train_step
@@ -121,14 +121,12 @@ def measure_step(recipe: Pretrain, world: World, versus: str, trace: Path | None
 def as_a_run(recipe: Pretrain, world: World) -> Iterator[None]:
     """Within it steps are as deterministic as in a run of the recipe, after the same trial. Raises RunFailed where the
     device has no memory left."""
-    parallel, model, refused = recipe.parallel, recipe.model, None
+    model = recipe.model
     try:
         with agreement(world.host_group):
             make_moco(recipe)  # says what cannot be
-            if parallel.deterministic:
-                build = declared(model).build
-                refused = refused_in_trial(lambda: build().module, model.image_size, parallel, world.device)
-        with deterministic(parallel.deterministic, refused):
+            build = declared(model).build
+        with deterministic_as_asked(recipe.parallel, lambda: build().module, model.image_size, world):
             yield
     except RuntimeError as error:
         if (full := full_device(error)) is None:

@@ -18,6 +18,7 @@ from engine.runs.task import Task
 
 # Of libraries that take memory on a GPU beside torch; torch itself raises an error of its own.
 NO_MEMORY = re.compile(r"CU(BLAS|DNN)_STATUS_ALLOC_FAILED|Cuda failure \d+ 'out of memory'")
+CUDA_LACKED = "CUDA error: out of memory"  # mostly of host memory that a GPU can read
 
 
 def kept(checkpoints: Path, step: int = 0) -> str:
@@ -75,7 +76,7 @@ def _memory_in_words(task: Task, checkpoints: Path) -> Iterator[None]:
                 f"{task.world.device_name} had no memory left {full}; "
                 f"{_newest(checkpoints)}: go on with {task.less_memory}, which makes the same run in less memory"
             ) from error
-        if "CUDA error: out of memory" not in str(error):
+        if CUDA_LACKED not in str(error):
             raise
         # The device has memory, and the host none that it can pin.
         raise RunFailed(

@@ -14,7 +14,7 @@ from engine.data.hints import hints
 from engine.data.jpeg import DECODERS, PILLOW, with_version, without_version
 from engine.data.order import LAWS
 from engine.data.outputs import check_run_directory
-from engine.distributed.agreement import agreement, all_gather, broadcast
+from engine.distributed.agreement import agreement, broadcast
 from engine.distributed.signals import StopSignal
 from engine.errors import RunFailed, SystemRefused, UserError, one_line
 from engine.logger import say
@@ -32,7 +32,7 @@ from engine.runs.log import MetricsLog, Row
 from engine.runs.saves import Saves
 from engine.runs.task import Task
 from engine.runs.trainer import Trainer
-from engine.training.determinism import deterministic, refused_in_trial
+from engine.runs.trial import deterministic_as_asked
 
 
 def run(task: Task, started: float, earlier: Path | None = None) -> Row:
@@ -98,15 +98,10 @@ def _close(log: MetricsLog, task: Task) -> None:
 @contextmanager
 def as_deterministic_as_asked(task: Task) -> Iterator[None]:
     """For the whole run; a recipe that does not say `parallel.deterministic` leaves it as every door has it."""
-    parallel, world = task.parallel, task.world
-    if parallel is None:
+    if task.parallel is None:
         yield
         return
-    if parallel.deterministic:
-        with agreement(world.host_group):
-            refused = refused_in_trial(task.fresh_trunk, task.crops.size, parallel, world.device)
-        task.refused = next(filter(None, all_gather(refused, world.host_group)), None)
-    with deterministic(parallel.deterministic, task.refused):
+    with deterministic_as_asked(task.parallel, task.fresh_trunk, task.crops.size, task.world) as task.refused:
         yield
 
 
