@@ -261,7 +261,7 @@ def test_processes_that_the_system_refuses_are_an_error_of_one_line(source):
             Workers([source], 99)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert multiprocessing.active_children() == []
+    assert gone(workers_now())  # dozens were killed; on a busy machine their ends take longer than END_SECONDS
 
 
 @pytest.mark.parametrize(("count", "what"), [(1, "came from the loading processes"), (0, "could be read")])
