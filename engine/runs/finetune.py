@@ -209,8 +209,8 @@ class Finetuning(Supervised):
     def train_step(self, batch: Batch) -> FinetuneOutput:
         images, label_B = self.images(batch), self.labels(batch)
         if self.mix.is_on:
-            other = exchanged(images, label_B, self.world)
-            images, target_BC = self.mix(images, label_B, *other, batch.step)
+            # No name for the other rank's images: they need not be there while the network goes back.
+            images, target_BC = self.mix(images, label_B, *exchanged(images, label_B, self.world), batch.step)
         else:
             target_BC = self.mix.plain_target(label_B)
         sample_B = batch.sample_B.to(self.world.device, non_blocking=True)
