@@ -1,4 +1,4 @@
-"""How much of a GPU's memory a step of pre-training takes, counted before there is a GPU.
+"""How much of a GPU's memory a step takes that trains a trunk, counted before there is a GPU.
 
 Real modules go forward once, on two images without data, and what autograd keeps for the backward pass is added up; the
 rest is arithmetic on shapes. It is the moment at which the backward pass begins. Not counted: CUDA's own memory and
@@ -6,7 +6,7 @@ workspaces, buffers of NCCL, and what the allocator cannot use. A tenth of the c
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from engine.recipe.sections import ActivationCheckpoint, Pretrain
+from engine.recipe.sections import ActivationCheckpoint, Finetune, Parallel, Pretrain
 from engine.torch_internals import watching, without_data
 from engine.training.activation_checkpoint import is_dear
 from engine.training.loss import CHUNK
-from engine.training.parallelize import computes_blocks_again, least_unit, trunk_dtype_of, units
+from engine.training.parallelize import computes_blocks_again, dtype_of, least_unit, trunk_dtype_of, units
+from models.classifier import Classifier
 from models.moco import MoCo
 from models.norm import has_batch_norm
+from models.parts import Network
 from models.trunk import blocks, cast_constants
 
 GIB = 2**30
@@ -57,52 +59,90 @@ class TrunkBytes:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each GPU when the backward pass begins."""
+    """Bytes on each GPU when the backward pass begins, or where nothing has one, when most is there."""
 
-    weights: float  # at rest, of both encoders and the predictor, with gradients and the optimizer's state
+    weights: float  # at rest, of all networks, with gradients and the optimizer's state
     gathered: float  # weights as blocks use them, and gradients on their way to the ranks that keep them
-    trunk: float  # activations of the base trunk that its backward pass needs
+    trunk: float  # activations of the trunk that its backward pass needs
     backward: float  # and what this pass adds
-    heads: float  # the same of projector and predictor, features, keys of all ranks, and logits
-    images: float  # views, and crops in bytes, those of the next step among them
+    heads: float  # the same of heads, with features, keys of all ranks, and logits
+    images: float  # as the networks take them, and crops in bytes, those of the next step among them
 
     @property
     def gib(self) -> float:
         return sum(vars(self).values()) / GIB
 
 
+class Images(NamedTuple):
+    """What a rank sees in a step: crops, those that pass the trunk together, their side, and the type in which they
+    come."""
+
+    crops: int
+    at_once: int
+    side: int
+    dtype: torch.dtype
+
+
 def memory_of(recipe: Pretrain, moco: MoCo, gpus: int) -> Memory:
-    """Of a step on so many GPUs, which divide the batch.
+    """Of a step of pre-training on so many GPUs, which divide the batch.
 
     Args:
         moco: the recipe's networks, on the meta device.
     """
-    train, mode = recipe.train, recipe.parallel.activation_checkpoint
+    train, parallel = recipe.train, recipe.parallel
     batch = train.global_batch_size // gpus
     crops, at_once = moco.views * batch, moco.views * (train.micro_batch_size or batch)
-    trunk = trunk_bytes(recipe, moco)
+    images = Images(crops, at_once, recipe.model.image_size, trunk_dtype_of(parallel))
+    states, heads = 2 if recipe.optimizer.name == "adamw" else 1, _heads(recipe, moco, crops, gpus)
+    return _memory_of([moco], images, parallel, gpus, states=states, heads=heads)
+
+
+def memory_of_finetuning(
+    recipe: Finetune, classifier: Classifier, ema: Classifier | None, image_size: int, gpus: int
+) -> Memory:
+    """Of a step of fine-tuning on so many GPUs, which divide the batch.
+
+    Args:
+        classifier, ema: as the run makes them, on the meta device; the next step must choose paths anew.
+    """
+    crops = recipe.train.global_batch_size // gpus
+    classifier.choose_paths(torch.ones(CROPS, len(classifier.drop_paths)))
+    images = Images(crops, crops, image_size, dtype_of(recipe.parallel))
+    networks = [classifier] if ema is None else [classifier, ema]
+    return _memory_of(networks, images, recipe.parallel, gpus, states=2, heads=_head(classifier, crops))
+
+
+def _memory_of(
+    networks: Sequence[Network], images: Images, parallel: Parallel, gpus: int, *, states: int, heads: float
+) -> Memory:
+    """networks: the one that is trained, and others that rest. states: of the optimizer, for each number."""
+    mode = parallel.activation_checkpoint
+    trunk = trunk_bytes(_trained(networks[0], is_trunk=True)[0], images.side, parallel)
     return Memory(
-        weights=_at_rest(recipe, moco, gpus),
-        gathered=_gathered(recipe, moco, gpus, is_whole=at_once < crops),
-        trunk=at_once * trunk.kept(mode),
-        backward=at_once * trunk.backward(mode),
-        heads=_heads(recipe, moco, crops, gpus),
-        images=_images(recipe, crops, at_once),
+        weights=_at_rest(networks, parallel, gpus, states),
+        gathered=_gathered(networks[0], parallel, gpus, is_whole=images.at_once < images.crops),
+        trunk=images.at_once * trunk.kept(mode),
+        backward=images.at_once * trunk.backward(mode),
+        heads=heads,
+        images=_bytes_of_images(images, trunk_dtype_of(parallel)),
     )
+
+
+def _trained(network: Network, *, is_trunk: bool) -> list[nn.Module]:
+    return [part.module for part in network.parts() if part.is_trained and part.is_trunk == is_trunk]
 
 
 # ---- what is kept for the backward pass
 
 
-def trunk_bytes(recipe: Pretrain, moco: MoCo) -> TrunkBytes:
-    """What the recipe's trunk keeps of one crop."""
-    trunk, size = copy.deepcopy(moco.base.trunk).train(), recipe.model.image_size
-    dtype = trunk_dtype_of(recipe.parallel)
+def trunk_bytes(trunk: nn.Module, size: int, parallel: Parallel) -> TrunkBytes:
+    """What a trunk on the meta device keeps of one crop of this side."""
+    trunk, dtype = copy.deepcopy(trunk).train(), trunk_dtype_of(parallel)
     cast_constants(trunk, dtype)
     for parameter in trunk.parameters():
         parameter.data = parameter.data.to(dtype)
     kept, counted = count_kept(trunk, (CROPS, 3, size, size), dtype)
-    found = [_as_run(block, has_batch_norm(module), recipe.parallel.compile) for module, block in counted]
+    found = [_as_run(block, has_batch_norm(module), parallel.compile) for module, block in counted]
     return TrunkBytes((kept - sum(block.none for _, block in counted)) / CROPS, found)
 
 
@@ -186,17 +226,16 @@ def _size(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _at_rest(recipe: Pretrain, moco: MoCo, gpus: int) -> float:
-    parallel = recipe.parallel
+def _at_rest(networks: Sequence[Network], parallel: Parallel, gpus: int, states: int) -> float:
     ranks = {"replicate": 1, "hybrid": gpus // parallel.replicate}.get(parallel.shard, gpus)
-    trained = _size(p for p in moco.parameters() if p.requires_grad)
-    states = 2 if recipe.optimizer.name == "adamw" else 1  # and the gradient
-    return FLOAT * (_size(moco.parameters()) + (1 + states) * trained) / ranks
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    trained = _size(parameter for parameter in parameters if parameter.requires_grad)
+    return FLOAT * (_size(parameters) + (1 + states) * trained) / ranks  # with the gradient
 
 
-def _gathered(recipe: Pretrain, moco: MoCo, gpus: int, *, is_whole: bool) -> float:
+def _gathered(network: Network, parallel: Parallel, gpus: int, *, is_whole: bool) -> float:
     """is_whole: gradients of micro-batches add up, whole, on each rank."""
-    trunk, parallel = moco.base.trunk, recipe.parallel
+    (trunk,) = _trained(network, is_trunk=True)
     whole, width = _size(trunk.parameters()), trunk_dtype_of(parallel).itemsize
     if gpus == 1 and not computes_blocks_again(parallel):
         # Casts alone (engine.training.cast). Their gradients take the place of what the backward pass lets go, and come
@@ -207,7 +246,7 @@ def _gathered(recipe: Pretrain, moco: MoCo, gpus: int, *, is_whole: bool) -> flo
     # One unit at work, the next one on its way, and one that is let go; the rest of the trunk stays throughout.
     weights = whole if parallel.shard in ("grad_op", "replicate") or gpus == 1 else min(rest + 3 * unit, whole)
     gradients = FLOAT * whole if is_whole else 2 * max(unit, rest) * (width + FLOAT)
-    heads = _size((*moco.base.projector.parameters(), *moco.predictor.parameters()))
+    heads = sum(_size(head.parameters()) for head in _trained(network, is_trunk=False))
     return weights * width + gradients + 2 * FLOAT * heads
 
 
@@ -221,7 +260,12 @@ def _heads(recipe: Pretrain, moco: MoCo, crops: int, gpus: int) -> float:
     return crops * kept / CROPS + FLOAT * (features + keys + logits)
 
 
-def _images(recipe: Pretrain, crops: int, at_once: int) -> float:
-    """Crops in bytes, of this step and of the next, which come meanwhile; views in the trunk's type, as they were made
+def _head(classifier: Classifier, crops: int) -> float:
+    """Features and logits with their gradients, log-probabilities, targets, and the products of both."""
+    return FLOAT * crops * (2 * classifier.head.in_features + 5 * classifier.head.out_features)
+
+
+def _bytes_of_images(images: Images, dtype: torch.dtype) -> float:
+    """Crops in bytes, of this step and of the next, which come meanwhile; as they come to the trunk, and in its `dtype`
     and in the order that convolutions want."""
-    return 3 * recipe.model.image_size**2 * (2 * crops + at_once * 2 * trunk_dtype_of(recipe.parallel).itemsize)
+    return 3 * images.side**2 * (2 * images.crops + images.at_once * (images.dtype.itemsize + dtype.itemsize))

@@ -8,6 +8,8 @@ from engine.recipe.load import load
 from engine.recipe.sections import Finetune, Linear
 from engine.runs.finetune import finetune
 from engine.runs.linear import linear
+from engine.weights.weights import IMAGENET, About, Weights
+from models.architecture import Architecture
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = str(ROOT / "tests/golden/I_vit_small_shape.pth.tar")
@@ -55,6 +57,11 @@ def finetune_recipe(directory: Path, *overrides: str) -> Finetune:
 def run_finetune(recipe: Finetune, checkpoint: str = CHECKPOINT, baseline: str | None = None) -> dict:
     with process_group() as world:
         return finetune(recipe, checkpoint, "base", baseline, world)
+
+
+def undrawn(architecture: Architecture, image_size: int) -> Weights:
+    """Weights that no file holds: a run draws them."""
+    return Weights(About(architecture, image_size, *IMAGENET), {}, lambda names: iter(()), architecture.name)
 
 
 def rows(directory: Path, key: str) -> list[dict]:

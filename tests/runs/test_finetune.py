@@ -37,11 +37,11 @@ from engine.runs.linear import linear
 from engine.weights.card import model_card
 from engine.weights.export import export_classifier
 from engine.weights.opening import open_trunk, open_weights
-from engine.weights.weights import About, Head, Weights, fill_trunk
-from models.architecture import Architecture
+from engine.weights.weights import Head, fill_trunk
+from models.architecture import resnet
 from models.classifier import Classifier
 from tests.runs.reading import unread_keys
-from tests.runs.small import CHECKPOINT, EVERYTHING, ROOT, VAL, finetune_recipe, rows, run_finetune
+from tests.runs.small import CHECKPOINT, EVERYTHING, ROOT, VAL, finetune_recipe, rows, run_finetune, undrawn
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
@@ -346,12 +346,7 @@ def test_a_diverged_run_says_how_to_start_anew(tmp_path):
 
 
 def test_a_network_without_branches_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(finetuning, "open_trunk", lambda *_, **__: _resnet())
+    monkeypatch.setattr(finetuning, "open_trunk", lambda *_, **__: undrawn(resnet([1, 1, 1, 1], 64), 32))
     with pytest.raises(UserError, match=r"model.drop_path \(0.1\) must be 0 for this trunk"):
         run_finetune(finetune_recipe(tmp_path, "model.drop_path=0.1"))
     assert list(tmp_path.iterdir()) == []
-
-
-def _resnet() -> Weights:
-    about = About(Architecture("resnet", {"layers": [1, 1, 1, 1], "width_per_group": 64}), 32, (0.5,) * 3, (0.5,) * 3)
-    return Weights(about, {}, lambda names: iter(()), "a ResNet")

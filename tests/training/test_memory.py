@@ -1,8 +1,6 @@
-"""Memory is counted as it is kept, and the shipped recipes fit the GPUs that they name."""
+"""Memory is counted as it is kept."""
 
 import re
-import weakref
-from collections.abc import Callable, Container
 from functools import partial
 from pathlib import Path
 
@@ -11,29 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from engine.benchmarks.step import Subject
+from engine.data.loader import Batch
+from engine.data.splits import open_labelled_splits
 from engine.recipe.load import load
+from engine.runs.finetune import Finetuning, make_classifiers
 from engine.runs.pretrain import make_moco
-from engine.torch_internals import keeping, watching
+from engine.torch_internals import keeping
 from engine.training.activation_checkpoint import KEPT_SHARE
-from engine.training.memory import GIB, count_kept, memory_of, trunk_bytes
+from engine.training.memory import GIB, count_kept, memory_of, memory_of_finetuning, trunk_bytes
+from models.architecture import vit as vit_of
 from models.norm import GlobalBatchNorm, set_views
 from models.resnet import build_resnet
 from models.trunk import blocks
 from models.vit import build_vit
-from tests.recipe.shipped import FILES, PRETRAIN
+from tests.alive import most_alive
+from tests.recipe.shipped import FILES
+from tests.runs.small import EVERYTHING, finetune_recipe, undrawn
 
 ROOT = Path(__file__).parents[2]
-LARGE = [name for name in PRETRAIN if not name.startswith(("quickstart", "own_photos_small"))]
-HEADER = re.compile(r"^# Fits (\d+) GPUs? of (\d+) GB: (\d+) GiB each, counted, not measured\.$", re.MULTILINE)
-
-
-@pytest.mark.parametrize("name", LARGE)
-def test_a_recipe_fits_the_gpus_that_it_names(name):
-    gpus, card, said = map(int, HEADER.search(FILES[name].read_text()).groups())
-    recipe = load(FILES[name], ["parallel.compile=true", "parallel.precision=bf16"])
-    counted = memory_of(recipe, make_moco(recipe), gpus).gib
-    assert abs(counted - said) < 1, counted
-    assert counted < 0.9 * card * 1e9 / GIB
 
 
 def test_the_readme_says_what_is_counted_for_one_gpu():
@@ -117,7 +110,7 @@ def test_compiled_blocks_with_batch_norm_keep_what_is_counted(mode):
             backend = keeping(KEPT_SHARE[mode], "aot_eager_decomp_partition")
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
         found = held(module, torch.ones(2, 3, 224, 224, dtype=torch.bfloat16))
-    assert found / 2 == pytest.approx(trunk_bytes(recipe, moco).kept(mode), rel=0.03)
+    assert found / 2 == pytest.approx(trunk_bytes(moco.base.trunk, 224, recipe.parallel).kept(mode), rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -137,21 +130,23 @@ def test_a_rank_that_is_alone_takes_what_is_counted(world, overrides):
     assert 0.9 * counted < taken < counted
 
 
-def most_alive(run: Callable[[], None], beside: Container[int]) -> int:
-    """Bytes of the tensors that `run` makes, where most of them are alive; beside: addresses that do not count."""
-    alive, sums = {}, [0]
-
-    def see(_: object, results: object) -> None:
-        for tensor in results if isinstance(results, list | tuple) else [results]:
-            place = tensor.untyped_storage().data_ptr() if isinstance(tensor, Tensor) else 0
-            if place and place not in alive and place not in beside:
-                alive[place] = tensor.untyped_storage().nbytes()
-                weakref.finalize(tensor.untyped_storage(), alive.pop, place)
-        sums.append(sum(alive.values()))
-
-    with watching(see):
-        run()
-    return max(sums)
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+@pytest.mark.parametrize(("batch", "dim", "depth"), [(4, 256, 2), (128, 64, 12)], ids=["weights", "images"])
+def test_a_rank_that_fine_tunes_alone_takes_what_is_counted(world, tmp_path, precision, batch, dim, depth):
+    """Of two steps: one whose weights take most, and one whose images do."""
+    values = [f"train.global_batch_size={batch}", f"parallel.precision={precision}", "optimizer.min_lr=0"]
+    recipe = finetune_recipe(tmp_path, *EVERYTHING, *values)
+    splits = open_labelled_splits(recipe.data, world, seed=0, batch=batch)
+    weights, classes = undrawn(vit_of(32, 8, dim, depth, 4, conv_stem=False), 32), len(splits.train.classes)
+    task = Finetuning(recipe, world, splits, weights, *make_classifiers(recipe, weights, classes))
+    task.start(resumes=False)
+    sample_B = torch.arange(batch)
+    step = Batch(0, 0, torch.zeros(1, batch, 3, 32, 32, dtype=torch.uint8), sample_B, sample_B, [])
+    task.train_step(step)
+    own = {t.data_ptr(): t.nbytes for t in (*task.tensors().values(), step.crops)}
+    taken = sum(own.values()) + most_alive(partial(task.train_step, step), own)
+    counted = memory_of_finetuning(recipe, *make_classifiers(recipe, weights, classes), 32, 1).gib * GIB
+    assert 0.9 * counted < taken < counted
 
 
 def test_what_saves_memory_is_counted_so():
