@@ -112,10 +112,10 @@ def test_the_order_of_memory_stays():
 
 
 @pytest.mark.slow
-def test_compiled_it_moves_each_value_as_seldom_as_it_can(monkeypatch):
+def test_compiled_it_moves_each_value_as_seldom_as_it_can(caplog):
     """Channels last in bf16, with a ReLU: forward two readings and a writing, and the ReLU's mask of half the bytes;
     backward two readings each of three things, half the bytes of one, and a writing. A sixteenth is for `near`."""
-    monkeypatch.setattr(logging.getLogger("torch._inductor"), "level", logging.INFO)  # it counts bytes where it logs
+    caplog.set_level(logging.INFO, "torch._inductor")  # it counts bytes where it logs
     module = nn.Sequential(GlobalBatchNorm(32, views=2), nn.ReLU())
     x = torch.randn(64, 32, 16, 16).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
     metrics.reset()
