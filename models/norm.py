@@ -163,7 +163,8 @@ def _statistics(x_NCS: Tensor, views: int, ranks: int, group_name: str | None) -
     near_VC = _by_view(x_NCS, views)[:, ::_SAMPLED].mean(places, dtype=_statistics_dtype(x_NCS))
     moved_NCS = x_NCS - _of_images(near_VC, x_NCS)
     rest_VC = _by_view(moved_NCS, views).mean(places).double()
-    variance_VC = _by_view(moved_NCS.square(), views).mean(places).double() - rest_VC.square()
+    # Of equal values each term is as large as the error of the other.
+    variance_VC = (_by_view(moved_NCS.square(), views).mean(places).double() - rest_VC.square()).clamp(min=0)
     mean_VC = near_VC.double() + rest_VC
     if group_name is not None:
         mean_VC, variance_VC = _over_ranks(mean_VC, variance_VC, ranks, group_name)

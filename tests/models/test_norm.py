@@ -103,6 +103,16 @@ def test_statistics_are_exact_wherever_some_images_lie(far):
     torch.testing.assert_close(module.running_var.double(), exact.running_var, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
+def test_a_channel_of_one_large_value_has_no_variance():
+    """And not one below zero, though compiled code rounds sums of 2,048 equal numbers."""
+    module = GlobalBatchNorm(4, affine=False, momentum=1.0)
+    x = (1.2345678e7 * torch.tensor([1.0, -1.0, 0.7, 0.123])).repeat(2048, 1)
+    y = torch.compile(module, fullgraph=True, dynamic=False)(x)
+    assert y.isfinite().all()
+    assert (module.running_var >= 0).all()
+
+
 def test_the_order_of_memory_stays():
     x = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
     y = GlobalBatchNorm(3, views=2)(x)
