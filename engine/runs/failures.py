@@ -16,8 +16,11 @@ from engine.distributed.roll import lost_ranks
 from engine.errors import RunFailed, one_line
 from engine.runs.task import Task
 
-# Of libraries that take memory on a GPU beside torch; torch itself raises an error of its own.
-NO_MEMORY = re.compile(r"CU(BLAS|DNN)_STATUS_ALLOC_FAILED|Cuda failure \d+ 'out of memory'")
+# Of libraries that take memory on a GPU beside torch, and of torch where another error tells of its own: from the
+# compiler, or from another rank.
+NO_MEMORY = re.compile(
+    r"CU(BLAS|DNN)_STATUS_ALLOC_FAILED|Cuda failure \d+ 'out of memory'|OutOfMemoryError: CUDA out of memory"
+)
 CUDA_LACKED = "CUDA error: out of memory"  # mostly of host memory that a GPU can read
 
 
@@ -90,8 +93,8 @@ def full_device(error: RuntimeError) -> str | None:
     text = one_line(error)
     if not (isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(text)):
         return None
-    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
-    return f"for {asked[1]} more" if asked else f"({text[:300]})"
+    asked, other = re.search(r"Tried to allocate ([\d.]+ \w+)", text), re.match(r"rank \d+(?=: )", text)
+    return f"for {asked[1]} more{f' on {other[0]}' if other else ''}" if asked else f"({text[:300]})"
 
 
 @contextmanager

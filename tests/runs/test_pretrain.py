@@ -145,6 +145,15 @@ def test_memory_that_libraries_lack_is_the_devices(world, tmp_path, monkeypatch,
     )
 
 
+@pytest.mark.parametrize(("where", "on"), [("rank 3: ", " on rank 3"), ("backend='inductor' raised:\n", "")])
+def test_full_memory_that_another_error_tells_of_is_in_words_too(world, tmp_path, where, on):
+    """Of another rank, by agreement, and where the compiler tries out kernels."""
+    task = SimpleNamespace(world=world, timeout=1, less_memory="less")
+    said = f"^CPU had no memory left for 2.50 GiB more{on}; there is no checkpoint yet: go on with less"
+    with pytest.raises(RunFailed, match=said), failures_in_words(task, tmp_path):
+        raise RuntimeError(f"{where}OutOfMemoryError: CUDA out of memory. Tried to allocate 2.50 GiB. GPU 3 has ...")
+
+
 def test_full_memory_of_the_host_names_what_fills_it(world, tmp_path, monkeypatch):
     def full(task, batch):
         raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ...")
