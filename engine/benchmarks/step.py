@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from engine.benchmarks.clock import alternate, finish, forget_peak, median, peak_memory_gb
@@ -30,10 +30,12 @@ from engine.runs.failures import full_device
 from engine.runs.pretrain import build_state, make_augment, make_moco, make_schedule
 from engine.runs.trial import deterministic_as_asked
 from engine.torch_internals import graph_breaks, graphs_compiled
+from engine.training.activation_checkpoint import stronger
 from engine.training.micro_batch import MicroBatches
 from engine.training.parallelize import check_compiler
 from engine.training.step import train_step
 from engine.weights.weights import declared
+from models.norm import has_batch_norm
 
 PROFILED = 3  # steps
 
@@ -122,17 +124,27 @@ def as_a_run(recipe: Pretrain, world: World) -> Iterator[None]:
     """Within it steps are as deterministic as in a run of the recipe, after the same trial. Raises RunFailed where the
     device has no memory left."""
     model = recipe.model
+    with agreement(world.host_group):
+        trunk = make_moco(recipe).base.trunk  # says what cannot be
+        build = declared(model).build
     try:
-        with agreement(world.host_group):
-            make_moco(recipe)  # says what cannot be
-            build = declared(model).build
         with deterministic_as_asked(recipe.parallel, lambda: build().module, model.image_size, world):
             yield
     except RuntimeError as error:
         if (full := full_device(error)) is None:
             raise
-        less = "a smaller --batch, train.micro_batch_size=N or parallel.activation_checkpoint=selective"
-        raise RunFailed(f"{world.device_name} had no memory left {full}; pass {less}", alone=True) from error
+        words = f"{world.device_name} had no memory left {full}; pass {_less_memory(recipe, trunk)}"
+        raise RunFailed(words, alone=True) from error
+
+
+def _less_memory(recipe: Pretrain, trunk: nn.Module) -> str:
+    """What makes a step of this trunk take less memory."""
+    ways = ["a smaller --batch"]
+    if not has_batch_norm(trunk):
+        ways.append("train.micro_batch_size=N")
+    if mode := stronger(recipe.parallel.activation_checkpoint, trunk):
+        ways.append(f"parallel.activation_checkpoint={mode}")
+    return " or ".join(ways)
 
 
 def _measure_step(recipe: Pretrain, world: World, versus: str, trace: Path | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from engine.recipe.load import load
 from engine.runs.auto import settled
 from engine.training.loss import contrastive_loss
 from tests.distributed.launch import results
+from tests.distributed.trajectories import KINDS
 from tests.training.trunks import Unpooled
 
 ROOT = Path(__file__).parents[2]
@@ -105,10 +106,14 @@ def test_full_memory_is_one_line(found, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total ...")
 
     monkeypatch.setattr(step, "train_step", full)
-    less = r"for 2\.50 GiB more; pass a smaller --batch, train\.micro_batch_size=N or parallel\.activation_checkpoint="
-    for command in ("step", "checkpoint"):
-        with pytest.raises(RunFailed, match=f"^CPU had no memory left {less}selective$"):
-            found(command, "--recipe", RECIPE, "--batch", 2)
+    left = "^CPU had no memory left for 2.50 GiB more; pass a smaller --batch{}$"
+    less = " or train.micro_batch_size=N or parallel.activation_checkpoint="
+    for command, mode, stronger in (("step", "none", "selective"), ("checkpoint", "selective", "full")):
+        with pytest.raises(RunFailed, match=left.format(less + stronger)):
+            found(command, "--recipe", RECIPE, "--batch", 2, f"parallel.activation_checkpoint={mode}")
+    resnet = [*KINDS["resnet"], "parallel.activation_checkpoint=selective"]
+    with pytest.raises(RunFailed, match=left.format("")):  # no micro-batches of BatchNorm, nor blocks in full
+        found("step", "--recipe", RECIPE, "--batch", 2, *resnet)
 
 
 def test_checkpoint(found, tmp_path, monkeypatch):
