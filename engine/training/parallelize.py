@@ -151,7 +151,7 @@ def shard(modules: list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPoli
 
 
 def dtype_of(parallel: Parallel) -> torch.dtype:
-    """In which weights rest, heads compute and images come; bf16 is what trunks make of it."""
+    """In which weights rest, heads compute and images are augmented; bf16 is what trunks make of it."""
     return torch.float64 if parallel.precision == "float64" else torch.float32
 
 
