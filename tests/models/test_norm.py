@@ -4,10 +4,14 @@ What needs several ranks is in tests/distributed/laws.py.
 """
 
 import logging
+import math
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch import _inductor as inductor
 from torch._inductor import metrics
@@ -89,6 +93,48 @@ def test_relu_in_place_and_low_precision_leave_the_gradient_as_it_is():
     torch.testing.assert_close(ours[0].running_mean, theirs[0].running_mean)
     torch.testing.assert_close(ours[0].running_var, theirs[0].running_var)
     assert y.dtype == x.grad.dtype == ours[0].weight.grad.dtype == torch.bfloat16
+
+
+@settings(max_examples=60)
+@given(
+    views=st.integers(1, 3),
+    images=st.sampled_from([1, 2, 15, 16, 17, 33]),
+    size=st.sampled_from([(), (3,), (2, 3), (2, 2, 2)]),
+    far=st.sampled_from(["nowhere", "all", "sampled", "first"]),
+    layout=st.sampled_from(["plain", "last", "sliced", "expanded"]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 99),
+)
+def test_any_batch_is_normalised_as_torch_does_in_float64(views, images, size, far, layout, dtype, seed):
+    """Whatever lies how in memory, and wherever the images lie of which the mean is near."""
+    if images * math.prod(size) == 1:
+        size = (3,)  # torch refuses a single value
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(views, images, 4, *size, generator=generator, dtype=torch.float64)
+    x[:, {"nowhere": [], "all": slice(None), "sampled": slice(None, None, 16), "first": 0}[far]] += 100
+    x = laid_out(x.to(dtype).flatten(0, 1), layout).requires_grad_()
+    dy = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)
+    module = GlobalBatchNorm(4, views=views).to(torch.promote_types(dtype, torch.float32))
+    y = module(x)
+    found = torch.autograd.grad(y, (x, *module.parameters()), dy)
+    whole, (weight, bias) = x.detach().double().requires_grad_(), (p.double() for p in module.parameters())
+    views_of_y = [F.batch_norm(view, None, None, weight, bias, training=True) for view in whole.chunk(views)]
+    exact = torch.autograd.grad(torch.cat(views_of_y), (whole, weight, bias), dy.double())
+    near = {"rtol": 1e-2 if dtype.itemsize == 2 else 1e-4, "check_dtype": False}
+    scale = (weight / (whole.unflatten(0, (views, -1)).var((1, *range(3, x.dim() + 1))) + 1e-5).sqrt()).max().item()
+    torch.testing.assert_close(y, torch.cat(views_of_y), atol=near["rtol"], **near)
+    torch.testing.assert_close(found[0], exact[0], atol=near["rtol"] * scale, **near)
+    for gradient, wanted in zip(found[1:], exact[1:], strict=True):
+        torch.testing.assert_close(gradient, wanted, atol=len(x) * near["rtol"], **near)
+    assert y.dtype == found[0].dtype == dtype
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    if layout == "last" and x.dim() > 3:
+        return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    if layout == "sliced":
+        return x.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2]
+    return x[:, :1].expand(x.shape) if layout == "expanded" else x
 
 
 @pytest.mark.parametrize("far", [[], [0, 16], [5]])
