@@ -126,7 +126,7 @@ def as_a_run(recipe: Pretrain, world: World) -> Iterator[None]:
     model = recipe.model
     with agreement(world.host_group):
         trunk = make_moco(recipe).base.trunk  # says what cannot be
-        build = declared(model).build
+        build = partial(declared(model).build, freeze_patch_projection=model.freeze_patch_projection)
     try:
         with deterministic_as_asked(recipe.parallel, lambda: build().module, model.image_size, world):
             yield

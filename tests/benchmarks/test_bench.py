@@ -91,14 +91,15 @@ def test_compiled_steps_compile_nothing_more(found, versus):
 
 @pytest.mark.parametrize("wanted", ["true", "false"])
 def test_steps_are_as_deterministic_as_a_runs(monkeypatch, wanted):
-    """Of a network with an operation that strict mode refuses, which a run trains as well."""
-    monkeypatch.setattr(
-        step, "declared", lambda model: SimpleNamespace(build=lambda: SimpleNamespace(module=Unpooled()))
-    )
+    """Of a network with an operation that strict mode refuses, which a run trains as well, with the same parts."""
+    trunk, built = SimpleNamespace(module=Unpooled()), []
+    network = SimpleNamespace(build=lambda **frozen: built.append(frozen) or trunk)
+    monkeypatch.setattr(step, "declared", lambda model: network)
     recipe = load(RECIPE, [f"parallel.deterministic={wanted}", "parallel.compile=false", "parallel.precision=float32"])
     with process_group() as world, step.as_a_run(recipe, world):
         assert torch.are_deterministic_algorithms_enabled() == (wanted == "true")
         assert torch.is_deterministic_algorithms_warn_only_enabled() == (wanted == "true")
+    assert built == [{"freeze_patch_projection": True}] * (wanted == "true")
 
 
 def test_full_memory_is_one_line(found, monkeypatch):
