@@ -25,7 +25,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--max-restarts", type=read_restarts, metavar="N", help=again)
     back = "go on from this checkpoint of the run's own; later ones are set aside (default: the newest)"
     parser.add_argument("--from", type=Path, dest="earlier", metavar="PATH", help=back)
-    parser.add_argument("--print", action="store_true", help="the resolved recipe, sizes, schedule; nothing is started")
+    parser.add_argument(
+        "--print", action="store_true", help="the resolved recipe, sizes, memory, schedule; nothing is started"
+    )
     options = parser.parse_intermixed_args(arguments)
     if (options.ranks or 1) == 1:
         refuse(options, ["--max-restarts"], "without --ranks N; torchrun has an option of this name")
@@ -33,7 +35,7 @@ def main(arguments: list[str]) -> None:
     recipe = load(options.recipe, options.overrides)
     check_world(recipe, options.ranks or ranks())
     if options.print:
-        _print(recipe, options.recipe)
+        _print(recipe, options.recipe, options.ranks or 1)
     elif (options.ranks or 1) > 1:
         note(f"{options.ranks} ranks: loading PyTorch")
         earlier = ["--from", str(options.earlier)] if options.earlier else []
@@ -45,11 +47,11 @@ def main(arguments: list[str]) -> None:
 # PyTorch takes seconds to load, and a mistake in the recipe should show before.
 
 
-def _print(recipe: Pretrain, file: Path) -> None:
+def _print(recipe: Pretrain, file: Path, ranks: int) -> None:
     with joined(str(file)) as world:
         from engine.runs.preview import preview
 
-        text = preview(recipe, file, world)
+        text = preview(recipe, file, world, ranks)
     show(text)
 
 

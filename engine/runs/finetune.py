@@ -34,11 +34,13 @@ from engine.recipe.load import dump
 from engine.recipe.sections import Finetune
 from engine.runs.auto import settled
 from engine.runs.changes import begun, readable
+from engine.runs.fits import memory_in_words
 from engine.runs.log import Row
 from engine.runs.run import run
 from engine.runs.supervised import Supervised
 from engine.training.activation_checkpoint import check_activation_checkpoint
 from engine.training.finetune_step import FinetuneOutput, FinetuneState, finetune_step
+from engine.training.memory import memory_of_finetuning
 from engine.training.parallelize import check_compiler, dtype_of, materialize, parallelize, saved
 from engine.training.schedule import Schedule
 from engine.training.update import Update
@@ -244,7 +246,13 @@ class Finetuning(Supervised):
             f"network   {self.weights.origin}, all of it trained, images of {self.subject.image_size}",
             self.data_line(),
             f"schedule  {self.epochs_in_words}, peak lr {self.schedule.peak_lr:g}",
+            *memory_in_words(self.recipe, self.world, self.step_gib),
         ]
+
+    def step_gib(self, recipe: Finetune, gpus: int) -> float:
+        """What a step takes of each of so many GPUs, counted. Raises UserError as `make_classifiers` does."""
+        networks = make_classifiers(recipe, self.weights, len(self.classes))
+        return memory_of_finetuning(recipe, *networks, self.subject.image_size, gpus).gib
 
     def state(self) -> RunState:
         # By its words engine.weights opens the run.

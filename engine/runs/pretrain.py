@@ -29,6 +29,7 @@ from engine.recipe.sections import Pretrain
 from engine.runs.auto import settled
 from engine.runs.changes import begun, readable
 from engine.runs.continuing import find_source
+from engine.runs.fits import memory_in_words
 from engine.runs.log import Row
 from engine.runs.monitor import has_monitor, make_probe, monitor_in_words, monitor_row, open_bank, open_watched
 from engine.runs.run import run
@@ -37,6 +38,7 @@ from engine.runs.task import Task
 from engine.runs.words import few_steps, images_in_words, loss_in_words, own_images, result_in_words
 from engine.training.activation_checkpoint import check_activation_checkpoint
 from engine.training.health import health
+from engine.training.memory import memory_of
 from engine.training.micro_batch import MicroBatches
 from engine.training.parallelize import (
     check_compiler,
@@ -99,6 +101,11 @@ def make_moco(recipe: Pretrain) -> MoCo:
         do = "pass train.micro_batch_size=null, and start more processes where memory is short"
         raise wrong("train.micro_batch_size", size, f"null for {model.name}, whose BatchNorm spans the whole batch", do)
     return moco
+
+
+def step_gib(recipe: Pretrain, gpus: int) -> float:
+    """What a step takes of each of so many GPUs, counted. Raises UserError as `make_moco` does."""
+    return memory_of(recipe, make_moco(recipe), gpus).gib
 
 
 def make_augment(recipe: Pretrain) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -273,6 +280,7 @@ class Pretraining(Task):
             f"schedule  {self.epochs_in_words}: {schedule.total_steps:,} steps",
             f"rates     peak lr {schedule.peak_lr:g}, encoder momentum from {schedule.momentum:g} to 1",
             loss_in_words(recipe.moco.temperature, self.order.batch),
+            *memory_in_words(recipe, self.world, step_gib),
             *few_steps(self.order, self.world.size),
             *monitor_in_words(recipe.evaluate, self.splits, self.watched, self.bank),
         ]

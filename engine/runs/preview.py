@@ -12,22 +12,27 @@ from engine.recipe.paths import each
 from engine.recipe.sections import Pretrain
 from engine.runs.auto import on_this_machine, settled
 from engine.runs.changes import begun, readable
+from engine.runs.fits import memory_planned
 from engine.runs.monitor import open_watched
-from engine.runs.pretrain import Pretraining, make_moco
+from engine.runs.pretrain import Pretraining, make_moco, step_gib
 from engine.runs.starting import open_first
 from models.moco import MoCo
 
 
-def preview(recipe: Pretrain, recipe_file: Path, world: World) -> str:
+def preview(recipe: Pretrain, recipe_file: Path, world: World, ranks: int = 1) -> str:
     """The recipe with every key, and as comments what follows from it: sizes, and what a run says when it begins.
 
     Writes and fetches nothing; where images are missing, a comment says so. Raises UserError for what a run would
     refuse.
+
+    ranks: of the run, where these are not here.
     """
     written, recipe = recipe, settled(recipe, world)
     moco = make_moco(recipe)
     open_first(recipe, recipe_file, world, fetch=False)
-    lines = [_sizes(moco), *on_this_machine(written, recipe, world), *_opening(recipe, recipe_file, world, moco)]
+    memory = memory_planned(written, max(ranks, world.size), step_gib)
+    opening = _opening(recipe, recipe_file, world, moco)
+    lines = [_sizes(moco), *memory, *on_this_machine(written, recipe, world), *opening]
     return "\n".join([dump(located(written, recipe_file)), *(f"# {line}" for line in lines)])
 
 

@@ -1,0 +1,112 @@
+"""Whether a step fits the GPUs, in words, before there is a weight; what is counted: engine.training.memory."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import TypeVar, get_args
+
+import torch
+
+from engine.distributed.world import World
+from engine.errors import UserError, one_line
+from engine.recipe.load import check_world
+from engine.recipe.sections import ActivationCheckpoint, Finetune, Pretrain
+from engine.training.memory import GIB
+
+ROOM = 0.9  # of a GPU: the rest is for what is not counted
+PLANNED = (1, 8, 64)  # GPUs of a run that is not started, until a number leaves little to do for more of them
+LITTLE = 8.0  # GiB
+
+R = TypeVar("R", Pretrain, Finetune)
+# GiB of a recipe's step on each of so many GPUs. Raises UserError where such a step cannot be.
+Count = Callable[[R, int], float]
+
+
+def memory_in_words(recipe: R, world: World, count: Count[R]) -> list[str]:
+    """A line of a run that begins on GPUs: what a step takes of each, and where that is too much, with what it fits."""
+    if world.device.type != "cuda" or not world.is_first:
+        return []
+    has = torch.cuda.get_device_properties(world.device).total_memory / GIB
+    return _or_why_not(lambda: _beside(has, recipe, world.size, count))
+
+
+def memory_planned(recipe: Pretrain, ranks: int, count: Count[Pretrain]) -> list[str]:
+    """A line of a run that is not started: what a step takes of each GPU, of `ranks` where these are several.
+
+    recipe: as it is written; what it leaves to the machine is taken for a GPU.
+    """
+    parallel = recipe.parallel
+    compile = True if parallel.compile == "auto" else parallel.compile
+    precision = "bf16" if parallel.precision == "auto" else parallel.precision
+    on_gpus = replace(recipe, parallel=replace(parallel, compile=compile, precision=precision))
+    return _or_why_not(lambda: _by_gpus(on_gpus, (ranks,) if ranks > 1 else PLANNED, count))
+
+
+def _or_why_not(line: Callable[[], str]) -> list[str]:
+    try:
+        return [line()]
+    except Exception as error:  # networks of timm may do what nobody can follow without data, and train all the same
+        return [f"memory    not counted: {one_line(error)}"]
+
+
+def _beside(has: float, recipe: R, ranks: int, count: Count[R]) -> str:
+    takes = count(recipe, ranks)
+    if takes <= ROOM * has:
+        return f"memory    {_words(takes)} of this GPU's {_words(has)}, counted"
+    ladders = _checkpoints(recipe), _micro_batches(recipe, ranks)
+    fitting = [_first_that_fits(ladder, ROOM * has, lambda less: count(less, ranks)) for ladder in ladders]
+    do = " or ".join([*filter(None, fitting), "start more processes"])
+    return f"warning   a step takes {_words(takes)}, counted, and this GPU has {_words(has)}: {do}"
+
+
+def _by_gpus(recipe: Pretrain, numbers: Iterable[int], count: Count[Pretrain]) -> str:
+    found = []
+    for gpus in numbers:
+        if not _divide(gpus, recipe):
+            continue
+        takes = count(recipe, gpus)
+        found.append(f"{_words(takes)} on {gpus}")
+        if takes <= LITTLE:
+            break
+    return f"memory    of each GPU, counted: {', '.join(found)}"
+
+
+# ---- with what a step stays what it is, from the cheapest on
+
+
+def _checkpoints(recipe: R) -> Iterator[tuple[str, R]]:
+    modes, parallel = get_args(ActivationCheckpoint), recipe.parallel
+    for mode in modes[modes.index(parallel.activation_checkpoint) + 1 :]:
+        less = replace(parallel, activation_checkpoint=mode)
+        yield f"parallel.activation_checkpoint={mode}", replace(recipe, parallel=less)
+
+
+def _micro_batches(recipe: R, ranks: int) -> Iterator[tuple[str, R]]:
+    if not isinstance(recipe, Pretrain):
+        return
+    size = recipe.train.micro_batch_size or recipe.train.global_batch_size // ranks
+    while size % 2 == 0:
+        size //= 2
+        yield f"train.micro_batch_size={size}", replace(recipe, train=replace(recipe.train, micro_batch_size=size))
+
+
+def _first_that_fits(ladder: Iterator[tuple[str, R]], room: float, count: Callable[[R], float]) -> str | None:
+    for words, recipe in ladder:
+        try:
+            takes = count(recipe)
+        except UserError:  # of this network
+            continue
+        if takes <= room:
+            return f"pass {words} ({_words(takes)})"
+    return None
+
+
+def _divide(gpus: int, recipe: Pretrain) -> bool:
+    try:
+        check_world(recipe, gpus)
+    except UserError:
+        return False
+    return True
+
+
+def _words(gib: float) -> str:
+    return f"{gib:.0f} GiB" if gib >= 10 else f"{gib:.1f} GiB"

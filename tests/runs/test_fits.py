@@ -1,0 +1,101 @@
+"""Whether a step fits the GPUs, in words."""
+
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine.data.splits import open_labelled_splits, open_splits
+from engine.errors import UserError
+from engine.recipe.load import load
+from engine.runs.finetune import Finetuning, make_classifiers
+from engine.runs.fits import memory_in_words, memory_planned
+from engine.runs.pretrain import Pretraining, make_moco, step_gib
+from engine.training.memory import GIB
+from models.architecture import vit
+from tests.recipe.shipped import FILES
+from tests.runs.small import finetune_recipe, undrawn
+
+
+@pytest.fixture
+def gpus(world, monkeypatch):
+    """A world of so many GPUs, each with so many GiB."""
+
+    def make(count: int, gib: float):
+        properties = SimpleNamespace(total_memory=int(gib * GIB))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        return replace(world, size=count, device=torch.device("cuda"))
+
+    return make
+
+
+BATCH = ["train.global_batch_size=1024", "parallel.precision=bf16"]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "ranks", "has", "passed"),
+    [
+        ("quickstart", BATCH, 1, 0.34, ["parallel.activation_checkpoint=full", "train.micro_batch_size=512"]),
+        ("quickstart", BATCH, 1, 0.25, ["train.micro_batch_size=512"]),
+        ("quickstart", BATCH, 1, 0.1, []),
+        ("resnet50_100ep", [], 4, 100, ["parallel.activation_checkpoint=selective"]),  # BatchNorm: no micro-batches
+    ],
+)
+def test_what_does_not_fit_is_said_with_what_does(gpus, name, values, ranks, has, passed):
+    (line,) = memory_in_words(load(FILES[name], values), gpus(ranks, has), step_gib)
+    assert re.match(r"warning   a step takes [\d.]+ GiB, counted, and this GPU has [\d.]+ GiB: ", line)
+    assert line.endswith("start more processes")
+    assert re.findall(r"pass (\S+) \([\d.]+ GiB\) or ", line) == passed
+    for override in passed:
+        (line,) = memory_in_words(load(FILES[name], [*values, override]), gpus(ranks, has), step_gib)
+        assert re.fullmatch(r"memory    [\d.]+ GiB of this GPU's [\d.]+ GiB, counted", line)
+
+
+def test_the_first_of_several_ranks_says_it_and_none_without_a_gpu(gpus, world):
+    recipe = load(FILES["vit_s"])
+    assert memory_in_words(recipe, world, step_gib) == []
+    assert memory_in_words(recipe, replace(gpus(8, 79), rank=1), step_gib) == []
+    assert len(memory_in_words(recipe, gpus(8, 79), step_gib)) == 1
+
+
+def test_what_cannot_be_counted_ends_no_run(gpus):
+    def refuse(recipe, gpus):
+        raise UserError("it has data of its own")
+
+    recipe, said = load(FILES["vit_s"]), ["memory    not counted: it has data of its own"]
+    assert memory_in_words(recipe, gpus(1, 79), refuse) == memory_planned(recipe, 1, refuse) == said
+
+
+def test_a_run_that_is_not_started_is_counted_for_numbers_of_gpus():
+    """What the recipe leaves to the machine is a GPU's."""
+    recipe = load(FILES["own_photos"])
+    on_gpu = load(FILES["own_photos"], ["parallel.precision=bf16", "parallel.compile=true"])
+    one, four, eight = (step_gib(on_gpu, gpus) for gpus in (1, 4, 8))
+    words = "memory    of each GPU, counted: "
+    assert memory_planned(recipe, 1, step_gib) == [f"{words}{one:.0f} GiB on 1, {eight:.1f} GiB on 8"]
+    assert memory_planned(recipe, 4, step_gib) == [f"{words}{four:.1f} GiB on 4"]
+    odd = load(FILES["own_photos"], ["train.global_batch_size=510"])
+    assert re.fullmatch(rf"{words}\d+ GiB on 1", memory_planned(odd, 1, step_gib)[0])
+
+
+def test_pretraining_and_finetuning_say_it_when_they_begin(gpus, world, tmp_path):
+    recipe = load(FILES["quickstart"], ["parallel.precision=bf16"])
+    splits = open_splits(recipe.data, FILES["quickstart"], world, batch=128)
+    tasks = [Pretraining(recipe, FILES["quickstart"], world, splits, splits, make_moco(recipe))]
+    recipe = finetune_recipe(tmp_path)
+    splits = open_labelled_splits(recipe.data, world, seed=0, batch=100)
+    weights = undrawn(vit(32, 8, 64, 2, 4, conv_stem=False), 32)
+    networks = make_classifiers(recipe, weights, len(splits.train.classes))
+    tasks.append(Finetuning(recipe, world, splits, weights, *networks))
+    for task in tasks:
+        task.world = gpus(1, 1)
+        said = f"memory    {task_gib(task):.1f} GiB of this GPU's 1.0 GiB, counted"
+        assert said in task.opening()
+        task.world = gpus(1, 0.01)
+        assert any(line.startswith("warning   a step takes ") for line in task.opening())
+
+
+def task_gib(task: Pretraining | Finetuning) -> float:
+    return (step_gib if isinstance(task, Pretraining) else task.step_gib)(task.recipe, 1)
