@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     back = "go on from this checkpoint of the run's own; later ones are set aside (default: the newest)"
     parser.add_argument("--from", type=Path, dest="earlier", metavar="PATH", help=back)
     parser.add_argument(
-        "--print", action="store_true", help="the resolved recipe, sizes, memory, schedule; nothing is started"
+        "--print", action="store_true", help="the recipe, resolved, with sizes, memory and schedule; starts nothing"
     )
     options = parser.parse_intermixed_args(arguments)
     if (options.ranks or 1) == 1:
