@@ -16,10 +16,11 @@ from engine.distributed.roll import lost_ranks
 from engine.errors import RunFailed, one_line
 from engine.runs.task import Task
 
-# Of libraries that take memory on a GPU beside torch, and of torch where another error tells of its own: from the
-# compiler, or from another rank.
+# Of libraries and compiled code that take memory on a GPU beside torch, and of torch where another error tells of its
+# own: from the compiler, or from another rank.
 NO_MEMORY = re.compile(
-    r"CU(BLAS|DNN)_STATUS_ALLOC_FAILED|Cuda failure \d+ 'out of memory'|OutOfMemoryError: CUDA out of memory"
+    r"CU(BLAS|DNN)_STATUS_ALLOC_FAILED|Cuda failure \d+ 'out of memory'|OutOfMemoryError: CUDA out of memory|"
+    r"(CUDA driver error|Triton Error \[CUDA\]): out of memory"
 )
 CUDA_LACKED = "CUDA error: out of memory"  # mostly of host memory that a GPU can read
 

@@ -130,6 +130,8 @@ def test_full_memory_ends_a_run_in_one_line(world, tmp_path, monkeypatch):
     "text",
     [
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA driver error: out of memory",
+        "Triton Error [CUDA]: out of memory",
         "NCCL error in: c10d/NCCLUtils.cpp:94, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
     ],
 )
