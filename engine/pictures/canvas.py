@@ -14,6 +14,7 @@ from engine.errors import UserError, reason
 
 try:
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle
@@ -91,6 +92,7 @@ class Sheet:
     def __init__(self, height: float, title: str = "", subtitle: str = ""):
         self.height = height
         self.figure = Figure(figsize=(WIDTH / _PER_INCH, height / _PER_INCH), dpi=DOTS * _PER_INCH, facecolor="white")
+        FigureCanvasAgg(self.figure)  # it keeps what measures a text, which else is made anew for each
         self.text(MARGIN, 25, title, size=17, weight="bold")
         self.text(MARGIN, 46, subtitle, size=12, color=FAINT)
 
