@@ -19,6 +19,8 @@ from models.norm import replace_batch_norm
 from models.shapes import TIMM
 from models.trunk import Trunk
 
+_WIDTHS: dict[tuple[str, int], int] = {}  # of outputs, by name and image size: a run builds its trunk several times
+
 
 def build_timm(name: str, image_size: int) -> Trunk:
     """timm's model of this name without its classifier, BatchNorm over all ranks.
@@ -38,7 +40,7 @@ def build_timm(name: str, image_size: int) -> Trunk:
         raise ValueError(f"model.name ({TIMM}{name}) must be another network: {error}") from error
     return Trunk(
         module,
-        _output_width(module, name, image_size),
+        _WIDTHS.get((name, image_size)) or _output_width(module, name, image_size),
         is_vit=isinstance(module, VisionTransformer),
         initial_values=partial(_initial_values, name, image_size),
         drop_paths=partial(drop_path_places, partial(_create, name, image_size), image_size),
@@ -95,6 +97,7 @@ def _output_width(module: nn.Module, name: str, image_size: int) -> int:
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         found = list(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
         raise ValueError(f"model.name ({TIMM}{name}) must give one row of features for an image; 2 images give {found}")
+    _WIDTHS[name, image_size] = output.shape[1]
     return output.shape[1]
 
 
