@@ -15,13 +15,16 @@ from tests.machine import MACHINE
 
 WITHOUT = "evaluate.online_probe=false"
 MONITORED = ["train.max_steps=1", "evaluate.knn_every_epochs=1", "evaluate.knn_bank=6"]
+# 4 steps an epoch, which leave 4 images: 11 steps cross two ends of an epoch and leave the warm-up.
+STEPS, HALF = 11, 5
+SHORT = ["data.dataset_options={size: 36, image_size: [3, 36, 40], num_classes: 4}", f"train.max_steps={STEPS}"]
 WORKERS = {"full": 1, "grad_op": 3, "hybrid": 0, "replicate": 0}  # by sharding
 FLOOR = 0.01  # of a tensor's largest entry, under which differences are absolute (tests/golden/README.md)
 
 
 def launch(ranks: int, directory: Path, *runs: tuple) -> None:
     """Train (name, kind, overrides) each below `directory`, all in one launch."""
-    described = [{"dir": str(directory / name), "kind": kind, "overrides": list(o)} for name, kind, *o in runs]
+    described = [{"dir": str(directory / name), "kind": kind, "overrides": [*SHORT, *o]} for name, kind, *o in runs]
     on_ranks(ranks, "tests.distributed.trajectories", json.dumps(described))
 
 
@@ -29,14 +32,14 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def tensors(run: Path, step: int = 20) -> dict[str, torch.Tensor]:
+def tensors(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     return dict(read_tensors(run / f"checkpoints/step_{step:07d}"))
 
 
 def assert_same_run(run: Path, other: Path, names: tuple[str, ...] = ("model.", "probe.")) -> None:
-    """Losses to 1e-10, the tensors that begin as one of `names` to 1e-7 after 20 steps, in float64."""
+    """Losses to 1e-10, the tensors that begin as one of `names` to 1e-7 after the last step, in float64."""
     ours, theirs = rows(run), rows(other)
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, 21))
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, STEPS + 1))
     for mine, yours in zip(ours, theirs, strict=True):
         assert mine["loss"] == pytest.approx(yours["loss"], rel=1e-10)
         assert mine["grad_norm"] == pytest.approx(yours["grad_norm"], rel=1e-7)
@@ -73,7 +76,7 @@ def alone(tmp_path_factory):
     launch(1, directory, *runs, continued(directory), started(directory))
     for kind in ("vit", "vit_conv", "resnet"):
         losses = [row["loss"] for row in rows(directory / kind)]
-        assert len(set(losses)) == 20  # it moves: a trainer that does nothing would agree with itself
+        assert len(set(losses)) == STEPS  # it moves: a trainer that does nothing would agree with itself
     return directory
 
 
@@ -90,7 +93,7 @@ def started(alone: Path) -> tuple:
 def test_the_online_probe_leaves_the_run_alone(alone):
     assert not [name for name in tensors(alone / "without") if name.startswith("probe")]
     assert_bitwise(alone / "without", alone / "vit", probe=False)
-    assert len({row["probe_loss"] for row in rows(alone / "vit")}) == 20  # and it learns
+    assert len({row["probe_loss"] for row in rows(alone / "vit")}) == STEPS  # and it learns
 
 
 def sharded(kind: str, shard: str) -> tuple:
@@ -107,22 +110,24 @@ def test_two_ranks(alone, tmp_path):
     """
     pairs = [*(("vit", shard) for shard in WORKERS), ("resnet", "full")]
     runs = [sharded(*pair) for pair in pairs]
-    runs += [("vit_halves", "vit", f"train.max_steps={s}") for s in (9, 20)]
-    runs += [("resnet_halves", "resnet", "train.max_steps=9", WITHOUT), ("resnet_halves", "resnet")]
+    runs += [("vit_halves", "vit", f"train.max_steps={s}") for s in (HALF, STEPS)]
+    runs += [("resnet_halves", "resnet", f"train.max_steps={HALF}", WITHOUT), ("resnet_halves", "resnet")]
     runs += [
         continued(alone),
         started(alone),
         ("conv", "vit_conv"),
-        ("to_one", "vit", "train.max_steps=9"),
+        ("to_one", "vit", f"train.max_steps={HALF}"),
         ("bank", "vit", *MONITORED),
     ]
-    runs += [("micro", "vit", f"train.max_steps={s}", f"train.micro_batch_size={m}") for s, m in ((9, 1), (20, 2))]
+    runs += [
+        ("micro", "vit", f"train.max_steps={s}", f"train.micro_batch_size={m}") for s, m in ((HALF, 1), (STEPS, 2))
+    ]
     launch(2, tmp_path, *runs)
     for kind, shard in pairs:
         assert_same_run(tmp_path / f"{kind}_{shard}", alone / kind)
     for kind in ("vit", "resnet"):
         assert_bitwise(tmp_path / f"{kind}_halves", tmp_path / f"{kind}_full", probe=kind == "vit")
-    assert ["probe_loss" in row for row in rows(tmp_path / "resnet_halves")] == [False] * 9 + [True] * 11
+    assert ["probe_loss" in row for row in rows(tmp_path / "resnet_halves")] == [False] * HALF + [True] * (STEPS - HALF)
     assert_same_run(tmp_path / "conv", alone / "vit_conv")
     for name in ("continued", "started"):
         assert_same_run(tmp_path / name, alone / name)
@@ -138,7 +143,7 @@ def test_two_ranks(alone, tmp_path):
 @pytest.mark.slow
 def test_four_ranks_and_two_that_become_four(alone, tmp_path):
     hybrid = ["parallel.shard=hybrid", "parallel.replicate=2"]
-    launch(2, tmp_path, ("to_four", "resnet", "train.max_steps=9"))
+    launch(2, tmp_path, ("to_four", "resnet", f"train.max_steps={HALF}"))
     launch(4, tmp_path, ("four", "vit", *hybrid), ("to_four", "resnet", *hybrid, WITHOUT))
     assert_same_run(tmp_path / "four", alone / "vit")
     assert_same_run(tmp_path / "to_four", alone / "resnet", ("model.",))
@@ -154,9 +159,9 @@ def test_the_resnet_under_the_other_shardings_and_on_four_ranks(alone, tmp_path)
 
 @pytest.mark.faults
 def test_fewer_and_more_ranks_in_a_chain(tmp_path):
-    """1, 2, 3 and 1 ranks, five steps each, against one rank; batches of 12."""
+    """1, 2, 3 and 1 ranks, three steps or two each, against one rank; batches of 12."""
     values = ["train.global_batch_size=12", "train.epochs=4", "data.workers=0"]
-    launch(1, tmp_path, ("whole", "vit", *values), ("chain", "vit", *values, "train.max_steps=5"))
-    for ranks, last in ((2, 10), (3, 15), (1, 20)):
+    launch(1, tmp_path, ("whole", "vit", *values), ("chain", "vit", *values, "train.max_steps=3"))
+    for ranks, last in ((2, 6), (3, 9), (1, STEPS)):
         launch(ranks, tmp_path, ("chain", "vit", *values, f"train.max_steps={last}"))
     assert_same_run(tmp_path / "chain", tmp_path / "whole")
