@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 from engine.checkpoint.manifest import read_manifest
+from engine.files import lock
 from tests.distributed.commands import (
     ON_LINUX,
     ONE_PROCESS,
@@ -53,8 +54,8 @@ def checkpoints(folder: Path) -> list[str]:
 
 def assert_free(folder: Path) -> None:
     """No process holds the folder any more."""
-    for lock in (folder / ".lock", folder / "checkpoints/.lock"):
-        with lock.open() as file:
+    for path in (folder / ".lock", folder / "checkpoints/.lock"):
+        with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -107,7 +108,7 @@ def stories(tmp_path_factory) -> Stories:
         story.append(forked(ranks, QUICKSTART, *overrides(folder, train__max_steps=last)))
     commands, before_more = [], []
     for steps in (last, last, last + 2):
-        monitored = {"evaluate__knn_every_epochs": 1, "evaluate__knn_bank": 500}
+        monitored = {"evaluate__knn_every_epochs": 1, "evaluate__knn_bank": 20}
         arguments = overrides(unbroken, train__max_steps=steps, **monitored)
         before_more.append(contents(unbroken))
         commands.append(forked(2, QUICKSTART, *arguments))
@@ -234,9 +235,8 @@ def mistakes(stories, pictures, tmp_path_factory) -> dict[str, tuple[Ended, Path
         {"name": "images", "at": begun, "data__root": tar},
         {"name": "compiler", "parallel__compile": "true", "env": bare},
     ]
-    with Command(*ONE_PROCESS, QUICKSTART, *overrides(folder / "held")) as holder:
-        holder.wait_for("step 1/")
-        holder.process.send_signal(signal.SIGSTOP)  # it holds its folder without taking the processor
+    (folder / "held").mkdir()
+    with lock(folder / "held/.lock", "held by a test"):  # as another launch holds it
         return {case["name"]: mistake(**case) for case in cases}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine import evaluate
+from tests.data.images import thinned
 from tests.distributed.launch import ROOT, on_ranks, torchrun
 
 CHECKPOINT = ROOT / "tests/golden/I_vit_small_shape.pth.tar"
@@ -26,7 +27,13 @@ def output(ranks: int, *arguments: object) -> str:
     return printed.getvalue()
 
 
-def linear(ranks: int, directory: Path, *overrides: str) -> dict:
+@pytest.fixture(scope="module")
+def val(tmp_path_factory) -> Path:
+    """A hundred images."""
+    return thinned(VAL, 10, tmp_path_factory.mktemp("val") / "val.tar")
+
+
+def linear(ranks: int, val: Path, directory: Path, *overrides: str) -> dict:
     """100 images in batches of 33: an epoch ends with a batch of one, which all ranks but one have nothing of."""
     recipe = ("--recipe", ROOT / "recipes/linear_vit.yaml", "--out", directory, "--workers", 0)
     small = (
@@ -36,7 +43,8 @@ def linear(ranks: int, directory: Path, *overrides: str) -> dict:
         "optimizer.base_lr=0.5",
         "log.every_steps=1",
     )
-    return json.loads(output(ranks, "linear", CHECKPOINT, *ROOTS, *recipe, *small, *overrides).splitlines()[-1])
+    roots = ("--train", VAL, "--val", val)
+    return json.loads(output(ranks, "linear", CHECKPOINT, *roots, *recipe, *small, *overrides).splitlines()[-1])
 
 
 def rows(directory: Path, key: str) -> list[dict]:
@@ -44,15 +52,15 @@ def rows(directory: Path, key: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> tuple[Path, dict]:
+def alone(val, tmp_path_factory) -> tuple[Path, dict]:
     directory = tmp_path_factory.mktemp("alone")
-    return directory, linear(1, directory)
+    return directory, linear(1, val, directory)
 
 
-def test_three_ranks_train_the_classifier_of_one_and_go_on_from_its_checkpoint(alone, tmp_path):
+def test_three_ranks_train_the_classifier_of_one_and_go_on_from_its_checkpoint(alone, val, tmp_path):
     """Three ranks divide 33; the loss is that of the global batch, the last partial one too."""
-    linear(1, tmp_path, "train.max_steps=3")  # before the batch of one
-    found = linear(3, tmp_path)
+    linear(1, val, tmp_path, "train.max_steps=3")  # before the batch of one
+    found = linear(3, val, tmp_path)
     ours, theirs = rows(tmp_path, "loss"), rows(alone[0], "loss")
     assert [row["step"] for row in ours] == list(range(1, 4 * EPOCHS + 1))
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-5)

@@ -18,6 +18,7 @@ from tests.distributed.commands import (
     Command,
     Ended,
     checkpoint_sums,
+    forked,
     overrides,
     ranks_of,
     resumed_at,
@@ -55,7 +56,7 @@ def interrupted(tmp_path_factory) -> tuple[Path, Ended, Ended, Ended]:
         os.kill(ranks_of(command)[1], signal.SIGKILL)
         killed = command.end()
     last = resumed_at(killed) + 3
-    return folder, stopped, killed, run(*OWN_RANKS, QUICKSTART, *overrides(folder, train__max_steps=last))
+    return folder, stopped, killed, forked(0, "--ranks=2", QUICKSTART, *overrides(folder, train__max_steps=last))
 
 
 def test_ctrl_c_saves_once_and_the_same_command_goes_on(interrupted):
@@ -125,7 +126,7 @@ def test_what_the_user_must_put_right_is_not_started_again(tmp_path):
 
 
 def test_a_mistake_that_only_the_ranks_see_is_one_line_and_status_2(tmp_path):
-    ended = run(*OWN_RANKS, QUICKSTART, *overrides(tmp_path / "run", data__root=tmp_path / "none"))
+    ended = forked(0, "--ranks=2", QUICKSTART, *overrides(tmp_path / "run", data__root=tmp_path / "none"))
     assert ended.code == 2, ended
     assert ended.err.splitlines()[1:] == [
         f"error: data.root ({tmp_path}/none) must exist; pass data.root=/path/to/images"
