@@ -1,8 +1,5 @@
 """Exports made in tests, of runs and checkpoints that are made for it."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +15,6 @@ from engine.weights.opening import open_weights
 from tests.weights.files import ROOT
 
 TOLERANCE = 1e-5
-
-
-def run(*command: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    return subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -17,7 +17,8 @@ from engine.weights.formats import transformers
 from engine.weights.formats.table import NAMES, format_page
 from engine.weights.opening import open_weights
 from engine.weights.weights import MARK
-from tests.weights.exports import NO_SHAPE, TOLERANCE, close, export_here, fresh_checkpoint, run
+from tests.distributed.launch import on_ranks
+from tests.weights.exports import NO_SHAPE, TOLERANCE, close, export_here, fresh_checkpoint
 from tests.weights.files import GOLDEN, ROOT, trunk_of
 
 
@@ -25,12 +26,11 @@ def test_a_run_exports_to_timm_from_the_command_line(trained, features, tmp_path
     import timm
 
     out = tmp_path / "out"
-    done = run("engine.export", str(trained), str(out), "--format", "timm")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    said, err = on_ranks(0, "engine.export", trained, out, "--format", "timm")
+    result = json.loads(said.splitlines()[-1])
     assert result["max_feature_difference"] <= TOLERANCE
     assert {Path(file).name for file in result["files"]} == {"model.safetensors", "config.json", "README.md"}
-    assert "proof: the largest difference" in done.stderr
+    assert "proof: the largest difference" in err
 
     images, ours = features
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
