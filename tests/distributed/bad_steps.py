@@ -15,10 +15,11 @@ from engine.runs.linear import LinearClassification, linear
 from engine.runs.pretrain import Pretraining, pretrain
 from engine.runs.task import Task
 from tests.distributed.trajectories import KINDS, RECIPE, SMALL
-from tests.runs.small import CHECKPOINT, finetune_recipe, linear_recipe
+from tests.runs.small import CHECKPOINT, VAL, finetune_recipe, linear_recipe
 
 FROM = 2  # finished steps before the first bad one, which only the last rank meets
 RARE = ("log.every_steps=7", "checkpoint.every_steps=100")
+SHARED = f"data.val_root={VAL}"
 
 
 def spoil(task: type[Task]) -> None:
@@ -35,9 +36,9 @@ def runs(folder: Path, world: World) -> None:
     values = [*SMALL, *KINDS["vit"], "data.workers=0", f"run.dir={folder / 'pretrain'}", *RARE]
     for name, run in {
         "pretrain": lambda: pretrain(load(RECIPE, values), RECIPE, world),
-        "linear": lambda: linear(linear_recipe(folder / "linear", *RARE), CHECKPOINT, "base", world),
+        "linear": lambda: linear(linear_recipe(folder / "linear", *RARE, SHARED), CHECKPOINT, "base", world),
         "finetune": lambda: finetune(
-            finetune_recipe(folder / "finetune", "train.max_steps=20", *RARE), CHECKPOINT, "base", None, world
+            finetune_recipe(folder / "finetune", "train.max_steps=20", *RARE, SHARED), CHECKPOINT, "base", None, world
         ),
     }.items():
         try:

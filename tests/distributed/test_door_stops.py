@@ -12,7 +12,7 @@ import pytest
 from engine import embed
 from engine.files import shared_draft
 from tests.distributed.launch import ROOT, TIMEOUT, command, environment
-from tests.runs.small import CHECKPOINT, VAL
+from tests.runs.small import CHECKPOINT, FEW, VAL
 
 DATA = VAL.parent  # 6,000 images
 
@@ -62,7 +62,7 @@ def test_a_stopped_embedding_leaves_nothing_and_what_a_killed_one_leaves_is_swep
     mine.touch()
     assert len(drafts(out)) == 3
     with shared_draft(out) as of_another_call:
-        embed.main([CHECKPOINT, str(out), "--data", str(VAL), "--workers", "0"])
+        embed.main([CHECKPOINT, str(out), "--data", str(FEW), "--workers", "0"])
         assert sorted(drafts(out)) == sorted([mine, of_another_call])
 
 

@@ -19,7 +19,7 @@ from engine.data.opening import open_source
 from engine.data.source import Root
 from engine.errors import RunFailed, UserError
 from tests.distributed.launch import on_ranks
-from tests.runs.small import CHECKPOINT, VAL, finetune_recipe, linear_recipe, run_finetune, run_linear
+from tests.runs.small import CHECKPOINT, FEW, VAL, finetune_recipe, linear_recipe, run_finetune, run_linear
 
 COUNT = 300  # two batches and a partial one; one is unreadable, and some are copies
 
@@ -145,13 +145,13 @@ def test_predict_gives_the_classes_that_the_run_s_own_evaluation_gives(kind, tmp
     run[kind]()
     last = [json.loads(line) for line in (directory / "metrics.jsonl").open() if f"{kind}_top1" in line][-1]
     capsys.readouterr()
-    predict.main([str(directory), str(out), "--data", str(VAL), "--workers", "0"])
-    assert last_json(capsys.readouterr().out) == {"images": 1000, "file": str(out)}
-    listed, source = table(out), open_source(Root("shards", VAL), "all")
+    predict.main([str(directory), str(out), "--data", str(FEW), "--workers", "0"])
+    assert last_json(capsys.readouterr().out) == {"images": 100, "file": str(out)}
+    listed, source = table(out), open_source(Root("shards", FEW), "all")
     truth = [source.classes[label] for label in source.labels]
     assert [line["name"] for line in listed] == [source.name(i) for i in range(len(source))]
     right = sum(line["class"] == name for line, name in zip(listed, truth, strict=True))
-    assert right / 1000 == pytest.approx(last[f"{kind}_top1"], abs=0.002)
+    assert right / 100 == pytest.approx(last[f"{kind}_top1"], abs=0.002)
     assert all(0.1 <= float(line["probability"]) <= 1 for line in listed)
 
     checkpoints = directory / "checkpoints"
@@ -162,7 +162,7 @@ def test_predict_gives_the_classes_that_the_run_s_own_evaluation_gives(kind, tmp
         content = torch.load(CHECKPOINT, weights_only=True)
         content["state_dict"]["module.base_encoder.norm.bias"] += 1
         torch.save(content, other)
-        arguments = [str(directory), str(out), "--data", str(VAL), "--workers", "0", "--force"]
+        arguments = [str(directory), str(out), "--data", str(FEW), "--workers", "0", "--force"]
         with pytest.raises(UserError, match="what the run was made on"):
             predict.main([*arguments, "--checkpoint", str(other)])
         with pytest.raises(UserError, match=r"--checkpoint \(moved\.pth\) must be where the network of .*run.* lies"):
@@ -198,7 +198,7 @@ def test_weights_that_have_diverged_leave_no_file(tmp_path):
     content["state_dict"]["module.base_encoder.norm.bias"] += float("nan")
     torch.save(content, tmp_path / "a.pth.tar")
     with pytest.raises(RunFailed, match="not finite"):
-        embed.main([str(tmp_path / "a.pth.tar"), str(tmp_path / "out.npy"), "--data", str(VAL), "--workers", "0"])
+        embed.main([str(tmp_path / "a.pth.tar"), str(tmp_path / "out.npy"), "--data", str(FEW), "--workers", "0"])
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth.tar"]
 
 

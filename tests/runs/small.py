@@ -1,6 +1,7 @@
 """Small runs with labels, on 1,000 images of the quickstart and a published ViT of a tiny shape."""
 
 import json
+import tempfile
 from pathlib import Path
 
 from engine.distributed.world import process_group
@@ -10,10 +11,14 @@ from engine.runs.finetune import finetune
 from engine.runs.linear import linear
 from engine.weights.weights import IMAGENET, About, Weights
 from models.architecture import Architecture
+from tests.data.images import thinned
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = str(ROOT / "tests/golden/I_vit_small_shape.pth.tar")
 VAL = ROOT / "recipes/data/fashion_mnist/val.tar"
+_HELD = tempfile.TemporaryDirectory()  # until this process ends
+# A hundred of them, which is enough to evaluate; each process has a file of its own.
+FEW = thinned(VAL, 10, Path(_HELD.name) / "val.tar")
 FINETUNE = ROOT / "recipes/finetune_quickstart.yaml"
 FOUR_STEPS = [
     "train.global_batch_size=100",
@@ -37,7 +42,7 @@ EVERYTHING = [  # every kind of regularization at once
 
 def linear_recipe(directory: Path, *overrides: str) -> Linear:
     """Batches of 300: three and a partial one of 100 in each of two epochs."""
-    values = [f"run.dir={directory}", f"data.root={VAL}", f"data.val_root={VAL}", "data.source=shards"]
+    values = [f"run.dir={directory}", f"data.root={VAL}", f"data.val_root={FEW}", "data.source=shards"]
     values += ["data.workers=0", "train.global_batch_size=300", "train.epochs=2", "log.every_steps=1"]
     values += ["optimizer.base_lr=0.5", "checkpoint.every_steps=3"]
     return load(ROOT / "recipes/linear_vit.yaml", [*values, *overrides], Linear)
@@ -50,7 +55,7 @@ def run_linear(recipe: Linear) -> dict:
 
 def finetune_recipe(directory: Path, *overrides: str) -> Finetune:
     """Batches of 100, four steps."""
-    values = [f"run.dir={directory}", f"data.root={VAL}", f"data.val_root={VAL}"]
+    values = [f"run.dir={directory}", f"data.root={VAL}", f"data.val_root={FEW}"]
     return load(FINETUNE, [*values, *FOUR_STEPS, *overrides], Finetune)
 
 

@@ -41,7 +41,7 @@ from engine.weights.weights import Head, fill_trunk
 from models.architecture import resnet
 from models.classifier import Classifier
 from tests.runs.reading import unread_keys
-from tests.runs.small import CHECKPOINT, EVERYTHING, ROOT, VAL, finetune_recipe, rows, run_finetune, undrawn
+from tests.runs.small import CHECKPOINT, EVERYTHING, FEW, ROOT, VAL, finetune_recipe, rows, run_finetune, undrawn
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ def test_the_run_against_plain_torch(tmp_path):
 
 
 # 300 images, of which an epoch has four batches.
-SEVENTY_FIVE = [*EVERYTHING, "data.labels=0.3", "train.global_batch_size=75"]
+SEVENTY_FIVE = [*EVERYTHING, "data.labels=0.3", "train.global_batch_size=75", f"data.val_root={VAL}"]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_a_finetuned_run_is_a_checkpoint_for_every_front_door(finished, capsys):
     images = torch.rand(2, 3, 64, 64)
     features = [fill_trunk(weights)(images) for weights in opened]
     assert not any(torch.allclose(*pair, atol=1e-3) for pair in itertools.combinations(features, 2))
-    evaluate.main(["rankme", str(finished[0]), "--data", str(VAL), "--workers", "0"])
+    evaluate.main(["rankme", str(finished[0]), "--data", str(FEW), "--workers", "0"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rankme"] > 1
 
 
@@ -323,7 +323,7 @@ def test_what_timm_cannot_do_is_found_before_anything_is_written(tmp_path):
 
 def test_runs_of_other_tasks_are_told_apart(finished, tmp_path):
     """Where they are looked for as a run to go on with, and as a CHECKPOINT."""
-    data = ["data.workers=0", f"data.root={VAL}", f"data.val_root={VAL}", "data.source=shards", "train.max_steps=1"]
+    data = ["data.workers=0", f"data.root={VAL}", f"data.val_root={FEW}", "data.source=shards", "train.max_steps=1"]
     recipe = load(
         ROOT / "recipes/linear_vit.yaml", [f"run.dir={tmp_path}", "train.global_batch_size=500", *data], Linear
     )

@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.recipe.load import load
 from engine.runs.pretrain import pretrain
 from tests.distributed.trajectories import RECIPE, SMALL
-from tests.runs.small import VAL, linear_recipe, rows, run_linear
+from tests.runs.small import FEW, linear_recipe, rows, run_linear
 
 FOLDER = ["data.source=folder", "data.dataset=null", "data.dataset_options={}", "data.workers=0"]
 
@@ -133,7 +133,7 @@ def test_a_run_may_lie_among_its_images_in_a_folder_of_its_own(tmp_path):
 
 def test_validation_images_are_bound_where_the_result_depends_on_them(tmp_path):
     val, recipe = tmp_path / "val.tar", linear_recipe(tmp_path / "run", "train.max_steps=1")
-    shutil.copy(VAL, val)
+    shutil.copy(FEW, val)
     run_linear(linear_recipe(tmp_path / "run", "train.max_steps=1", f"data.val_root={val}"))
     run_linear(recipe)  # the same images elsewhere
     content = bytearray(val.read_bytes())

@@ -70,7 +70,7 @@ def test_pretraining_and_its_picture(folders, tmp_path):
             pretrain(load(QUICKSTART, values), QUICKSTART, world)
         show("views", QUICKSTART, out / "views.png", *values)
         kept = ("loss", "knn_top1", "val_rankme")
-        picture = np.asarray(Image.open(out / "views.png")).tolist()
+        picture = Image.open(out / "views.png").tobytes()
         return [{k: row[k] for k in kept if k in row} for row in rows(out, "step")], picture
 
     upright, turned, lying = of_each(folders, results)
