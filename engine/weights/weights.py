@@ -119,7 +119,7 @@ class Weights:
 
     about: None where it is not known, and `lacks` says why: a bare trunk of others does not tell its number of heads.
     shapes: of every tensor that `read` can give.
-    read: the named tensors on the CPU, one at a time.
+    read: the named tensors on the CPU, one at a time or a few small ones.
     origin: where they lie, for messages. notes: lines for the user on what is ignored.
     head: of a trunk that has a classifier, to export both.
     """

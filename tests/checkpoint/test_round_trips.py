@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.checkpoint import layout
+from engine.checkpoint import dcp, layout
 from engine.checkpoint.load import load, newest_valid, read_tensors
 from engine.checkpoint.manifest import NAME, checksum, read_manifest
 from engine.checkpoint.retain import retain
@@ -81,6 +81,18 @@ def test_read_tensors_takes_a_part_and_refuses_unknown_names(saved):
     assert [name for name, _ in read_tensors(path, ["optimizer.step"])] == ["optimizer.step"]
     with pytest.raises(UserError, match="nothing is not in the checkpoint"):
         read_tensors(path, ["optimizer.step", "nothing"])
+
+
+@pytest.mark.parametrize(("together", "reads"), [(2**20, 1), (33 * 7 * 4 + 9 * 2, 2), (0, 3)])
+def test_small_tensors_are_read_together_and_come_in_order(saved, monkeypatch, together, reads):
+    monkeypatch.setattr("engine.checkpoint.load.TOGETHER", together)
+    calls, read = [], dcp.read
+    monkeypatch.setattr(dcp, "read", lambda *given, **more: calls.append(given) or read(*given, **more))
+    names = ["model.weight", "model.bias", "optimizer.step"]
+    found = list(read_tensors(saved / "step_0000500", names))
+    assert [name for name, _ in found] == names
+    assert all(same(tensor, example_tensors()[name]) for name, tensor in found)
+    assert len(calls) == reads
 
 
 def test_mismatches_are_listed_before_anything_changes(saved):
