@@ -1,4 +1,4 @@
-"""The weights of a rank that is alone, in the type in which a trunk computes: what FSDP does for several ranks.
+"""The weights of a rank that keeps all of them, in the type in which a trunk computes: else FSDP does that.
 
 Weights rest in full precision. Before a forward all of them are cast, and after it they rest again; the backward pass
 has the casts in its graph, and gives gradients in the type of the weights.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engine.recipe.sections import FinetuneOptimizer
 from engine.torch_internals import lerp_each_
 from engine.training.optim import AdamW
-from engine.training.parallelize import local, saved
+from engine.training.parallelize import local, own_gradients, saved
 from engine.training.schedule import Schedule
 from engine.training.update import Applied, Update
 from models.classifier import Classifier
@@ -60,6 +60,7 @@ class FinetuneState:
             AdamW(decaying_groups(classifier, optimizer)),
             {name: p for name, p in classifier.named_parameters() if p.requires_grad},
             list(classifier.buffers()),
+            own_gradients(classifier, group),
             group=group,
         )
 

@@ -18,7 +18,7 @@ from engine.recipe.sections import ActivationCheckpoint, Finetune, Parallel, Pre
 from engine.torch_internals import watching, without_data
 from engine.training.activation_checkpoint import is_dear
 from engine.training.loss import CHUNK
-from engine.training.parallelize import computes_blocks_again, dtype_of, least_unit, trunk_dtype_of, units
+from engine.training.parallelize import dtype_of, is_laid_out, least_unit, trunk_dtype_of, units
 from models.classifier import Classifier
 from models.moco import MoCo
 from models.norm import has_batch_norm
@@ -237,7 +237,7 @@ def _gathered(network: Network, parallel: Parallel, gpus: int, *, is_whole: bool
     """is_whole: gradients of micro-batches add up, whole, on each rank."""
     (trunk,) = _trained(network, is_trunk=True)
     whole, width = _size(trunk.parameters()), trunk_dtype_of(parallel).itemsize
-    if gpus == 1 and not computes_blocks_again(parallel):
+    if not is_laid_out(parallel, gpus):
         # Casts alone (engine.training.cast). Their gradients take the place of what the backward pass lets go, and come
         # in float32 all at once: as those that count as at rest, or, of a later micro-batch, beside them.
         return (width + is_whole * FLOAT) * whole if parallel.precision == "bf16" else 0

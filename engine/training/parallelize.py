@@ -38,9 +38,10 @@ def parallelize(
     under `precision: bf16`, heads always in full precision; gradients are reduced in full precision.
 
     `parallel.shard` says where a parameter rests. full, hybrid: units of blocks sharded also between forward and
-    backward; grad_op: gathered from the forward to the backward pass; replicate: whole on every rank. Heads, and the
-    rest of a trunk, stay gathered until their backward pass in any mode: it begins where their forward has ended. A
-    rank that is alone has nobody to share with, and casts alone: see `engine.training.cast`.
+    backward; grad_op: gathered from the forward to the backward pass. Heads, and the rest of a trunk, stay gathered
+    until their backward pass in both: it begins where their forward has ended. replicate: whole on every rank. Such a
+    network, and that of a rank that is alone, stays as it is and casts alone (`engine.training.cast`); an update brings
+    the gradients of all ranks together (`own_gradients`).
 
     Args:
         group: the ranks of the global batch, for BatchNorm.
@@ -58,10 +59,18 @@ def parallelize(
             _prepare_blocks(part.module, parallel, part.is_trained)
         elif parallel.compile:
             compile_method(part.module, "forward")
-        if group.size() > 1 or computes_blocks_again(parallel):
+        if is_laid_out(parallel, group.size()):
             _shard_part(part, mesh, parallel, least or least_unit(group.size()))
         elif part.is_trunk and parallel.precision == "bf16":
             cast_weights(part.module, torch.bfloat16)
+
+
+def is_laid_out(parallel: Parallel, ranks: int) -> bool:
+    """Whether FSDP lays networks over the ranks, and casts their weights: not where each rank keeps the whole of them.
+
+    Where eager code computes blocks again it does in any case: weights must stay cast until then.
+    """
+    return computes_blocks_again(parallel) or (ranks > 1 and parallel.shard != "replicate")
 
 
 def computes_blocks_again(parallel: Parallel) -> bool:
@@ -178,6 +187,17 @@ def _copies(tensor: Tensor, group: ProcessGroup | None) -> int:
     return math.prod(ranks for ranks, placement in along if placement.is_replicate())
 
 
+def own_gradients(network: nn.Module, group: ProcessGroup) -> list[nn.Parameter]:
+    """Trained parameters that each of several ranks has whole, so that their gradients are of its own images alone.
+
+    FSDP's are of all ranks, and so are BatchNorm's, whose messages bring them.
+    """
+    if group.size() == 1:
+        return []
+    brought = set(batch_norm_weights([network]))
+    return [p for p in network.parameters() if p.requires_grad and not isinstance(p, DTensor) and p not in brought]
+
+
 def saved(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and the buffers that files hold, by name, this rank's shards of them.
 
@@ -190,8 +210,8 @@ def saved(module: nn.Module) -> dict[str, Tensor]:
 
 def add_up_gradients(root: nn.Module, *, last: bool) -> None:
     """Let the next backward pass of `root` add its gradients to those before on this rank alone; the last one sends
-    the sum to the ranks that keep it, once for all. Weights that rest gathered from forward to backward (grad_op,
-    replicate) stay so until then."""
+    the sum to the ranks that keep it, once for all. Weights that rest gathered from forward to backward (grad_op)
+    stay so until then. A network that each rank has whole is none of FSDP's: its update adds up over ranks."""
     if isinstance(root, FSDPModule):
         root.set_requires_gradient_sync(last)
         rests_sharded = any(isinstance(parameter, DTensor) for parameter in root.parameters())

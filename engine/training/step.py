@@ -15,7 +15,7 @@ from engine.torch_internals import lerp_each_
 from engine.training.loss import contrastive_loss
 from engine.training.micro_batch import MicroBatches, passes_over
 from engine.training.optim import build_optimizer
-from engine.training.parallelize import local, saved, shares
+from engine.training.parallelize import local, own_gradients, saved, shares
 from engine.training.schedule import MocoSchedule
 from engine.training.update import Applied, Update
 from models.moco import MoCo
@@ -66,6 +66,7 @@ class TrainState:
             build_optimizer(optimizer, trained.values(), mesh["shard"].get_group()),
             trained,
             list(moco.buffers()),
+            own_gradients(moco, group),
             group=group,
         )
 

@@ -32,6 +32,7 @@ class Update:
         optimizer: a group's `lr_scale` is its share of the learning rate.
         trained: its parameters, by name.
         kept: what else a step changes, as BatchNorm's buffers.
+        own: those of the trained whose gradients are of this rank's images alone (`parallelize.own_gradients`).
         group: the ranks over which gradients are spread; None where each rank has the whole of them.
         knows_found_inf: whether the optimizer skips its step where its `found_inf` is 1; if not, its parameters and
             state must be in `kept`.
@@ -42,11 +43,12 @@ class Update:
         optimizer: torch.optim.Optimizer,
         trained: Mapping[str, Tensor],
         kept: Sequence[Tensor],
+        own: Sequence[Tensor] = (),
         *,
         group: dist.ProcessGroup | None = None,
         knows_found_inf: bool = True,
     ):
-        self.optimizer, self.trained, self.kept = optimizer, trained, kept
+        self.optimizer, self.trained, self.kept, self.own = optimizer, trained, kept, own
         self.group, self.knows_found_inf = group, knows_found_inf
         self.step = 0  # skipped ones count
         self.message: Callable[[], Tensor] | None = None  # of the caller, 1-d: the guard adds it up over `group`
@@ -74,6 +76,9 @@ class Update:
         Raises:
             RuntimeError: a trained parameter took no part in the loss.
         """
+        check_used(self.trained)
+        if self.own and self.group is not None:
+            average([parameter.grad for parameter in self.own], self.group)
         message = None if self.message is None else self.message()
         grad_norm, self.heard = gradient_norm(self.trained, self.shares, self.group, message)
         skipped = (~grad_norm.isfinite()).float()
@@ -91,6 +96,20 @@ class Update:
         return Applied(lr, grad_norm, skipped)
 
 
+def check_used(trained: Mapping[str, Tensor]) -> None:
+    unused = [name for name, parameter in trained.items() if parameter.grad is None]
+    if unused:
+        raise RuntimeError(f"{len(unused)} trained parameters took no part in the loss: {', '.join(unused[:5])}")
+
+
+def average(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Put the mean over all ranks in the place of each gradient, by one message."""
+    sums = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(sums, group=group)
+    parts = (sums / group.size()).split([gradient.numel() for gradient in gradients])
+    copy_each_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
+
+
 @torch.no_grad()
 def gradient_norm(
     trained: Mapping[str, Tensor], shares: Tensor, group: dist.ProcessGroup | None, message: Tensor | None = None
@@ -100,9 +119,6 @@ def gradient_norm(
     shares: of the trained, as `parallelize.shares` counts them. message: more numbers, 1-d, to be added up on the same
     way; the second result is their sum over ranks, each its own whatever the gradients are.
     """
-    unused = [name for name, parameter in trained.items() if parameter.grad is None]
-    if unused:
-        raise RuntimeError(f"{len(unused)} trained parameters took no part in the loss: {', '.join(unused[:5])}")
     # In float64, where no square of a finite float32 number overflows: not finite means a bad gradient.
     square = norm_each([local(p.grad) for p in trained.values()]).square() @ shares
     sums = square[None] if message is None else torch.cat([square[None], message])

@@ -68,8 +68,9 @@ def minimum(state: TrainState, shard: str, ranks: int, least: float) -> Traffic:
     # BatchNorm, both views at once: four numbers for each channel forward and two backward. And the guard's one.
     forward, backward = channels(*trained, *followed), channels(*trained)
     reduces, reduced = len(forward) + len(backward) + 1, 2 * (4 * sum(forward) + 2 * sum(backward)) + 1
-    if not passes:
-        sums = {"all_reduce": (reduces + apart, 2 * part * (reduced * NUMBER + gradients))}
+    if not passes:  # under replicate all gradients travel together
+        reduces += apart if shard == "hybrid" else 1
+        sums = {"all_reduce": (reduces, 2 * part * (reduced * NUMBER + gradients))}
         return {"all_gather": (gathers, part * gathered * NUMBER)} | sums
     gathers += apart + (passes - 1) * len(in_units) + followed_apart
     of_units = numbers(*(block for unit in in_units for block in unit))

@@ -51,6 +51,7 @@ def snapshot(state: TrainState) -> dict[str, Tensor]:
 def bad_gradient_changes_nothing(world: World) -> None:
     """NaN or infinity in one rank's shard of one gradient: all ranks keep all but the momentum encoder's parameters."""
     cases = [("A_vit_adamw", "full"), ("A_vit_adamw", "hybrid"), ("B_resnet_lars", "full"), ("B_resnet_lars", "hybrid")]
+    cases.append(("B_resnet_lars", "replicate"))
     for number, (name, shard) in enumerate(cases):
         trace, state = built(world, name, shard)
         train_step(state, images(trace, world, 0))

@@ -48,8 +48,9 @@ def check_same(directory: Path, found: dict, alone: tuple[Path, dict]) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks(alone, val, tmp_path):
-    check_same(tmp_path, launched(2, val, tmp_path), alone)
+@pytest.mark.parametrize("shard", ["full", "replicate"])
+def test_two_ranks(alone, val, tmp_path, shard):
+    check_same(tmp_path, launched(2, val, tmp_path, f"parallel.shard={shard}"), alone)
 
 
 def test_three_ranks_go_on_from_the_checkpoint_of_one(alone, val, tmp_path):
