@@ -58,7 +58,8 @@ def test_what_cannot_be_deterministic_raises_warns_or_passes(recwarn):
         put()
     with deterministic(False):
         put()
-    assert not recwarn
+    # Whatever the garbage collector clears away meanwhile may warn of something else.
+    assert not [warning for warning in recwarn if "put_" in str(warning.message)]
     with deterministic(True, REFUSED), pytest.warns(UserWarning, match="put_ does not have"):
         put()
 
