@@ -210,7 +210,7 @@ def workers_now() -> list[int]:
 
 
 def gone(pids: list[int]) -> bool:
-    """Waits up to 20 s. Zombies, which nobody may be there to reap, are gone."""
+    """Waits up to 20 s: killed processes end at their own, low priority. Zombies, which nobody may reap, are gone."""
 
     def alive(pid):
         try:
@@ -261,7 +261,7 @@ def test_processes_that_the_system_refuses_are_an_error_of_one_line(source):
             Workers([source], 99)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert gone(workers_now())  # dozens were killed; on a busy machine their ends take longer than END_SECONDS
+    assert gone(workers_now())
 
 
 @pytest.mark.parametrize(("count", "what"), [(1, "came from the loading processes"), (0, "could be read")])
@@ -295,7 +295,7 @@ def run_out_of_memory():
 def test_a_worker_that_fails_says_why_and_none_is_left(act, words):
     with pytest.raises(RunFailed, match=words):
         list(batches(Slow(act), workers=2))
-    assert multiprocessing.active_children() == []
+    assert gone(workers_now())
 
 
 def test_signals_that_stop_the_run_do_not_stop_workers():
