@@ -106,7 +106,7 @@ def average(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Put the mean over all ranks in the place of each gradient, by one message."""
     sums = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(sums, group=group)
-    parts = (sums / group.size()).split([gradient.numel() for gradient in gradients])
+    parts = sums.div_(group.size()).split([gradient.numel() for gradient in gradients])
     copy_each_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
 
 
