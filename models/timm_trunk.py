@@ -40,7 +40,7 @@ def build_timm(name: str, image_size: int) -> Trunk:
         raise ValueError(f"model.name ({TIMM}{name}) must be another network: {error}") from error
     return Trunk(
         module,
-        _WIDTHS.get((name, image_size)) or _output_width(module, name, image_size),
+        _output_width(module, name, image_size),
         is_vit=isinstance(module, VisionTransformer),
         initial_values=partial(_initial_values, name, image_size),
         drop_paths=partial(drop_path_places, partial(_create, name, image_size), image_size),
@@ -88,6 +88,8 @@ def _layers(module: nn.Module) -> Any:
 
 def _output_width(module: nn.Module, name: str, image_size: int) -> int:
     # Some networks end in a layer that is wider than the `num_features` they state: ask for an output.
+    if (name, image_size) in _WIDTHS:
+        return _WIDTHS[name, image_size]
     twin = copy.deepcopy(module).to("meta")
     try:
         with torch.no_grad():
@@ -97,8 +99,7 @@ def _output_width(module: nn.Module, name: str, image_size: int) -> int:
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         found = list(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
         raise ValueError(f"model.name ({TIMM}{name}) must give one row of features for an image; 2 images give {found}")
-    _WIDTHS[name, image_size] = output.shape[1]
-    return output.shape[1]
+    return _WIDTHS.setdefault((name, image_size), output.shape[1])
 
 
 def _words(error: Exception) -> str:
