@@ -246,8 +246,10 @@ class Finetuning(Supervised):
             f"network   {self.weights.origin}, all of it trained, images of {self.subject.image_size}",
             self.data_line(),
             f"schedule  {self.epochs_in_words}, peak lr {self.schedule.peak_lr:g}",
-            *memory_in_words(self.recipe, self.world, self.step_gib),
         ]
+
+    def memory(self) -> list[str]:
+        return memory_in_words(self.recipe, self.world, self.step_gib)
 
     def step_gib(self, recipe: Finetune, gpus: int) -> float:
         """What a step takes of each of so many GPUs, counted. Raises UserError as `make_classifiers` does."""

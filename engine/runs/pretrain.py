@@ -280,10 +280,12 @@ class Pretraining(Task):
             f"schedule  {self.epochs_in_words}: {schedule.total_steps:,} steps",
             f"rates     peak lr {schedule.peak_lr:g}, encoder momentum from {schedule.momentum:g} to 1",
             loss_in_words(recipe.moco.temperature, self.order.batch),
-            *memory_in_words(recipe, self.world, step_gib),
             *few_steps(self.order, self.world.size),
             *monitor_in_words(recipe.evaluate, self.splits, self.watched, self.bank),
         ]
+
+    def memory(self) -> list[str]:
+        return memory_in_words(self.recipe, self.world, step_gib)
 
     def result(self, monitor_rows: list[Row], last: Row | None) -> str:
         return result_in_words(monitor_rows, last)

@@ -187,7 +187,7 @@ def _say_opening(task: Task) -> None:
     world, parallel = task.world, task.parallel
     how = f", {parallel.precision}, shard {parallel.shard}, compile {parallel.compile}" if parallel else ""
     lines = [f"ranks     {world.size} on {world.device_name}{how}", *on_this_machine(task.written, task.recipe, world)]
-    say("\n".join([*lines, *_lost_bits(task), *task.opening()]))
+    say("\n".join([*lines, *_lost_bits(task), *task.opening(), *task.memory()]))
 
 
 def _lost_bits(task: Task) -> list[str]:

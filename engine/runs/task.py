@@ -140,6 +140,10 @@ class Task(ABC):
     def opening(self) -> list[str]:
         """Lines: what is derived from the recipe, the data and the launch."""
 
+    def memory(self) -> list[str]:
+        """A line of a run that begins on GPUs: what a step takes of each. Of tasks that can count it."""
+        return []
+
     @abstractmethod
     def result(self, monitor_rows: list[Row], last: Row | None) -> str:
         """The monitor's rows and the last of the others in words. Called on rank 0."""

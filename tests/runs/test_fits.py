@@ -10,9 +10,12 @@ import torch
 from engine.data.splits import open_labelled_splits, open_splits
 from engine.errors import UserError
 from engine.recipe.load import load
+from engine.runs import run
+from engine.runs.auto import settled
 from engine.runs.finetune import Finetuning, make_classifiers
 from engine.runs.fits import memory_in_words, memory_planned
 from engine.runs.pretrain import Pretraining, make_moco, step_gib
+from engine.runs.preview import preview
 from engine.training.memory import GIB
 from models.architecture import vit
 from tests.recipe.shipped import FILES
@@ -92,9 +95,21 @@ def test_pretraining_and_finetuning_say_it_when_they_begin(gpus, world, tmp_path
     for task in tasks:
         task.world = gpus(1, 1)
         said = f"memory    {task_gib(task):.1f} GiB of this GPU's 1.0 GiB, counted"
-        assert said in task.opening()
+        assert said in task.memory()
         task.world = gpus(1, 0.01)
-        assert any(line.startswith("warning   a step takes ") for line in task.opening())
+        assert any(line.startswith("warning   a step takes ") for line in task.memory())
+
+
+def test_it_is_said_of_a_run_that_begins_and_not_twice_of_one_that_does_not(world, monkeypatch, capsys):
+    """`--print` counts for the GPUs of the run, which are not those of its own process."""
+    recipe = load(FILES["quickstart"])
+    splits = open_splits(recipe.data, FILES["quickstart"], world, batch=128)
+    task = Pretraining(settled(recipe, world), FILES["quickstart"], world, splits, splits, make_moco(recipe))
+    monkeypatch.setattr(Pretraining, "memory", lambda task: ["memory    of this GPU"])
+    run._say_opening(task)
+    assert capsys.readouterr().out.count("memory    of this GPU") == 1
+    text = preview(recipe, FILES["quickstart"], world, 2)
+    assert text.count("# memory    of each GPU, counted: ") == text.count("# memory") == 1
 
 
 def task_gib(task: Pretraining | Finetuning) -> float:
