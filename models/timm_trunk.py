@@ -10,7 +10,8 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim._param_groups import auto_group_layers
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from models.drop_path import drop_path_places
 from models.dry_step import why_untrainable
@@ -20,6 +21,12 @@ from models.shapes import TIMM
 from models.trunk import Trunk
 
 _WIDTHS: dict[tuple[str, int], int] = {}  # of outputs, by name and image size: a run builds its trunk several times
+
+_INITIALIZERS = {nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_}
+# With which timm's own ones do it; the last four make uniform numbers normal, and cut off their tails.
+_FILLS = {
+    getattr(Tensor, f"{name}_") for name in ("uniform", "normal", "fill", "zero", "erfinv", "mul", "add", "clamp")
+}
 
 
 def build_timm(name: str, image_size: int) -> Trunk:
@@ -33,7 +40,8 @@ def build_timm(name: str, image_size: int) -> Trunk:
         nearest = [each for each in known if each.startswith(name)] or difflib.get_close_matches(name, known, 1)
         do = f"did you mean {TIMM}{nearest[0]}?" if nearest else "do `timm.list_models()` to see them"
         raise ValueError(f"model.name ({TIMM}{name}) must be a timm model; {do}")
-    module = _create(name, image_size)
+    with _Unfilled():
+        module = _create(name, image_size)
     try:
         replace_batch_norm(module)
     except ValueError as error:
@@ -84,6 +92,15 @@ def _layers(module: nn.Module) -> Any:
     # As timm does for a network that does not say: every 12 parameters are a layer.
     places = auto_group_layers(module)
     return lambda name: places.get(name, math.inf)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Within, parameters on the meta device are not filled: random numbers for nobody took most of a network's time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        filled = args[0] if func in _FILLS else kwargs["tensor"] if func in _INITIALIZERS else None
+        return filled if filled is not None and filled.is_meta else func(*args, **kwargs)
 
 
 def _output_width(module: nn.Module, name: str, image_size: int) -> int:

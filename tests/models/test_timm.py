@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.distributed.world import process_group
 from engine.errors import UserError
@@ -49,6 +50,28 @@ def test_any_timm_model_is_a_trunk(name):
     layers = [m for m in moco.base.projector if isinstance(m, torch.nn.Linear)]
     assert len(layers) == (3 if name == "test_vit" else 2)
     assert blocks(moco.base.trunk)
+
+
+def test_no_random_numbers_are_drawn_for_a_network_without_memory():
+    """Its tensors are those of a network with memory, which is filled."""
+    for device, is_filled in (("meta", False), ("cpu", True)):
+        with torch.device(device), Operations() as seen:
+            module = build_timm("test_vit", image_size=64).module
+        assert ("uniform_" in seen.names) == is_filled
+        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        assert shapes == {
+            n: t.shape for n, t in timm.create_model("test_vit", num_classes=0, img_size=64).state_dict().items()
+        }
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def test_the_width_of_a_timm_trunk_is_that_of_its_output():
