@@ -1,6 +1,6 @@
 """How much of a GPU's memory a step takes that trains a trunk, counted before there is a GPU.
 
-Real modules go forward once, on two images without data, and what autograd keeps for the backward pass is added up; the
+Real modules go forward once, on images without data, and what autograd keeps for the backward pass is added up; the
 rest is arithmetic on shapes. It is the moment at which the backward pass begins. Not counted: CUDA's own memory and
 workspaces, buffers of NCCL, and what the allocator cannot use. A tenth of the card is for them.
 """
@@ -26,7 +26,7 @@ from models.parts import Network
 from models.trunk import blocks, cast_constants
 
 GIB = 2**30
-CROPS = 2  # that a count sees
+CROPS = 64  # that a count sees: many, beside which what a batch keeps once, as numbers for each channel, is little
 FLOAT = 4  # bytes of a number where weights rest, in heads and in the loss
 # Compiled blocks with BatchNorm keep other tensors than the same in eager mode: so much for each byte that these keep
 # without checkpoints, counted of ResNet-50. All other blocks keep as much compiled as not.

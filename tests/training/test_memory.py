@@ -78,6 +78,15 @@ def test_what_is_counted_without_data_is_what_is_kept(make):
     assert six - four == four - two  # the rest is a few numbers for each channel
 
 
+def test_numbers_for_each_channel_are_not_counted_for_each_crop():
+    """Of images so small that a batch of two keeps as much of BatchNorm's numbers as of activations."""
+    with torch.device("meta"):
+        twin = resnet()
+    four, eight = (held(resnet(), torch.ones(n, 3, 32, 32)) for n in (4, 8))
+    parallel = load(FILES["resnet50_100ep"], ["parallel.precision=float32", "parallel.compile=false"]).parallel
+    assert trunk_bytes(twin, 32, parallel).kept("none") == pytest.approx((eight - four) / 4, rel=0.02)
+
+
 @pytest.mark.parametrize("mode", KEPT_SHARE)
 def test_compiled_blocks_keep_what_is_counted(mode):
     """Of a ViT: a whole block, by each checkpoint."""
