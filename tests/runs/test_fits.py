@@ -40,20 +40,44 @@ BATCH = ["train.global_batch_size=1024", "parallel.precision=bf16"]
 @pytest.mark.parametrize(
     ("name", "values", "ranks", "has", "passed"),
     [
-        ("quickstart", BATCH, 1, 0.34, ["parallel.activation_checkpoint=full", "train.micro_batch_size=512"]),
+        ("quickstart", BATCH, 1, 0.29, ["parallel.activation_checkpoint=full", "train.micro_batch_size=512"]),
         ("quickstart", BATCH, 1, 0.25, ["train.micro_batch_size=512"]),
-        ("quickstart", BATCH, 1, 0.1, []),
+        ("quickstart", BATCH, 1, 0.05, []),
+        # A tenth of the GPU is for what is not counted.
+        ("quickstart", BATCH, 1, 0.303, ["parallel.activation_checkpoint=selective", "train.micro_batch_size=512"]),
+        # Odd batches have parts, too.
+        ("quickstart", [*BATCH, "train.global_batch_size=1125"], 1, 0.25, ["train.micro_batch_size=375"]),
         ("resnet50_100ep", [], 4, 100, ["parallel.activation_checkpoint=selective"]),  # BatchNorm: no micro-batches
     ],
 )
 def test_what_does_not_fit_is_said_with_what_does(gpus, name, values, ranks, has, passed):
     (line,) = memory_in_words(load(FILES[name], values), gpus(ranks, has), step_gib)
-    assert re.match(r"warning   a step takes [\d.]+ GiB, counted, and this GPU has [\d.]+ GiB: ", line)
+    assert re.match(
+        r"warning   a step takes [\d.]+ GiB, counted, and this GPU has room for [\d.]+ GiB of its [\d.]+ GiB: ", line
+    )
     assert line.endswith("start more processes")
     assert re.findall(r"pass (\S+) \([\d.]+ GiB\) or ", line) == passed
     for override in passed:
         (line,) = memory_in_words(load(FILES[name], [*values, override]), gpus(ranks, has), step_gib)
         assert re.fullmatch(r"memory    [\d.]+ GiB of this GPU's [\d.]+ GiB, counted", line)
+
+
+def test_a_network_that_refuses_one_way_is_not_counted_for_less_of_it(gpus):
+    """A network is made for each count, and one of timm's goes through a step for it."""
+    counted = []
+
+    def count(recipe, gpus):
+        counted.append(recipe)
+        return step_gib(recipe, gpus)
+
+    (line,) = memory_in_words(load(FILES["resnet50_100ep"]), gpus(4, 1), count)
+    assert line.endswith("GiB: start more processes")
+    assert len(counted) == 4  # as it is; selective and full; micro-batches, refused for BatchNorm
+
+
+def test_as_many_ranks_as_images_are_told_of_no_more_of_them(gpus):
+    recipe = load(FILES["quickstart"], ["train.global_batch_size=2", "parallel.precision=bf16"])
+    assert memory_in_words(recipe, gpus(2, 0.001), step_gib)[0].endswith("GiB: take larger GPUs")
 
 
 def test_the_first_of_several_ranks_says_it_and_none_without_a_gpu(gpus, world):
