@@ -127,8 +127,8 @@ def test_compiled_blocks_with_batch_norm_keep_what_is_counted(mode):
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["train.micro_batch_size=2"], ["parallel.precision=float32"]],
-    ids=["whole", "micro-batches", "float32"],
+    [[], ["train.micro_batch_size=2"], ["parallel.precision=float32"], ["parallel.precision=float64"]],
+    ids=["whole", "micro-batches", "float32", "float64"],
 )
 def test_a_rank_that_is_alone_takes_what_is_counted(world, overrides):
     """Of a step whose weights take far more than its images."""
@@ -142,7 +142,7 @@ def test_a_rank_that_is_alone_takes_what_is_counted(world, overrides):
     assert 0.9 * counted < taken < counted
 
 
-@pytest.mark.parametrize("precision", ["bf16", "float32"])
+@pytest.mark.parametrize("precision", ["bf16", "float32", "float64"])
 @pytest.mark.parametrize(("batch", "dim", "depth"), [(4, 256, 2), (128, 64, 12)], ids=["weights", "images"])
 def test_a_rank_that_fine_tunes_alone_takes_what_is_counted(world, tmp_path, precision, batch, dim, depth):
     """Of two steps: one whose weights take most, and one whose images do."""
