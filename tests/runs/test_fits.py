@@ -1,9 +1,11 @@
 """Whether a step fits the GPUs, in words."""
 
+import random
 import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,6 +87,18 @@ def test_the_first_of_several_ranks_says_it_and_none_without_a_gpu(gpus, world):
     assert memory_in_words(recipe, world, step_gib) == []
     assert memory_in_words(recipe, replace(gpus(8, 79), rank=1), step_gib) == []
     assert len(memory_in_words(recipe, gpus(8, 79), step_gib)) == 1
+
+
+def test_counting_leaves_the_process_as_it_is(gpus):
+    """So that a run makes the same bits with it and without."""
+
+    def now() -> tuple:
+        drawn = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+        return *drawn, torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+
+    before, recipe = now(), load(FILES["resnet50_100ep"], ["model.name=timm/resnet18", "model.image_size=64"])
+    assert memory_in_words(recipe, gpus(4, 79), step_gib)[0].endswith("of this GPU's 79 GiB, counted")
+    assert now() == before
 
 
 def test_what_cannot_be_counted_ends_no_run(gpus):
