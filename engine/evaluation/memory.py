@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from engine.evaluation.features import BATCH
 from engine.recipe.sections import Linear
 from engine.torch_internals import watching, without_data
-from engine.training.memory import CROPS, FLOAT, Memory
+from engine.training.memory import CROPS, Memory
 from models.architecture import Architecture
+
+FLOAT = 4  # bytes of a number
 
 
 def memory_of_linear(recipe: Linear, architecture: Architecture, image_size: int, classes: int, gpus: int) -> Memory:

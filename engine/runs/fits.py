@@ -11,6 +11,7 @@ from engine.errors import UserError, one_line
 from engine.recipe.load import check_world
 from engine.recipe.sections import ActivationCheckpoint, Finetune, Pretrain
 from engine.training.memory import GIB
+from engine.training.micro_batch import at_most_half
 
 ROOM = 0.9  # of a GPU: the rest is for what is not counted
 PLANNED = (1, 8, 64)  # GPUs of a run that is not started, until a number leaves little to do for more of them
@@ -54,8 +55,10 @@ def _beside(has: float, recipe: R, ranks: int, count: Count[R]) -> str:
         return f"memory    {_words(takes)} of this GPU's {_words(has)}, counted"
     ladders = _checkpoints(recipe), _micro_batches(recipe, ranks)
     fitting = [_first_that_fits(ladder, ROOM * has, lambda less: count(less, ranks)) for ladder in ladders]
-    do = " or ".join([*filter(None, fitting), "start more processes"])
-    return f"warning   a step takes {_words(takes)}, counted, and this GPU has {_words(has)}: {do}"
+    more = "start more processes" if ranks < recipe.train.global_batch_size else None
+    do = " or ".join(filter(None, [*fitting, more])) or "take larger GPUs"
+    room = f"room for {_words(ROOM * has)} of its {_words(has)}"
+    return f"warning   a step takes {_words(takes)}, counted, and this GPU has {room}: {do}"
 
 
 def _by_gpus(recipe: Pretrain, numbers: Iterable[int], count: Count[Pretrain]) -> str:
@@ -83,9 +86,9 @@ def _checkpoints(recipe: R) -> Iterator[tuple[str, R]]:
 def _micro_batches(recipe: R, ranks: int) -> Iterator[tuple[str, R]]:
     if not isinstance(recipe, Pretrain):
         return
-    size = recipe.train.micro_batch_size or recipe.train.global_batch_size // ranks
-    while size % 2 == 0:
-        size //= 2
+    batch = recipe.train.global_batch_size // ranks
+    size = recipe.train.micro_batch_size or batch
+    while size := at_most_half(size, batch):
         yield f"train.micro_batch_size={size}", replace(recipe, train=replace(recipe.train, micro_batch_size=size))
 
 
@@ -93,8 +96,8 @@ def _first_that_fits(ladder: Iterator[tuple[str, R]], room: float, count: Callab
     for words, recipe in ladder:
         try:
             takes = count(recipe)
-        except UserError:  # of this network
-            continue
+        except UserError:  # of this network, which takes less of the same still less
+            return None
         if takes <= room:
             return f"pass {words} ({_words(takes)})"
     return None

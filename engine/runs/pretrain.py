@@ -39,7 +39,7 @@ from engine.runs.words import few_steps, images_in_words, loss_in_words, own_ima
 from engine.training.activation_checkpoint import check_activation_checkpoint
 from engine.training.health import health
 from engine.training.memory import memory_of
-from engine.training.micro_batch import MicroBatches
+from engine.training.micro_batch import MicroBatches, at_most_half
 from engine.training.parallelize import (
     check_compiler,
     compiled,
@@ -244,9 +244,9 @@ class Pretraining(Task):
 
     @property
     def less_memory(self) -> str:
-        if self.micro_batch == 1 or has_batch_norm(self.moco.base.trunk):
+        half = at_most_half(self.micro_batch, self.local_batch)
+        if not half or has_batch_norm(self.moco.base.trunk):
             return super().less_memory
-        half = next(m for m in range(self.micro_batch // 2, 0, -1) if self.local_batch % m == 0)
         return f"train.micro_batch_size={half}, {super().less_memory}"
 
     def metrics(self, output: StepOutput) -> dict[str, Tensor | float]:

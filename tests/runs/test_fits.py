@@ -1,9 +1,11 @@
 """Whether a step fits the GPUs, in words."""
 
+import random
 import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,15 +42,21 @@ BATCH = ["train.global_batch_size=1024", "parallel.precision=bf16"]
 @pytest.mark.parametrize(
     ("name", "values", "ranks", "has", "passed"),
     [
-        ("quickstart", BATCH, 1, 0.34, ["parallel.activation_checkpoint=full", "train.micro_batch_size=512"]),
+        ("quickstart", BATCH, 1, 0.29, ["parallel.activation_checkpoint=full", "train.micro_batch_size=512"]),
         ("quickstart", BATCH, 1, 0.25, ["train.micro_batch_size=512"]),
-        ("quickstart", BATCH, 1, 0.1, []),
+        ("quickstart", BATCH, 1, 0.05, []),
+        # A tenth of the GPU is for what is not counted.
+        ("quickstart", BATCH, 1, 0.303, ["parallel.activation_checkpoint=selective", "train.micro_batch_size=512"]),
+        # Odd batches have parts, too.
+        ("quickstart", [*BATCH, "train.global_batch_size=1125"], 1, 0.25, ["train.micro_batch_size=375"]),
         ("resnet50_100ep", [], 4, 100, ["parallel.activation_checkpoint=selective"]),  # BatchNorm: no micro-batches
     ],
 )
 def test_what_does_not_fit_is_said_with_what_does(gpus, name, values, ranks, has, passed):
     (line,) = memory_in_words(load(FILES[name], values), gpus(ranks, has), step_gib)
-    assert re.match(r"warning   a step takes [\d.]+ GiB, counted, and this GPU has [\d.]+ GiB: ", line)
+    assert re.match(
+        r"warning   a step takes [\d.]+ GiB, counted, and this GPU has room for [\d.]+ GiB of its [\d.]+ GiB: ", line
+    )
     assert line.endswith("start more processes")
     assert re.findall(r"pass (\S+) \([\d.]+ GiB\) or ", line) == passed
     for override in passed:
@@ -56,11 +64,41 @@ def test_what_does_not_fit_is_said_with_what_does(gpus, name, values, ranks, has
         assert re.fullmatch(r"memory    [\d.]+ GiB of this GPU's [\d.]+ GiB, counted", line)
 
 
+def test_a_network_that_refuses_one_way_is_not_counted_for_less_of_it(gpus):
+    """A network is made for each count, and one of timm's goes through a step for it."""
+    counted = []
+
+    def count(recipe, gpus):
+        counted.append(recipe)
+        return step_gib(recipe, gpus)
+
+    (line,) = memory_in_words(load(FILES["resnet50_100ep"]), gpus(4, 1), count)
+    assert line.endswith("GiB: start more processes")
+    assert len(counted) == 4  # as it is; selective and full; micro-batches, refused for BatchNorm
+
+
+def test_as_many_ranks_as_images_are_told_of_no_more_of_them(gpus):
+    recipe = load(FILES["quickstart"], ["train.global_batch_size=2", "parallel.precision=bf16"])
+    assert memory_in_words(recipe, gpus(2, 0.001), step_gib)[0].endswith("GiB: take larger GPUs")
+
+
 def test_the_first_of_several_ranks_says_it_and_none_without_a_gpu(gpus, world):
     recipe = load(FILES["vit_s"])
     assert memory_in_words(recipe, world, step_gib) == []
     assert memory_in_words(recipe, replace(gpus(8, 79), rank=1), step_gib) == []
     assert len(memory_in_words(recipe, gpus(8, 79), step_gib)) == 1
+
+
+def test_counting_leaves_the_process_as_it_is(gpus):
+    """So that a run makes the same bits with it and without."""
+
+    def now() -> tuple:
+        drawn = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+        return *drawn, torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+
+    before, recipe = now(), load(FILES["resnet50_100ep"], ["model.name=timm/resnet18", "model.image_size=64"])
+    assert memory_in_words(recipe, gpus(4, 79), step_gib)[0].endswith("of this GPU's 79 GiB, counted")
+    assert now() == before
 
 
 def test_what_cannot_be_counted_ends_no_run(gpus):

@@ -1,6 +1,7 @@
 """Memory is counted as it is kept."""
 
 import re
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from engine.benchmarks.step import Subject
 from engine.data.loader import Batch
 from engine.data.splits import open_labelled_splits
+from engine.distributed.world import World
 from engine.recipe.load import load
+from engine.runs import finetune
 from engine.runs.finetune import Finetuning, make_classifiers
 from engine.runs.pretrain import make_moco
 from engine.torch_internals import keeping
@@ -78,6 +81,15 @@ def test_what_is_counted_without_data_is_what_is_kept(make):
     assert six - four == four - two  # the rest is a few numbers for each channel
 
 
+def test_numbers_for_each_channel_are_not_counted_for_each_crop():
+    """Of images so small that a batch of two keeps as much of BatchNorm's numbers as of activations."""
+    with torch.device("meta"):
+        twin = resnet()
+    four, eight = (held(resnet(), torch.ones(n, 3, 32, 32)) for n in (4, 8))
+    parallel = load(FILES["resnet50_100ep"], ["parallel.precision=float32", "parallel.compile=false"]).parallel
+    assert trunk_bytes(twin, 32, parallel).kept("none") == pytest.approx((eight - four) / 4, rel=0.02)
+
+
 @pytest.mark.parametrize("mode", KEPT_SHARE)
 def test_compiled_blocks_keep_what_is_counted(mode):
     """Of a ViT: a whole block, by each checkpoint."""
@@ -115,8 +127,8 @@ def test_compiled_blocks_with_batch_norm_keep_what_is_counted(mode):
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["train.micro_batch_size=2"], ["parallel.precision=float32"]],
-    ids=["whole", "micro-batches", "float32"],
+    [[], ["train.micro_batch_size=2"], ["parallel.precision=float32"], ["parallel.precision=float64"]],
+    ids=["whole", "micro-batches", "float32", "float64"],
 )
 def test_a_rank_that_is_alone_takes_what_is_counted(world, overrides):
     """Of a step whose weights take far more than its images."""
@@ -130,7 +142,7 @@ def test_a_rank_that_is_alone_takes_what_is_counted(world, overrides):
     assert 0.9 * counted < taken < counted
 
 
-@pytest.mark.parametrize("precision", ["bf16", "float32"])
+@pytest.mark.parametrize("precision", ["bf16", "float32", "float64"])
 @pytest.mark.parametrize(("batch", "dim", "depth"), [(4, 256, 2), (128, 64, 12)], ids=["weights", "images"])
 def test_a_rank_that_fine_tunes_alone_takes_what_is_counted(world, tmp_path, precision, batch, dim, depth):
     """Of two steps: one whose weights take most, and one whose images do."""
@@ -147,6 +159,26 @@ def test_a_rank_that_fine_tunes_alone_takes_what_is_counted(world, tmp_path, pre
     taken = sum(own.values()) + most_alive(partial(task.train_step, step), own)
     counted = memory_of_finetuning(recipe, *make_classifiers(recipe, weights, classes), 32, 1).gib * GIB
     assert 0.9 * counted < taken < counted
+
+
+def test_images_that_were_mixed_are_gone_when_the_network_goes_forward(world, tmp_path, monkeypatch):
+    """Those of the rank at the other end too: of all that came, the mixed ones alone are there."""
+    recipe = finetune_recipe(tmp_path, "augment.mixup=0.8")
+    splits = open_labelled_splits(recipe.data, world, seed=0, batch=100)
+    weights = undrawn(vit_of(32, 8, 64, 2, 4, conv_stem=False), 32)
+    task = Finetuning(recipe, world, splits, weights, *make_classifiers(recipe, weights, len(splits.train.classes)))
+    task.trained, came, there = None, [], []
+
+    def exchanged(images: Tensor, labels: Tensor, world: World) -> tuple[Tensor, Tensor]:
+        theirs = images.flip(0)
+        came.extend(weakref.ref(tensor.untyped_storage()) for tensor in (images, theirs))
+        return theirs, labels.flip(0)
+
+    monkeypatch.setattr(finetune, "exchanged", exchanged)
+    monkeypatch.setattr(finetune, "finetune_step", lambda *_: there.extend(ref() is not None for ref in came))
+    sample_B = torch.arange(4)
+    task.train_step(Batch(0, 0, torch.zeros(1, 4, 3, 32, 32, dtype=torch.uint8), sample_B, sample_B, []))
+    assert there == [False, False]
 
 
 def test_what_saves_memory_is_counted_so():
