@@ -95,6 +95,22 @@ def bad_gradient_changes_nothing(world: World) -> None:
         assert steps <= {3.0}, steps  # the skipped step does not count for AdamW
 
 
+def replicas_stay_equal(world: World) -> None:
+    """To the bit, buffers and the optimizer's state too, also over a step whose images are bad on one rank alone."""
+    for shard in ("hybrid", "replicate"):
+        trace, state = built(world, "A_vit_adamw", shard)
+        for step in range(4):
+            x = images(trace, world, step)
+            if step == 2 and world.rank == world.size - 1:
+                x[0, 0, 0, 0] = torch.nan
+            train_step(state, x)
+        assert state.update.skipped.item() == 1, shard
+        for name, tensor in snapshot(state).items():
+            everyones = [torch.empty_like(tensor) for _ in range(world.size)]
+            dist.all_gather(everyones, tensor)
+            assert all(torch.equal(tensor, other) for other in everyones), (shard, name)
+
+
 def momentum_shards_are_what_keys_see(world: World) -> None:
     for shard in SHARDINGS:
         trace, state = built(world, "A_vit_adamw", shard)
@@ -330,6 +346,7 @@ def what_one_rank_cannot_do_deterministically_binds_all(world: World) -> None:
 
 LAWS = (
     bad_gradient_changes_nothing,
+    replicas_stay_equal,
     momentum_shards_are_what_keys_see,
     base_shards_are_what_features_see,
     keys_come_rank_by_rank,

@@ -151,7 +151,10 @@ def test_four_ranks_and_two_that_become_four(alone, tmp_path):
 
 @pytest.mark.slow
 def test_the_resnet_under_the_other_shardings_and_on_four_ranks(alone, tmp_path):
-    launch(2, tmp_path, *(sharded("resnet", shard) for shard in ("grad_op", "hybrid", "replicate")))
+    """One of them in two halves, too."""
+    halves = [("halves", *sharded("resnet", "replicate")[1:], f"train.max_steps={s}") for s in (HALF, STEPS)]
+    launch(2, tmp_path, *(sharded("resnet", shard) for shard in ("grad_op", "hybrid", "replicate")), *halves)
+    assert_bitwise(tmp_path / "halves", tmp_path / "resnet_replicate")
     launch(4, tmp_path, ("resnet_four", "resnet"))
     for name in ("resnet_grad_op", "resnet_hybrid", "resnet_replicate", "resnet_four"):
         assert_same_run(tmp_path / name, alone / "resnet")
