@@ -53,10 +53,9 @@ def _beside(has: float, recipe: R, ranks: int, count: Count[R]) -> str:
     takes = count(recipe, ranks)
     if takes <= ROOM * has:
         return f"memory    {_words(takes)} of this GPU's {_words(has)}, counted"
-    ladders = _checkpoints(recipe), _micro_batches(recipe, ranks)
-    fitting = [_first_that_fits(ladder, ROOM * has, lambda less: count(less, ranks)) for ladder in ladders]
-    more = "start more processes" if ranks < recipe.train.global_batch_size else None
-    do = " or ".join(filter(None, [*fitting, more])) or "take larger GPUs"
+    ladders = _checkpoints(recipe, ranks), _micro_batches(recipe, ranks), _processes(recipe, ranks)
+    fitting = [_first_that_fits(ladder, ROOM * has, count) for ladder in ladders]
+    do = " or ".join(filter(None, fitting)) or "take larger GPUs"
     room = f"room for {_words(ROOM * has)} of its {_words(has)}"
     return f"warning   a step takes {_words(takes)}, counted, and this GPU has {room}: {do}"
 
@@ -73,37 +72,44 @@ def _by_gpus(recipe: Pretrain, numbers: Iterable[int], count: Count[Pretrain]) -
     return f"memory    of each GPU, counted: {', '.join(found)}"
 
 
-# ---- with what a step stays what it is, from the cheapest on
+# ---- with what a step stays what it is, from the cheapest on: (in words, recipe, ranks)
 
 
-def _checkpoints(recipe: R) -> Iterator[tuple[str, R]]:
+def _checkpoints(recipe: R, ranks: int) -> Iterator[tuple[str, R, int]]:
     modes, parallel = get_args(ActivationCheckpoint), recipe.parallel
     for mode in modes[modes.index(parallel.activation_checkpoint) + 1 :]:
         less = replace(parallel, activation_checkpoint=mode)
-        yield f"parallel.activation_checkpoint={mode}", replace(recipe, parallel=less)
+        yield f"pass parallel.activation_checkpoint={mode}", replace(recipe, parallel=less), ranks
 
 
-def _micro_batches(recipe: R, ranks: int) -> Iterator[tuple[str, R]]:
+def _micro_batches(recipe: R, ranks: int) -> Iterator[tuple[str, R, int]]:
     if not isinstance(recipe, Pretrain):
         return
     batch = recipe.train.global_batch_size // ranks
     size = recipe.train.micro_batch_size or batch
     while size := at_most_half(size, batch):
-        yield f"train.micro_batch_size={size}", replace(recipe, train=replace(recipe.train, micro_batch_size=size))
+        less = replace(recipe.train, micro_batch_size=size)
+        yield f"pass train.micro_batch_size={size}", replace(recipe, train=less), ranks
 
 
-def _first_that_fits(ladder: Iterator[tuple[str, R]], room: float, count: Callable[[R], float]) -> str | None:
-    for words, recipe in ladder:
+def _processes(recipe: R, ranks: int) -> Iterator[tuple[str, R, int]]:
+    for more in range(2 * ranks, recipe.train.global_batch_size + 1, ranks):
+        if _divide(more, recipe):
+            yield f"start {more} processes", recipe, more
+
+
+def _first_that_fits(ladder: Iterator[tuple[str, R, int]], room: float, count: Count[R]) -> str | None:
+    for words, recipe, ranks in ladder:
         try:
-            takes = count(recipe)
+            takes = count(recipe, ranks)
         except UserError:  # of this network, which takes less of the same still less
             return None
         if takes <= room:
-            return f"pass {words} ({_words(takes)})"
+            return f"{words} ({_words(takes)})"
     return None
 
 
-def _divide(gpus: int, recipe: Pretrain) -> bool:
+def _divide(gpus: int, recipe: R) -> bool:
     try:
         check_world(recipe, gpus)
     except UserError:

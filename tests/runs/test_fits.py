@@ -57,10 +57,11 @@ def test_what_does_not_fit_is_said_with_what_does(gpus, name, values, ranks, has
     assert re.match(
         r"warning   a step takes [\d.]+ GiB, counted, and this GPU has room for [\d.]+ GiB of its [\d.]+ GiB: ", line
     )
-    assert line.endswith("start more processes")
     assert re.findall(r"pass (\S+) \([\d.]+ GiB\) or ", line) == passed
-    for override in passed:
-        (line,) = memory_in_words(load(FILES[name], [*values, override]), gpus(ranks, has), step_gib)
+    (more,) = re.findall(r"start (\d+) processes \([\d.]+ GiB\)$", line)
+    ways = [([override], ranks) for override in passed] + [([], int(more))]
+    for overrides, number in ways:
+        (line,) = memory_in_words(load(FILES[name], [*values, *overrides]), gpus(number, has), step_gib)
         assert re.fullmatch(r"memory    [\d.]+ GiB of this GPU's [\d.]+ GiB, counted", line)
 
 
@@ -68,13 +69,21 @@ def test_a_network_that_refuses_one_way_is_not_counted_for_less_of_it(gpus):
     """A network is made for each count, and one of timm's goes through a step for it."""
     counted = []
 
-    def count(recipe, gpus):
-        counted.append(recipe)
-        return step_gib(recipe, gpus)
+    def count(recipe, ranks):
+        counted.append(ranks)
+        return step_gib(recipe, ranks)
 
-    (line,) = memory_in_words(load(FILES["resnet50_100ep"]), gpus(4, 1), count)
-    assert line.endswith("GiB: start more processes")
-    assert len(counted) == 4  # as it is; selective and full; micro-batches, refused for BatchNorm
+    (line,) = memory_in_words(load(FILES["resnet50_100ep"]), gpus(4, 20), count)
+    assert re.search(r"of its 20 GiB: start 32 processes \([\d.]+ GiB\)$", line)
+    # As it is; selective and full; micro-batches, refused for BatchNorm; then more ranks.
+    assert counted == [4, 4, 4, 4, 8, 16, 32]
+
+
+def test_more_processes_divide_the_batch_and_are_whole_nodes(gpus):
+    """As many as there are now, several times."""
+    recipe = load(FILES["quickstart"], ["train.global_batch_size=1125", "parallel.precision=bf16"])
+    (line,) = memory_in_words(recipe, gpus(3, 0.05), step_gib)
+    assert re.search(r"start (9|15|45|75|225|375|1125) processes", line)
 
 
 def test_as_many_ranks_as_images_are_told_of_no_more_of_them(gpus):
