@@ -65,6 +65,26 @@ def parallelize(
             cast_weights(part.module, torch.bfloat16)
 
 
+def gather_early(encoder: nn.Module, trunk: nn.Module, heads: Iterable[nn.Module]) -> None:
+    """Let the weights of heads be on their way from the second block of a trunk on, when both belong to one forward of
+    `encoder`: they would else be asked for at the trunk's end, and a GPU would wait. Not on the first forward, in which
+    FSDP prepares itself, nor where the trunk goes alone, whose heads would stay gathered and miss an update."""
+    sharded = [head for head in heads if isinstance(head, FSDPModule)]
+    prepared: list[FSDPModule] = []
+    due: list[FSDPModule] = []
+
+    def begin(*_: object) -> None:
+        due[:], prepared[:] = prepared, sharded
+
+    def ask(*_: object) -> None:
+        while due:
+            due.pop(0).unshard(async_op=True)
+
+    if sharded and (rows := blocks(trunk)):
+        encoder.register_forward_pre_hook(begin)
+        rows[:2][-1].register_forward_pre_hook(ask)
+
+
 def is_laid_out(parallel: Parallel, ranks: int) -> bool:
     """Whether FSDP lays networks over the ranks, and casts their weights: not where each rank keeps the whole of them.
 

@@ -15,7 +15,7 @@ from engine.torch_internals import lerp_each_
 from engine.training.loss import contrastive_loss
 from engine.training.micro_batch import MicroBatches, passes_over
 from engine.training.optim import build_optimizer
-from engine.training.parallelize import local, own_gradients, saved, shares
+from engine.training.parallelize import gather_early, local, own_gradients, saved, shares
 from engine.training.schedule import MocoSchedule
 from engine.training.update import Applied, Update
 from models.moco import MoCo
@@ -61,6 +61,8 @@ class TrainState:
             self.base_shards = [local(p) for p in moco.base.parameters()]
             self.momentum_shards = [local(p) for p in moco.momentum.parameters()]
             self.shares = shares(moco.base.parameters(), group).to(self.base_shards[0].device)
+        gather_early(moco.base, moco.base.trunk, [moco.base.projector, moco.predictor])
+        gather_early(moco.momentum, moco.momentum.trunk, [moco.momentum.projector])
         trained = {name: p for name, p in moco.named_parameters() if p.requires_grad}
         self.update = Update(
             build_optimizer(optimizer, trained.values(), mesh["shard"].get_group()),

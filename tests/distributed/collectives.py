@@ -96,6 +96,14 @@ def channels(*modules: nn.Module) -> list[int]:
     return [len(layer.running_mean) for layer in layers if isinstance(layer, GlobalBatchNorm)]
 
 
+def gathers(counting: Counting, state: TrainState) -> str:
+    """What was gathered, in order: Block, Projector, pRedictor; what is none of them is left out."""
+    moco, part = state.moco, (counting.ranks - 1) / counting.ranks
+    parts = {"B": moco.base.trunk.blocks[0], "P": moco.base.projector, "R": moco.predictor}
+    letters = {part * numbers(module) * NUMBER: letter for letter, module in parts.items()}
+    return "".join(letters.get(sent, "") for sent in counting.sent["all_gather"])
+
+
 def build(world: World, shard: str, *, conv_stem: bool, least: float) -> TrainState:
     shape = {"image_size": SIDE, "patch_size": 8, "dim": 48, "depth": 3, "heads": 4, "conv_stem": conv_stem}
     with torch.device("meta"):
@@ -117,14 +125,16 @@ def main() -> None:
         for conv_stem, least in ((False, 1), (True, least_unit(world.size))):
             for shard in SHARDINGS:
                 state = build(world, shard, conv_stem=conv_stem, least=least)
-                with Counting(world.size) as counting:
-                    output = train_step(state, images)
-                with Counting(world.size) as counting_health:
-                    health(output, state)
-                found = {"conv_stem": conv_stem, "shard": shard, "health": counting_health.traffic()}
-                found |= {"sent": counting.traffic(), "least": minimum(state, shard, world.size, least)}
-                if world.is_first:
-                    print(json.dumps(found), flush=True)
+                least_traffic = minimum(state, shard, world.size, least)
+                for _ in range(2):  # heads are gathered early from the second on
+                    with Counting(world.size) as counting:
+                        output = train_step(state, images)
+                    found = {"sent": counting.traffic(), "least": least_traffic, "gathers": gathers(counting, state)}
+                    with Counting(world.size) as counting_health:
+                        health(output, state)
+                    found |= {"conv_stem": conv_stem, "shard": shard, "health": counting_health.traffic()}
+                    if world.is_first:
+                        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
