@@ -114,7 +114,8 @@ class Saver:
 
     def _save(self, shards: dcp.Shards, state: RunState, arrival: torch.cuda.Event | None) -> None:
         if arrival is not None:
-            arrival.synchronize()
+            with torch.cuda.device(arrival.device):  # a new thread is on the first GPU, and would take memory there
+                arrival.synchronize()
         sha, group = self.recipe_sha256, self.group
         commit(self.checkpoints, self._plan, shards, state, recipe_sha256=sha, group=group, before=self.before)
         if self.after is not None and rank(group) == 0:

@@ -72,7 +72,9 @@ class StopSignal:
     def message(self) -> Tensor:
         """What this rank knows, on the device, to be added up over ranks. Does not wait for the device."""
         self._look()
-        return self._counts(self.received).to(self.world.device) if self.received else self.silence
+        if not self.received:
+            return self.silence
+        return self._counts(self.received).to(self.world.device, non_blocking=True)
 
     def loudest(self, counts: Sequence[float]) -> int | None:
         """The word, a signal's number or FILE, of which a sum of messages tells, or None."""

@@ -40,7 +40,8 @@ class Trainer:
         self.task, self.plan, self.world = task, task.plan(), task.world
         self.log, self.saves, self.stop = log, saves, stop
         self.seconds: Counter[str] = Counter()  # where the wall time went
-        self.patience = TIMEOUT  # how long ranks wait for each other
+        # How long ranks wait for each other. What torch gave the groups of a mesh is less on GPUs.
+        self.patience: timedelta | None = None
         watched = getattr(task.recipe.train, "on_spike", None) == "warn" and self.world.is_first
         self.watch = Watch(task, self.plan.last_step, log.recent[0] if log.recent else None)
         self.epochs_said = task.step // task.order.steps_per_epoch
@@ -56,6 +57,7 @@ class Trainer:
         with self._progress_bar() as self.bar, self._patient_at_the_end():
             news = News(self.task, self.stop)
             self.task.at_batch = self._stop_if_asked
+            self._wait_at_most(TIMEOUT)
             self._evaluate_if_due()
             self._restart_clock()
             what = "first step"  # in which compiled blocks are compiled

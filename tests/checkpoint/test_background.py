@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -68,6 +68,31 @@ def test_nothing_is_named_before_it_is_committed_and_one_is_made_at_a_time(tmp_p
         threading.Timer(0.2, go.set).start()
     assert order == ["step_0000001"]  # the end of the body waited
     assert not [thread for thread in threading.enumerate() if thread.name == THREAD]
+
+
+def test_a_thread_waits_for_copies_on_the_gpu_that_they_come_from(tmp_path, monkeypatch):
+    """On its own it would be on the first GPU, where each rank's would take memory."""
+    current, waited = [], []
+
+    class Arrival:
+        device = torch.device("cuda", 1)
+
+        def synchronize(self) -> None:
+            waited.append((threading.current_thread().name, *current))
+
+    @contextmanager
+    def within(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    copy = Saver._copy
+    monkeypatch.setattr(torch.cuda, "device", within)
+    monkeypatch.setattr(Saver, "_copy", lambda saver, shards: copy(saver, shards) or Arrival())
+    with Saver(tmp_path, SHA) as saver:
+        saver.start(many_kinds(), example_state(1))
+        saver.wait()
+    assert waited == [(THREAD, torch.device("cuda", 1))]
 
 
 def test_a_failure_waits_for_who_asks_and_the_next_save_is_whole(tmp_path):
