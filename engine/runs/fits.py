@@ -93,16 +93,21 @@ def _micro_batches(recipe: R, ranks: int) -> Iterator[tuple[str, R, int]]:
 
 
 def _processes(recipe: R, ranks: int) -> Iterator[tuple[str, R, int]]:
+    whole = recipe
+    if isinstance(recipe, Pretrain):
+        whole = replace(recipe, train=replace(recipe.train, micro_batch_size=None))
     for more in range(2 * ranks, recipe.train.global_batch_size + 1, ranks):
         if _divide(more, recipe):
             yield f"start {more} processes", recipe, more
+        elif _divide(more, whole):  # fewer images than a micro-batch has now
+            yield f"start {more} processes and pass train.micro_batch_size=null", whole, more
 
 
 def _first_that_fits(ladder: Iterator[tuple[str, R, int]], room: float, count: Count[R]) -> str | None:
     for words, recipe, ranks in ladder:
         try:
             takes = count(recipe, ranks)
-        except UserError:  # of this network, which takes less of the same still less
+        except UserError:  # the network refuses this way, and would refuse to go further along it
             return None
         if takes <= room:
             return f"{words} ({_words(takes)})"

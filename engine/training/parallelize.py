@@ -66,15 +66,19 @@ def parallelize(
 
 
 def gather_early(encoder: nn.Module, trunk: nn.Module, heads: Iterable[nn.Module]) -> None:
-    """Let the weights of heads be on their way from the second block of a trunk on, when both belong to one forward of
-    `encoder`: they would else be asked for at the trunk's end, and a GPU would wait. Not on the first forward, in which
-    FSDP prepares itself, nor where the trunk goes alone, whose heads would stay gathered and miss an update."""
+    """Let the weights of heads come while a trunk's second block computes, where a forward of `encoder` begins with it;
+    they would otherwise be asked for at the trunk's end, and a GPU would wait for all of them.
+
+    A trunk that goes forward alone asks for none: its heads would stay gathered, and miss an update.
+
+    Args:
+        heads: those that go forward after every forward of `encoder`, before weights change.
+    """
     sharded = [head for head in heads if isinstance(head, FSDPModule)]
-    prepared: list[FSDPModule] = []
     due: list[FSDPModule] = []
 
     def begin(*_: object) -> None:
-        due[:], prepared[:] = prepared, sharded
+        due[:] = sharded
 
     def ask(*_: object) -> None:
         while due:

@@ -125,16 +125,15 @@ def main() -> None:
         for conv_stem, least in ((False, 1), (True, least_unit(world.size))):
             for shard in SHARDINGS:
                 state = build(world, shard, conv_stem=conv_stem, least=least)
-                least_traffic = minimum(state, shard, world.size, least)
-                for _ in range(2):  # heads are gathered early from the second on
-                    with Counting(world.size) as counting:
-                        output = train_step(state, images)
-                    found = {"sent": counting.traffic(), "least": least_traffic, "gathers": gathers(counting, state)}
-                    with Counting(world.size) as counting_health:
-                        health(output, state)
-                    found |= {"conv_stem": conv_stem, "shard": shard, "health": counting_health.traffic()}
-                    if world.is_first:
-                        print(json.dumps(found), flush=True)
+                with Counting(world.size) as counting:
+                    output = train_step(state, images)
+                with Counting(world.size) as counting_health:
+                    health(output, state)
+                found = {"conv_stem": conv_stem, "shard": shard, "health": counting_health.traffic()}
+                found |= {"sent": counting.traffic(), "least": minimum(state, shard, world.size, least)}
+                found["gathers"] = gathers(counting, state)
+                if world.is_first:
+                    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,15 @@ def test_more_processes_divide_the_batch_and_are_whole_nodes(gpus):
     assert re.search(r"start (9|15|45|75|225|375|1125) processes", line)
 
 
+def test_more_processes_than_micro_batches_see_their_images_at_once(gpus):
+    values = ["train.global_batch_size=64", "train.micro_batch_size=32", "parallel.precision=bf16"]
+    recipe = load(FILES["quickstart"], values)
+    now, eight = step_gib(recipe, 1), step_gib(load(FILES["quickstart"], [*values, "train.micro_batch_size=null"]), 8)
+    assert eight < now
+    (line,) = memory_in_words(recipe, gpus(1, 1.01 * eight / 0.9), lambda r, ranks: step_gib(r, ranks) + (ranks < 8))
+    assert line.endswith(f": start 8 processes and pass train.micro_batch_size=null ({eight:.1f} GiB)")
+
+
 def test_as_many_ranks_as_images_are_told_of_no_more_of_them(gpus):
     recipe = load(FILES["quickstart"], ["train.global_batch_size=2", "parallel.precision=bf16"])
     assert memory_in_words(recipe, gpus(2, 0.001), step_gib)[0].endswith("GiB: take larger GPUs")
