@@ -255,10 +255,14 @@ def check_world(recipe: Recipe, world_size: int) -> None:
         _check_micro_batch(recipe.train.micro_batch_size, batch // world_size)
 
 
+def largest_micro_batch(limit: int, batch: int) -> int:
+    """The most images of a micro-batch, up to a limit, that divide a process's batch; 0 where the limit is 0."""
+    return next((size for size in range(min(limit, batch), 0, -1) if batch % size == 0), 0)
+
+
 def _check_micro_batch(size: int | None, batch: int) -> None:
     if size is not None and batch % size:
-        fits = next(divisor for divisor in range(min(size, batch), 0, -1) if batch % divisor == 0)
-        do = f"pass train.micro_batch_size={fits}, or null for all at once"
+        do = f"pass train.micro_batch_size={largest_micro_batch(size, batch)}, or null for all at once"
         raise wrong("train.micro_batch_size", size, f"a divisor of the images of a process ({batch})", do)
 
 

@@ -8,10 +8,9 @@ import torch
 
 from engine.distributed.world import World
 from engine.errors import UserError, one_line
-from engine.recipe.load import check_world
+from engine.recipe.load import check_world, largest_micro_batch
 from engine.recipe.sections import ActivationCheckpoint, Finetune, Pretrain
 from engine.training.memory import GIB
-from engine.training.micro_batch import at_most_half
 
 ROOM = 0.9  # of a GPU: the rest is for what is not counted
 PLANNED = (1, 8, 64)  # GPUs of a run that is not started, until a number leaves little to do for more of them
@@ -87,7 +86,7 @@ def _micro_batches(recipe: R, ranks: int) -> Iterator[tuple[str, R, int]]:
         return
     batch = recipe.train.global_batch_size // ranks
     size = recipe.train.micro_batch_size or batch
-    while size := at_most_half(size, batch):
+    while size := largest_micro_batch(size // 2, batch):
         less = replace(recipe.train, micro_batch_size=size)
         yield f"pass train.micro_batch_size={size}", replace(recipe, train=less), ranks
 

@@ -25,6 +25,7 @@ from engine.evaluation.online_probe import PREFIX
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.logger import say, warn
 from engine.recipe.keys import wrong
+from engine.recipe.load import largest_micro_batch
 from engine.recipe.sections import Pretrain
 from engine.runs.auto import settled
 from engine.runs.changes import begun, readable
@@ -39,7 +40,7 @@ from engine.runs.words import few_steps, images_in_words, loss_in_words, own_ima
 from engine.training.activation_checkpoint import check_activation_checkpoint
 from engine.training.health import health
 from engine.training.memory import memory_of
-from engine.training.micro_batch import MicroBatches, at_most_half
+from engine.training.micro_batch import MicroBatches
 from engine.training.parallelize import (
     check_compiler,
     compiled,
@@ -244,7 +245,7 @@ class Pretraining(Task):
 
     @property
     def less_memory(self) -> str:
-        half = at_most_half(self.micro_batch, self.local_batch)
+        half = largest_micro_batch(self.micro_batch // 2, self.local_batch)
         if not half or has_batch_norm(self.moco.base.trunk):
             return super().less_memory
         return f"train.micro_batch_size={half}, {super().less_memory}"

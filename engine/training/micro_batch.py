@@ -37,11 +37,6 @@ class MicroBatches:
         return [slice(first, first + self.size) for first in range(0, self.batch, self.size)]
 
 
-def at_most_half(size: int, batch: int) -> int:
-    """The largest micro-batch that divides the batch and has at most half of this size; 0 where there is none."""
-    return next((half for half in range(size // 2, 0, -1) if batch % half == 0), 0)
-
-
 class WholePasses:
     """Of all images at once."""
 

@@ -19,6 +19,7 @@ from engine.recipe.sections import Parallel
 from engine.torch_internals import allow_variants, forget_forwards, has_cpp_compiler, keeping
 from engine.training.activation_checkpoint import KEPT_SHARE, checkpoint_forward
 from engine.training.cast import cast_weights
+from models.moco import Encoder
 from models.norm import batch_norm_weights, set_batch_norm_group
 from models.parts import Network, Part
 from models.trunk import HasStem, blocks, cast_constants, rows_of_blocks
@@ -65,16 +66,16 @@ def parallelize(
             cast_weights(part.module, torch.bfloat16)
 
 
-def gather_early(encoder: nn.Module, trunk: nn.Module, heads: Iterable[nn.Module]) -> None:
-    """Let the weights of heads come while a trunk's second block computes, where a forward of `encoder` begins with it;
-    they would otherwise be asked for at the trunk's end, and a GPU would wait for all of them.
+def gather_early(encoder: Encoder, *more_heads: nn.Module) -> None:
+    """In each forward of an encoder, let the weights of heads come while the trunk's second block computes; they would
+    otherwise be asked for at the trunk's end, and a GPU would wait for all of them.
 
     A trunk that goes forward alone asks for none: its heads would stay gathered, and miss an update.
 
     Args:
-        heads: those that go forward after every forward of `encoder`, before weights change.
+        more_heads: those that go forward after every forward of `encoder`, before weights change.
     """
-    sharded = [head for head in heads if isinstance(head, FSDPModule)]
+    sharded = [head for head in (encoder.projector, *more_heads) if isinstance(head, FSDPModule)]
     due: list[FSDPModule] = []
 
     def begin(*_: object) -> None:
@@ -84,7 +85,7 @@ def gather_early(encoder: nn.Module, trunk: nn.Module, heads: Iterable[nn.Module
         while due:
             due.pop(0).unshard(async_op=True)
 
-    if sharded and (rows := blocks(trunk)):
+    if sharded and (rows := blocks(encoder.trunk)):
         encoder.register_forward_pre_hook(begin)
         rows[:2][-1].register_forward_pre_hook(ask)
 

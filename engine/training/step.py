@@ -61,8 +61,8 @@ class TrainState:
             self.base_shards = [local(p) for p in moco.base.parameters()]
             self.momentum_shards = [local(p) for p in moco.momentum.parameters()]
             self.shares = shares(moco.base.parameters(), group).to(self.base_shards[0].device)
-        gather_early(moco.base, moco.base.trunk, [moco.base.projector, moco.predictor])
-        gather_early(moco.momentum, moco.momentum.trunk, [moco.momentum.projector])
+        gather_early(moco.base, moco.predictor)
+        gather_early(moco.momentum)
         trained = {name: p for name, p in moco.named_parameters() if p.requires_grad}
         self.update = Update(
             build_optimizer(optimizer, trained.values(), mesh["shard"].get_group()),
