@@ -16,6 +16,8 @@ from engine.logger import warn
 
 QUESTIONS = "engine/questions"  # of ranks that want to know the name
 LOOK_SECONDS = 0.05
+# By which NCCL's watchdogs tell each other of a failure, below no name: those of a new start would end for an old one.
+FAREWELLS = "exception_dump", "remote_error"
 SAY_SECONDS = 60.0  # between two lines about ranks that have not come
 
 
@@ -77,7 +79,9 @@ def _answer(store: dist.Store, size: int, timeout: timedelta) -> str:
             store.multi_set(list(asked), [name] * len(asked))
             answered |= asked
         missing -= {int(rank) for rank in _list(store, f"engine/{name}/heard")}
-        if not missing:
+        if not missing:  # so nobody of an earlier start lives
+            for farewell in FAREWELLS:
+                store.delete_key(farewell)
             return name
         late = f"ranks {listed([str(rank) for rank in sorted(missing)])}"
         waited = time.monotonic() - begun

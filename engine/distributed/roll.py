@@ -10,13 +10,16 @@ from engine.distributed.world import LOST, ROLL_TIMEOUT, UNHURRIED, World
 from engine.errors import one_line
 from engine.torch_internals import all_groups, set_group_timeout
 
+AFTERWARDS = timedelta(minutes=2)  # NCCL's watchdog ends a process, and what is not said by then never is
+
 
 def wait_at_most(world: World, timeout: timedelta) -> None:
-    """From now on an operation that waits for other ranks fails after this time, on all groups but UNHURRIED ones."""
+    """From now on an operation that waits for other ranks fails after this time, on all groups but UNHURRIED ones; one
+    of GPUs AFTERWARDS, by when a rank has waited in vain for its own GPU and said so (engine.runs.on_host)."""
     if world.size > 1:
         for group in all_groups():
             if group.group_desc != UNHURRIED:
-                set_group_timeout(group, timeout)
+                set_group_timeout(group, timeout + (dist.get_backend(group) == "nccl") * AFTERWARDS)
 
 
 def lost_ranks(world: World, error: BaseException, timeout: timedelta) -> str | None:

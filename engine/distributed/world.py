@@ -19,6 +19,7 @@ from engine.distributed.agreement import agreement, all_gather
 from engine.distributed.launcher import allow_open_files, end_with_launcher, is_launched, local_rank, local_ranks
 from engine.distributed.rendezvous import meet
 from engine.errors import RunFailed, UserError, one_line
+from engine.torch_internals import set_group_timeout
 
 T = TypeVar("T")
 
@@ -106,7 +107,8 @@ def _joined() -> Iterator[World]:
     try:
         host_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         save_group = dist.new_group(backend="gloo", timeout=TIMEOUT, group_desc=UNHURRIED)
-        roll_group = dist.new_group(backend="gloo", timeout=ROLL_TIMEOUT, group_desc=UNHURRIED)
+        roll_group = dist.new_group(backend="gloo", timeout=TIMEOUT, group_desc=UNHURRIED)
+        set_group_timeout(roll_group, ROLL_TIMEOUT)  # now that all have met
         yield World(rank, size, device, dist.group.WORLD, host_group, save_group, roll_group)
     except BaseException:
         # NCCL's farewell waits for kernels whose peers may never come: after a failure the process just ends.
@@ -124,7 +126,10 @@ def _own_gpu() -> torch.device:
         most = f"at most {gpus}, the number of GPUs that each of them sees"
         raise UserError(f"ranks ({local_ranks()}) must be {most}; start fewer, or let each see all GPUs of its node")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    # NCCL asks when it starts, and then leaves out sums whose order varies. A run goes further (runs/run.py).
+    # Sums by the switches of NVLink vary in their order; torch would leave out those of one node alone.
+    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")  # the groups of a mesh share a GPU
+    # A run goes further (runs/run.py).
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # only wanted for finding bugs, and slow
     torch.backends.cudnn.allow_tf32 = False

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -173,6 +175,7 @@ class Pretraining(Task):
         self.micro_batch = recipe.train.micro_batch_size or self.local_batch
         self.schedule = make_schedule(recipe, self.order.steps_per_epoch)
         self.watched = watched
+        self.beside = ThreadPoolExecutor(1)  # for the host alone, while the device trains
         self.most_rankme = min(moco.width, moco.views * self.order.batch)
         self.bank = open_bank(recipe, watched) if has_monitor(watched) else None
 
@@ -252,11 +255,17 @@ class Pretraining(Task):
 
     def metrics(self, output: StepOutput) -> dict[str, Tensor | float]:
         row: dict[str, Tensor | float] = {**health(output, self.trained)}
-        gram_DD = feature_gram(output.features, self.world.group)
-        if self.world.is_first:  # eigenvalues take a while, and it alone writes the log
-            row["rankme"] = rankme_from_gram(gram_DD)
         first = {"loss": row.pop("loss"), "lr": output.applied.lr, "momentum": output.momentum}
         return first | row | ({} if self.probe is None else self.probe.describe())
+
+    def describe(self, output: StepOutput, within: timedelta) -> Row:
+        gram_DD = feature_gram(output.features, self.world.group)
+        if not self.world.is_first:  # it alone writes the log
+            return super().describe(output, within)
+        copy_DD = gram_DD.to("cpu", non_blocking=True)  # is there before the row is
+        row = super().describe(output, within)
+        # Eigenvalues take longer than a step of many GPUs, which would wait for them.
+        return row | {"rankme": self.beside.submit(lambda: rankme_from_gram(copy_DD).item())}
 
     @property
     def evaluate_every(self) -> int:

@@ -6,6 +6,7 @@ Shapes: V views, B images of this rank, S side of an image.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +36,7 @@ from engine.recipe.paths import named
 from engine.recipe.sections import Parallel, Recipe
 from engine.runs.auto import taken
 from engine.runs.log import Row
+from engine.runs.on_host import on_host
 from engine.runs.plan import Plan
 from engine.runs.upload import uploaded
 from engine.training.activation_checkpoint import stronger
@@ -42,15 +44,6 @@ from engine.training.update import Update
 
 PICTURED = 8  # images of which TensorBoard shows what the networks see
 SKIPS_IN_A_ROW = 10  # steps without update after which a run has failed
-
-
-def on_host(numbers: Mapping[str, Tensor | float]) -> Row:
-    """The same as plain numbers: those on the device come in one copy, for which it is waited once."""
-    tensors = {name: number for name, number in numbers.items() if isinstance(number, Tensor)}
-    values = torch.stack([tensor.double() for tensor in tensors.values()]).tolist()
-    pairs = zip(tensors.items(), values, strict=True)
-    fetched = {name: value if tensor.is_floating_point() else int(value) for (name, tensor), value in pairs}
-    return {**numbers, **fetched}
 
 
 class Task(ABC):
@@ -251,10 +244,13 @@ class Task(ABC):
         # Compiled code is made for one layout, and a part of a batch may have another.
         return self.augment(crops.contiguous(), sample_B, torch.full((), epoch, device=self.world.device))
 
-    def describe(self, output: Any) -> Row:
-        """The loss row of a step, of which other ranks than 0 may lack something. May raise RunFailed."""
+    def describe(self, output: Any, within: timedelta) -> Row:
+        """The loss row of a step, of which other ranks than 0 may lack something. A Future stands for what takes long.
+
+        Waits for the device. May raise RunFailed, and RuntimeError where the step takes longer than `within`.
+        """
         counts = {"skipped": self.update.skipped, "in a row": self.update.skipped_in_a_row}
-        row = on_host(self.metrics(output) | counts)
+        row: Row = on_host(self.metrics(output) | counts, within)
         self.check_skips(row.pop("skipped"), row.pop("in a row"), self.step)
         return {"epoch": self.epoch} | row | {"bad_images": self.bad_images.count()}
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -20,7 +21,7 @@ from engine.distributed.world import TIMEOUT
 from engine.errors import Interrupted, RunFailed, UserError
 from engine.logger import say
 from engine.runs.failures import kept
-from engine.runs.log import MetricsLog
+from engine.runs.log import MetricsLog, Row
 from engine.runs.news import News
 from engine.runs.saves import Saves
 from engine.runs.spikes import SpikeAlarm
@@ -40,8 +41,9 @@ class Trainer:
         self.task, self.plan, self.world = task, task.plan(), task.world
         self.log, self.saves, self.stop = log, saves, stop
         self.seconds: Counter[str] = Counter()  # where the wall time went
-        # How long ranks wait for each other. What torch gave the groups of a mesh is less on GPUs.
-        self.patience: timedelta | None = None
+        # How long ranks wait for each other; nobody is told yet. What torch gave the groups of a mesh is less on GPUs.
+        self.patience = timedelta(0)
+        self.unwritten: tuple[int, Row] | None = None  # the newest loss row, of which something is still computed
         watched = getattr(task.recipe.train, "on_spike", None) == "warn" and self.world.is_first
         self.watch = Watch(task, self.plan.last_step, log.recent[0] if log.recent else None)
         self.epochs_said = task.step // task.order.steps_per_epoch
@@ -54,24 +56,25 @@ class Trainer:
             Interrupted: the run was asked to stop; the state is saved and the same command goes on.
             RunFailed: the task cannot go on, or is not saved.
         """
-        with self._progress_bar() as self.bar, self._patient_at_the_end():
+        with self._progress_bar() as self.bar, self._ends_in_order():
             news = News(self.task, self.stop)
             self.task.at_batch = self._stop_if_asked
             self._wait_at_most(TIMEOUT)
-            self._evaluate_if_due()
-            self._restart_clock()
-            what = "first step"  # in which compiled blocks are compiled
             if self.task.parallel is not None and self.task.parallel.compile and self.task.step < self.plan.last_step:
                 say("compiling the network, which may take minutes: the first step is said when it is done")
+            self._evaluate_if_due()  # compiles, too
+            self._restart_clock()
+            what = "first step"  # in which compiled blocks are compiled
             for batch in self._timed("data", self._batches()):
                 self.task.bad_images.meet(batch.bad)
+                within = self.patience  # of this step's messages
                 with self._time(what):
                     output = self.task.train_step(batch)
                     self.stop.at_once = False
                     self._wait_at_most(timedelta(seconds=self.task.timeout))
-                    self._log_if_due(output, batch)
+                    self._log_if_due(output, batch, within)
                 self._check_bad_images()
-                what, word, step = "training", news.after_step(), self.task.step
+                what, word, step = "training", news.after_step(within), self.task.step
                 # An evaluation takes minutes on large data, and a scheduler's grace is short: save before it.
                 if word is not None or self.plan.saves_after(step) or self.plan.evaluates_after(step):
                     self._save(must=word is not None or step == self.plan.last_step)
@@ -86,10 +89,11 @@ class Trainer:
             wait_at_most(self.world, timeout)
 
     @contextmanager
-    def _patient_at_the_end(self) -> Iterator[None]:
+    def _ends_in_order(self) -> Iterator[None]:
         try:
             yield
         finally:
+            self._write_row(must=True)
             self._wait_at_most(TIMEOUT)
 
     def _batches(self) -> Iterator[Any]:
@@ -99,16 +103,18 @@ class Trainer:
             yield from self.task.batches(self.plan.last_step)
         except (RunFailed, UserError) as failure:
             if self.world.size == 1 and self.task.step:
+                self._write_row(must=True)
                 self.saves.secure()
             words = f"{failure}; {kept(self.saves.checkpoints, self.task.step)}"
             raise (UserError(words) if isinstance(failure, UserError) else RunFailed(words, alone=True)) from failure
 
-    def _log_if_due(self, output: Any, batch: Any) -> None:
+    def _log_if_due(self, output: Any, batch: Any, within: timedelta) -> None:
         step = self.task.step
         self.bar.update()
+        self._write_row(must=self.plan.logs_after(step))
         if not self.plan.logs_after(step):
             return
-        row = self.task.describe(output)
+        row = self.task.describe(output, within)
         now = time.perf_counter()
         row["images_per_second"] = (step - self.clock[0]) * self.task.order.batch / (now - self.clock[1])
         row |= self.watch.measure()
@@ -116,9 +122,22 @@ class Trainer:
         if self.alarm is not None:
             self.alarm.judge(step, row["grad_norm"])
             row["spikes"] = self.alarm.count
-        self.log.loss_row(step, row)
+        self.unwritten = step, row
+        self._write_row(must=False)
         if step == 1:
             self.log.picture("views", self.task.picture(batch), step)
+
+    def _write_row(self, *, must: bool) -> None:
+        """Where it is whole, or must be."""
+        if self.unwritten is None:
+            return
+        step, row = self.unwritten
+        late = {key: value for key, value in row.items() if isinstance(value, Future)}
+        if not (must or all(value.done() for value in late.values())):
+            return
+        self.unwritten = None
+        row |= {key: value.result() for key, value in late.items()}
+        self.log.loss_row(step, row)
         self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['images_per_second']:,.0f} images/s")
         line, ended = self.watch.line(step, row), step // self.task.order.steps_per_epoch
         if self.bar.disable or ended > self.epochs_said:  # beside a bar a line for each epoch is enough
@@ -173,6 +192,7 @@ class Trainer:
                 self.log.show(name, content, step)
 
     def _save(self, *, must: bool) -> None:
+        self._write_row(must=True)
         self._wait_at_most(TIMEOUT)
         with self._time("checkpoints"):
             self.saves.make(must=must)

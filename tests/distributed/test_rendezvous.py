@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from engine.distributed import rendezvous
+from engine.distributed import rendezvous, world
 from engine.distributed.rendezvous import of_this_start
 from engine.distributed.roll import lost_ranks
 from engine.distributed.world import process_group
@@ -35,6 +35,16 @@ def test_each_start_has_a_name_of_its_own():
     for _ in range(3):
         assert meet(store, 4) == [b"0", b"1", b"2", b"3"]
     assert of_this_start(store, 0, 1, SHORT).check(["word/0"]) is False
+
+
+def test_no_farewell_of_an_earlier_start_reaches_a_new_one():
+    """NCCL's watchdogs look for it below no name, and end whoever finds it."""
+    store, farewells = dist.HashStore(), ["exception_dump", "remote_error"]
+    assert meet(store, 2) == [b"0", b"1"]
+    for farewell in farewells:
+        store.set(farewell, "1")
+    assert meet(store, 2) == [b"0", b"1"]
+    assert not any(store.check([farewell]) for farewell in farewells)
 
 
 def test_who_is_waited_for_is_said(monkeypatch, capsys):
@@ -104,3 +114,19 @@ def test_where_all_ranks_answer_torchs_own_words_are_kept(monkeypatch):
     groups = dict.fromkeys(("group", "host_group", "save_group", "roll_group"))
     error = RuntimeError("NCCL error: unhandled system error (run with NCCL_DEBUG=INFO for details)")
     assert "run with NCCL_DEBUG=INFO" in lost_ranks(SimpleNamespace(size=2, **groups), error, LONG)
+
+
+def test_ranks_may_meet_for_the_roll_as_late_as_for_all_else(monkeypatch):
+    """Nodes start one after another. Who is lost is then found out in less time."""
+    made, later, new_group = {}, {}, dist.new_group
+
+    def noted(*, timeout, **how):
+        group = new_group(timeout=timeout, **how)
+        made[group] = timeout
+        return group
+
+    monkeypatch.setattr(dist, "new_group", noted)
+    monkeypatch.setattr(world, "set_group_timeout", lambda group, timeout: later.update({group: timeout}))
+    with process_group() as own:
+        assert made == dict.fromkeys((own.host_group, own.save_group, own.roll_group), world.TIMEOUT)
+        assert later == {own.roll_group: world.ROLL_TIMEOUT}
