@@ -86,8 +86,9 @@ def train_step(state: TrainState, images: Tensor | MicroBatches) -> StepOutput:
     """
     passes, step = passes_over(images, state.moco), state.update.step
     momentum = state.schedule.momentum_at(step)
-    state.update.begin()
+    state.update.begin()  # remembers what a step without update must leave as it is
 
+    # Before the keys, as the published code has it: Algorithm 1 has it after the optimizer, and so one update further.
     # Parameters alone: the momentum encoder's BatchNorm buffers follow its own forward.
     lerp_each_(state.momentum_shards, state.base_shards, 1 - momentum)
     keys = passes.keys()
