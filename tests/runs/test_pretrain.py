@@ -283,10 +283,10 @@ def test_a_log_that_is_taken_away_costs_nothing_but_itself(world, tmp_path, capf
     """In the middle of a run, which knows what it wrote, and before a finished one is asked for again."""
     described = Pretraining.describe
 
-    def remove_log(task, output):
+    def remove_log(task, output, within):
         if task.step == 2:
             (tmp_path / "metrics.jsonl").unlink()
-        return described(task, output)
+        return described(task, output, within)
 
     monkeypatch.setattr(Pretraining, "describe", remove_log)
     values = [*SMALL, "model.dim=16", "model.heads=2", "data.workers=0", f"run.dir={tmp_path}", "train.max_steps=4"]
