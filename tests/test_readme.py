@@ -6,6 +6,7 @@ import subprocess
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from engine.recipe.sections import RECIPES
 from engine.recipes import copy
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 TEXTS = [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", *sorted(ROOT.glob("engine/*/README.md"))]
 # Runs a block without running anything: commands say what they are, and there is no PATH to find others on.
 SPOKEN = """
@@ -119,3 +121,13 @@ def test_every_key_that_is_named_is_a_recipe_s():
     named = set(re.findall(rf"`((?:{sections})\.[a-z_]+)[`=:,]", "".join(text.read_text() for text in TEXTS)))
     assert named
     assert not {name for name in named - known if not name.endswith(".py")}
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "quickstart_conv"])
+def test_a_recipe_says_the_results_that_the_readme_says(recipe):
+    measured = {}
+    for when, seeds, mean in re.findall(rf"^\| `{recipe}` (\w.*?) \| ([\d., ]+): ([\d.]+) \| ", README, re.MULTILINE):
+        assert float(mean) == pytest.approx(fmean(map(float, seeds.split(", "))), abs=0.0501)
+        measured[when] = mean
+    head = re.search(r"kNN top-1 ([\d.]+) % \(mean\) from ([\d.]+) %", (ROOT / f"recipes/{recipe}.yaml").read_text())
+    assert head.groups() == (measured["trained"], measured["at initialisation"])
