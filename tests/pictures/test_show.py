@@ -20,7 +20,7 @@ def test_refusals(images, tmp_path):
         r"OUT \(.*out.gif\) must end in .png": ("attention", VIT, broken, tmp_path / "out.gif"),
         r"OUT \(.*folder.png\) must be a file": ("attention", VIT, broken, tmp_path / "folder.png"),
         r"OUT \(.*\) must lie in a folder that exists": ("attention", VIT, broken, tmp_path / "no" / "out.png"),
-        r"OUT \(/proc/out.png\) must lie in a folder that can be written": ("attention", "none", broken, "/proc/out.png"),
+        r"OUT \(/proc/a.png\) must lie in a folder that can be written": ("attention", "none", broken, "/proc/a.png"),
         r"IMAGE \(.*broken.jpg\) must be a readable image": ("attention", VIT, broken, out),
         r"IMAGE \(.*none.jpg\) must be a readable image: No such file": ("attention", VIT, tmp_path / "none.jpg", out),
         r"CHECKPOINT \(.*none\) must exist": ("neighbours", tmp_path / "none", *few),

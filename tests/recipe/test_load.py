@@ -232,6 +232,26 @@ def test_the_words_name_type_and_range():
     assert "wide_resnet101_2 or timm/<name>" in complaint("model.name=vit_tiny")
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.epochs='3'", "train.epochs ('3') must be an integer >= 1;"),
+        ("train.epochs=3\u00a0", r"train.epochs ('3\xa0') must be an integer >= 1;"),
+        ("train.max_steps='null'", "train.max_steps ('null') must be an integer >= 1 or null;"),
+        ("parallel.compile='true'", "parallel.compile ('true') must be true or false"),
+        ("augment.blur_sigma='[0.1, 2]'", "augment.blur_sigma ('[0.1, 2]') must be a list of 2"),
+        ("optimizer.name='adamw '", "optimizer.name ('adamw ') must be one of adamw, lars"),
+        ("model.name='vit_small '", "model.name ('vit_small ') must be"),
+        (f"train.epochs={10**22}", f"train.epochs ({10**22}) must be an integer >= 1, and below 2**63;"),
+        (f"train.max_steps={2**63}", f"train.max_steps ({2**63}) must be an integer >= 1 or null, and below 2**63;"),
+        (f"run.seed={-(10**22)}", f"run.seed ({-(10**22)}) must be an integer >= 0, and above -2**63;"),
+        (f"augment.hue={10**400}", "must be a finite number from 0 to 0.5, and below 2**1023;"),
+    ],
+)
+def test_what_is_shown_is_not_what_is_asked_for(override, words):
+    assert words in complaint(override)
+
+
 # ---- combinations ----------------------------------------------------------------------------------------------------
 
 OWN_SHAPE = [f"model.{name}=null" for name in recipes.VIT_KEYS]
