@@ -16,7 +16,6 @@ from engine.own_models import exit_if_hidden
 # Every door imports this module before others, and what follows imports `models`, which must not be a stranger's.
 exit_if_hidden()
 
-from engine.recipe.keys import wrong  # noqa: E402
 from engine.recipe.load import AnyRecipe, check_world, load, place  # noqa: E402
 from engine.recipe.paths import each, expand, typed  # noqa: E402
 from engine.recipe.ranges import CENTRE  # noqa: E402
@@ -286,5 +285,6 @@ def read_share(text: str, key: str) -> float:
     match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)%", text)
     share = float(match[1]) / 100 if match else 0.0
     if not 0 < share <= 1:
-        raise wrong(key, text, "a percentage above 0% and up to 100%, such as 1%", f"pass {key}=1%")
+        must = "must be a percentage above 0% and up to 100%, such as 1%"
+        raise UserError(f"{key} ({one_line(text)}) {must}; pass {key}=1%")
     return share
