@@ -17,7 +17,7 @@ from engine.own_models import exit_if_hidden
 exit_if_hidden()
 
 from engine.recipe.load import AnyRecipe, check_world, load, place  # noqa: E402
-from engine.recipe.paths import each, expand, typed  # noqa: E402
+from engine.recipe.paths import check_paths, each, expand, typed  # noqa: E402
 from engine.recipe.ranges import CENTRE  # noqa: E402
 from engine.recipe.sections import Paths, Source  # noqa: E402
 from engine.recipe.shipped import find  # noqa: E402
@@ -195,7 +195,7 @@ def image_roots(options: Namespace, *names: str) -> "list[Root]":
     from engine.data.opening import guess_kind  # loads PyTorch
     from engine.data.source import Root
 
-    paths = [[expand(path) for path in each(_value(options, name))] for name in names]
+    paths = [[expand(path, name) for path in each(_value(options, name))] for name in names]
     kind = kind or guess_kind(paths[0][0])
     return [
         Root(kind, first, name, options.dataset, more=tuple(more))
@@ -259,6 +259,7 @@ def request(kind: type[AnyRecipe], file: Path, said: Mapping[str, Any], override
     """
     said = {key: value for key, value in said.items() if value is not None}
     recipe = load(file, _overrides(said, overrides), kind)
+    check_paths(recipe)
     missing, given = sorted(ROOTS, key=lambda key: key in said)
     if given in said and missing not in said:
         pass_both = "pass both, or none for the recipe's own"
