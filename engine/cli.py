@@ -16,9 +16,8 @@ from engine.own_models import exit_if_hidden
 # Every door imports this module before others, and what follows imports `models`, which must not be a stranger's.
 exit_if_hidden()
 
-from engine.recipe.keys import wrong  # noqa: E402
 from engine.recipe.load import AnyRecipe, check_world, load, place  # noqa: E402
-from engine.recipe.paths import each, expand, typed  # noqa: E402
+from engine.recipe.paths import check_paths, each, expand, typed  # noqa: E402
 from engine.recipe.ranges import CENTRE  # noqa: E402
 from engine.recipe.sections import Paths, Source  # noqa: E402
 from engine.recipe.shipped import find  # noqa: E402
@@ -196,7 +195,7 @@ def image_roots(options: Namespace, *names: str) -> "list[Root]":
     from engine.data.opening import guess_kind  # loads PyTorch
     from engine.data.source import Root
 
-    paths = [[expand(path) for path in each(_value(options, name))] for name in names]
+    paths = [[expand(path, name) for path in each(_value(options, name))] for name in names]
     kind = kind or guess_kind(paths[0][0])
     return [
         Root(kind, first, name, options.dataset, more=tuple(more))
@@ -260,6 +259,7 @@ def request(kind: type[AnyRecipe], file: Path, said: Mapping[str, Any], override
     """
     said = {key: value for key, value in said.items() if value is not None}
     recipe = load(file, _overrides(said, overrides), kind)
+    check_paths(recipe)
     missing, given = sorted(ROOTS, key=lambda key: key in said)
     if given in said and missing not in said:
         pass_both = "pass both, or none for the recipe's own"
@@ -286,5 +286,6 @@ def read_share(text: str, key: str) -> float:
     match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)%", text)
     share = float(match[1]) / 100 if match else 0.0
     if not 0 < share <= 1:
-        raise wrong(key, text, "a percentage above 0% and up to 100%, such as 1%", f"pass {key}=1%")
+        must = "must be a percentage above 0% and up to 100%, such as 1%"
+        raise UserError(f"{key} ({one_line(text)}) {must}; pass {key}=1%")
     return share

@@ -74,20 +74,16 @@ def read_size(text: str) -> int:
 
 def _gains(packing: "Packing", split: str) -> str:
     """What packing a split was good for, in a line."""
-    from engine.data.packing import bytes_of
+    from engine.data.packing import bytes_of, readable
 
     source, packed = packing.splits[split], packing.packed(split)
     tars = packing.tars_of(split)
     size, images = sum(tar.bytes for tar in tars), sum(tar.images for tar in tars)
-    before = "" if source.files() is None else f", before {_readable(bytes_of(source))}"
+    before = "" if source.files() is None else f", before {readable(bytes_of(source))}"
     sooner = f"decoded in {_milliseconds(packed):.2f} ms of CPU time each, before in {_milliseconds(source):.2f}"
     return (
-        f"{split}: {images:,} images in {len(tars):,} tar{'s' * (len(tars) > 1)} of {_readable(size)}{before}; {sooner}"
+        f"{split}: {images:,} images in {len(tars):,} tar{'s' * (len(tars) > 1)} of {readable(size)}{before}; {sooner}"
     )
-
-
-def _readable(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _milliseconds(source: "Source") -> float:

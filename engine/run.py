@@ -13,6 +13,7 @@ from engine.door import enter, joined, show
 from engine.launch import launch, read_ranks, read_restarts
 from engine.logger import note, say
 from engine.recipe.load import check_world, load
+from engine.recipe.paths import check_paths
 from engine.recipe.sections import Pretrain
 
 
@@ -34,6 +35,7 @@ def main(arguments: list[str]) -> None:
 
     recipe = load(options.recipe, options.overrides)
     check_world(recipe, options.ranks or ranks())
+    check_paths(recipe)
     if options.print:
         _print(recipe, options.recipe, options.ranks or 1)
     elif (options.ranks or 1) > 1:

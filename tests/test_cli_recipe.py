@@ -1,11 +1,13 @@
 """What a command says stands in its recipe's place, and a percentage is read as it is written."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import run
 from engine.cli import read_share, request
 from engine.errors import UserError
 from engine.recipe.sections import Linear
@@ -46,6 +48,13 @@ def test_a_torchvision_recipe_keeps_its_source_and_other_roots_are_looked_at(tmp
     for key, missing, other in (("data.root", "--val", "--train"), ("data.val_root", "--train", "--val")):
         with pytest.raises(UserError, match=rf"^{missing} \(missing\) must be given with {other}; pass both"):
             request(Linear, VIT, {key: str(tmp_path)}, [])
+
+
+def test_a_path_that_cannot_be_is_told_before_pytorch_is_loaded(capsys):
+    for main in (partial(request, Linear, VIT, {}), lambda overrides: run.main(["quickstart", *overrides])):
+        with pytest.raises(UserError, match=r"^run.dir \(~nobody-here/a\) must name what exists; there is no user"):
+            main(["run.dir=~nobody-here/a"])
+    assert "PyTorch" not in capsys.readouterr().err
 
 
 def test_the_launch_must_suit(monkeypatch):

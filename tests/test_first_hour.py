@@ -90,7 +90,7 @@ def test_the_first_hour(home):
     for line in (
         "data.root (photos): left out in photos: 2 .heic, 1 .txt; convert .heic to JPEG where they shall count",
         "2 cannot be read and are left out",
-        "data      95 training images (unlabelled), no validation images",
+        f"data      95 training images (unlabelled) in {home}/photos, no validation images",
         "monitor   kNN on labelled images beside: 24 as neighbours of 48, 4 classes",
     ):
         assert line in trained.out + trained.err

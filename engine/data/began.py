@@ -219,6 +219,7 @@ class AsBegun(Source):
         self.by_folder = None if began.labels_N is None else source.by_folder
         self.changes = changes.in_words(began)
         self.notes, self.otherwise, self.folders = source.notes, source.otherwise, source.folders
+        self.found_in = source.found_in
         if other := changes.relabelled:
             raise UserError(
                 f"data.accept_changes (true) must not change labels: {len(other):,} images have others than the run "

@@ -6,7 +6,7 @@ Shapes: N images of all tables, T tables.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +70,8 @@ def is_hf(path: Path) -> bool:
 def _files(root: Root, split: Split) -> tuple[list[Path], list[str]]:
     """The tables of a split, and lines about the others."""
     path = root.path
-    path.stat()  # raises OSError where there is nothing
+    with suppress(NotADirectoryError):
+        next(path.iterdir(), None)  # raises OSError where there is nothing, or nothing that may be seen
     if path.is_file() or (path / _SAVED).is_file():
         return ([] if split == "val" else _saved(root, path)), []
     if (path / _SPLITS).is_file():

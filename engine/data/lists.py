@@ -70,7 +70,7 @@ def _lines(root: Root) -> Iterator[tuple[int, bytes, bytes]]:
             if text and (not path or len(labels) > 1):
                 raise UserError(
                     f"{root} must have a path on each line and at most a tab and a label after it; line {number} is "
-                    f"{printable(text)[:80]!r}"
+                    f"'{printable(text)[:80]}'"
                 )
             if text:
                 yield number, path, _label(labels[0] if labels else b"")

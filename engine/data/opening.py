@@ -39,7 +39,10 @@ def open_source(root: Root, split: Split) -> Source | None:
     one that holds `train` alone. Of several roots each gives its own. Raises UserError where the data is missing or
     unfit.
     """
-    return _joined(root, [_open(each, split) for each in root.each()])
+    source = _joined(root, [_open(each, split) for each in root.each()])
+    if source is not None:
+        source.found_in = escaped(listed([str(path.absolute()) for path in root.paths], most=5))
+    return source
 
 
 def open_validation(root: Root) -> Source:

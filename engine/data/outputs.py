@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from engine.data.decode import is_image_name
@@ -14,9 +15,12 @@ _BESIDE = ("checkpoints", "metrics.jsonl")  # of which a run has one from its fi
 
 
 def holds_run(folder: str | bytes | Path) -> bool:
-    """Whether it is a run directory, whose pictures are no images of a set that it lies in."""
+    """Whether it is a run directory, whose pictures are no images of a set that it lies in; a folder that may not be
+    looked into is none, and whoever enters it is refused."""
     path = Path(os.fsdecode(folder))
-    return (path / OF_A_RUN).is_file() and any((path / name).exists() for name in _BESIDE)
+    with suppress(PermissionError):
+        return (path / OF_A_RUN).is_file() and any((path / name).exists() for name in _BESIDE)
+    return False
 
 
 def check_run_directory(path: Path, sources: Iterable[Source | None]) -> None:

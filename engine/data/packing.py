@@ -104,6 +104,8 @@ class Packing:
     def _held(self) -> Iterator[None]:
         """The folder, for this process alone."""
         try:
+            if not (self.out / _STATE).exists():
+                self._check_room()  # before anything is made
             self.out.mkdir(parents=True, exist_ok=True)
             if not (self.out / _STATE).exists() and any(each.name != _LOCK for each in self.out.iterdir()):
                 raise UserError(f"OUT ({self.out}) must be a new or an empty folder; pass another")
@@ -150,9 +152,10 @@ class Packing:
         if self.form.short_side is None and all(source.files() is not None for source in self.splits.values()):
             needed = sum(bytes_of(source) + 2 * BLOCK * len(source) for source in self.splits.values())
             needed -= sum(tar.bytes for tar in self.tars)
-            free = shutil.disk_usage(self.out).free
+            out = self.out.absolute()
+            free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
             if needed > free:
-                room = f"{needed / 1e9:.1f} GB free, and has {free / 1e9:.1f}"
+                room = f"{readable(needed)} free, and has {readable(free)}"
                 raise UserError(f"OUT ({self.out}) must have about {room}; pass another, or --short-side 256")
 
     # ---- writing
@@ -239,6 +242,12 @@ class Packing:
             same = packed.path(j).rpartition(b".")[0] == samples.stem(i)
             if not same or (samples.classes and packed.classes[packed.labels[j]] != samples.classes[source.labels[i]]):
                 raise RunFailed(f"{packed.name(j)} in {self.out} must be {source.name(i)} and of its class")
+
+
+def readable(size: int) -> str:
+    """Of bytes: a number of GB, MB or kB."""
+    factor, unit = next((each for each in ((1e9, "GB"), (1e6, "MB")) if size >= each[0]), (1e3, "kB"))
+    return f"{size / factor:,.1f} {unit}"
 
 
 def bytes_of(source: Source) -> int:

@@ -77,14 +77,16 @@ class Source(ABC):
     """Images by number, 0 to N-1, the same on every node that holds the same data.
 
     labels: int64 [N], or None where images have no class; classes: their names. fingerprint: a sha256, equal where
-    the data is. notes: what is to be said of it, a line each. otherwise: the first file that former rules took for
-    something else, and the rule that does (engine.data.rules); None where there is none. folders: those of which every
-    image file is one of the set, also one that is written later. by_folder: where first folders are the classes, how
-    images lie in them; None where something else says the classes, or nothing. changes: how it differs from what a run
-    began with, in words, where that is accepted (engine.data.began). left_out: images of what it is a choice of that
-    cannot be read, by number, each with its name and why (engine.data.leaving_out).
+    the data is. found_in: the roots that it was opened at, in words. notes: what is to be said of it, a line each.
+    otherwise: the first file that former rules took for something else, and the rule that does (engine.data.rules);
+    None where there is none. folders: those of which every image file is one of the set, also one that is written
+    later. by_folder: where first folders are the classes, how images lie in them; None where something else says the
+    classes, or nothing. changes: how it differs from what a run began with, in words, where that is accepted
+    (engine.data.began). left_out: images of what it is a choice of that cannot be read, by number, each with its name
+    and why (engine.data.leaving_out).
     """
 
+    found_in: str = ""
     notes: tuple[str, ...] = ()
     otherwise: str | None = None
     folders: tuple[Path, ...] = ()
@@ -158,7 +160,7 @@ class Choice(Source):
 
     def __init__(self, source: Source):
         self._source = source
-        self.classes, self.folders = source.classes, source.folders
+        self.classes, self.folders, self.found_in = source.classes, source.folders, source.found_in
         self.notes, self.otherwise, self.changes = source.notes, source.otherwise, source.changes
 
     @abstractmethod

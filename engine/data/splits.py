@@ -49,12 +49,13 @@ def open_splits(
     """
 
     def find() -> Splits:
-        root = _root(data, _located(data.root, recipe_file), "data.root", read_only)
+        root = _root(data, _located(data.root, recipe_file, "data.root"), "data.root", read_only)
         train = _as_begun(data, begun, "train", open_source(root, "train"))
         if data.val_root is None:
             val = open_source(root, "val")
         else:
-            val = open_validation(_root(data, _located(data.val_root, recipe_file), "data.val_root", read_only))
+            paths = _located(data.val_root, recipe_file, "data.val_root")
+            val = open_validation(_root(data, paths, "data.val_root", read_only))
         check_batch(batch, train, named(data.root))
         _warn_of_same(train, val, world)
         return Splits(*settle_classes(data.classes, root, train, val))
@@ -85,7 +86,7 @@ def open_labelled_beside(
         return None
 
     def root(key: str, paths: Paths) -> Root:
-        first, *more = _located(paths, recipe_file)
+        first, *more = _located(paths, recipe_file, key)
         return Root(guess_kind(first), first, key, read_only=read_only, more=tuple(more))
 
     return open_labelled(root("evaluate.train_root", train_paths), root("evaluate.val_root", val_paths), world)
@@ -155,8 +156,8 @@ def _as_begun(data: Data, begun: Path | None, split: str, source: Source) -> Sou
     return source if begun is None else as_begun(source, list_of(begun, split), data.max_bad_fraction)
 
 
-def _located(paths: Paths, recipe_file: Path) -> list[Path]:
-    return [locate(path, recipe_file) for path in each(paths)]
+def _located(paths: Paths, recipe_file: Path, key: str) -> list[Path]:
+    return [locate(path, recipe_file, key) for path in each(paths)]
 
 
 def _root(data: Data, paths: Sequence[Path], key: str, read_only: bool = False) -> Root:

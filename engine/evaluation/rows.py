@@ -19,7 +19,7 @@ from engine.data.source import Root, Source
 from engine.data.workers import Workers
 from engine.distributed.agreement import agreement, all_gather, broadcast, gather
 from engine.distributed.world import World
-from engine.errors import RunFailed, UserError, reason
+from engine.errors import RunFailed, UserError, escaped, reason
 from engine.evaluation.features import BATCH, Features, batches_for, extract, progress, rank_slice
 from engine.evaluation.subject import Subject
 from engine.files import draft, publish, shared_draft, sweep
@@ -158,7 +158,7 @@ class FileNames:
         name = os.fsencode(place).decode(errors="backslashreplace")
         if not self._is_said and name != place:
             self._is_said = True
-            note(f"names that are no UTF-8 have \\xNN for such bytes in OUT, as {name!r}")
+            note(f"names that are no UTF-8 have \\xNN for such bytes in OUT, as {escaped(name)}")
         return name
 
 

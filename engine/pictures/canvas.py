@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.errors import UserError, reason
+from engine.errors import RunFailed, UserError, reason
+from engine.files import draft, replace_file
 
 try:
     import matplotlib
@@ -73,14 +74,21 @@ def check_out(out: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
         raise UserError(f"OUT ({out}) must be a file, and is a folder; name another")
     if not out.parent.is_dir():
         raise UserError(f"OUT ({out}) must lie in a folder that exists; make {out.parent}")
+    try:
+        with draft(out) as place:
+            place.touch()
+    except OSError as error:
+        do = f"must lie in a folder that can be written: {reason(error)}; name another"
+        raise UserError(f"OUT ({out}) {do}") from error
 
 
 def write(out: Path, content: bytes) -> None:
-    """Raises UserError where the file cannot be written."""
+    """Raises RunFailed where the file cannot be written; one that is there stays as it was."""
     try:
-        out.write_bytes(content)
+        replace_file(out, content)
     except OSError as error:
-        raise UserError(f"OUT ({out}) must be writable: {reason(error)}; name another") from error
+        kept = "what was there is kept" if out.exists() else "nothing was left of it"
+        raise RunFailed(f"OUT ({out}) could not be written: {reason(error)}; {kept}") from error
 
 
 class Sheet:
@@ -126,7 +134,7 @@ class Sheet:
         return axes
 
     def save(self, out: Path) -> None:
-        """Raises UserError where the file cannot be written."""
+        """Raises RunFailed where the file cannot be written."""
         write(out, self.encoded(out.suffix.lower().removeprefix(".")))
 
     def encoded(self, kind: str) -> bytes:

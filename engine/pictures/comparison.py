@@ -57,7 +57,7 @@ class Comparison(NamedTuple):
 
 
 def draw_comparison(shown: Comparison, out: Path) -> None:
-    """Raises UserError where the file cannot be written."""
+    """Raises RunFailed where the file cannot be written."""
     cells = shown.cells
     with style():
         if out.suffix.lower() == ".html":

@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from engine.errors import UserError, one_line
+from engine.recipe.plain import parse
 
 # ---- fields ----------------------------------------------------------------------------------------------------------
 
@@ -93,13 +94,15 @@ def read(kind: type, raw: dict, schema: int, within: str = "") -> Any:
 def _read_value(name: str, field: dataclasses.Field, raw: Any) -> Any:
     try:
         value = _convert(field.type, raw)
-    except (TypeError, OverflowError):
+    except OverflowError as error:
+        raise wrong(name, raw, f"{describe(field)}, and {error}") from None
+    except TypeError:
         do = f"`{name}=` alone says null too: pass {name}=VALUE" if raw is None else ""
         raise wrong(name, raw, describe(field), do) from None
     entries = value if isinstance(value, tuple) else (value,)
     rule = field.metadata["key"].rule
     if value is not None and not all(rule.holds(entry) for entry in entries):
-        raise wrong(name, raw, describe(field), _nearest(show(raw), rule.words))
+        raise wrong(name, raw, describe(field), _nearest(raw if isinstance(raw, str) else "", rule.words))
     return value
 
 
@@ -110,8 +113,14 @@ def _nearest(text: str, words: Sequence[str]) -> str:
     return f"did you mean {nearest[0]}?" if nearest else ""
 
 
+_BITS = {int: 63, float: 1023}  # of an integer: what a tensor and a seed can hold, and what surely is a finite float
+
+
 def _convert(kind: Any, raw: Any) -> Any:
-    """`raw` as a field of type `kind` holds it; TypeError if it is something else. No text is taken for a number."""
+    """`raw` as a field of type `kind` holds it; TypeError if it is something else, OverflowError, with the limit, if it
+    is too large. No text is taken for a number."""
+    if kind in _BITS and type(raw) is int and raw.bit_length() > _BITS[kind]:
+        raise OverflowError(f"{'below ' if raw > 0 else 'above -'}2**{_BITS[kind]}")
     if _is_union(kind):
         return _convert_to_one(get_args(kind), raw)
     if get_origin(kind) is tuple and isinstance(raw, list) and raw:
@@ -122,9 +131,7 @@ def _convert(kind: Any, raw: Any) -> Any:
         return raw
     if kind is float and type(raw) in (int, float) and math.isfinite(float(raw)):
         return float(raw)
-    if kind is int and type(raw) is int and abs(raw) < 2**63:  # what a tensor and a seed can hold
-        return raw
-    if (kind in (bool, str) and type(raw) is kind) or (kind is dict and isinstance(raw, dict) and _is_finite(raw)):
+    if (kind in (int, bool, str) and type(raw) is kind) or (kind is dict and isinstance(raw, dict) and _is_finite(raw)):
         return raw
     raise TypeError
 
@@ -199,8 +206,17 @@ def show(value: Any) -> str:
     """A value as a recipe has it, on one line and no longer than a reader wants."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str) and not _stands_for_itself(value):
+        value = repr(value)
     try:
         text = one_line(list(value) if isinstance(value, tuple) else value)
     except ValueError:  # Python refuses to print an integer of thousands of digits
         return "a huge integer"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _stands_for_itself(text: str) -> bool:
+    """Whether it is read as it looks: '3' is no 3, and blanks at an end are not seen."""
+    with suppress(UserError):
+        return not text or parse(one_line(text), "text") == text
+    return True

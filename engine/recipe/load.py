@@ -266,12 +266,13 @@ def _check_micro_batch(size: int | None, batch: int) -> None:
         raise wrong("train.micro_batch_size", size, f"a divisor of the images of a process ({batch})", do)
 
 
-def locate(path: str, recipe_file: str | Path) -> Path:
+def locate(path: str, recipe_file: str | Path, key: str = "path") -> Path:
     """A path that a recipe names, expanded: relative to the working directory, else to the recipe file's folder.
 
     Where nothing is at either place it is the one in the working directory; the caller says that it is missing.
+    key: what messages call it.
     """
-    file, here = Path(recipe_file), expand(path)
+    file, here = Path(recipe_file), expand(path, key)
     beside = (file if file.is_dir() else file.parent) / here
     # Not Path.exists, which raises where a folder may not be looked into.
     return beside if os.access(beside, os.F_OK) and not os.access(here, os.F_OK) else here

@@ -3,20 +3,25 @@
 `~` and `$VAR` stay in the recipe and are expanded where a path is opened: on another machine a run finds its own.
 """
 
+import errno
 import os
 import re
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError, listed, one_line
-from engine.recipe.keys import keys_of
+from engine.errors import UserError, listed, one_line, reason
+from engine.recipe.keys import keys_of, wrong
 from engine.recipe.plain import parse
 from engine.recipe.ranges import PATH
-from engine.recipe.sections import RECIPES, Paths
+from engine.recipe.sections import RECIPES, Paths, Recipe
 
 _PATHS = frozenset(
     name for kind in RECIPES.values() for name, field in keys_of(kind).items() if field.metadata["key"].rule is PATH
 )
+# What a run that goes on needs too; `run.continue_from` and `model.weights` are looked at where one begins.
+_NEEDED = {"run.dir", "data.root", "data.val_root", "evaluate.train_root", "evaluate.val_root"}
+_NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 _AS_YAML = re.compile(r"null||\[.*\]|'.+'|'{2}|\".*\"", re.DOTALL)
 
 
@@ -45,8 +50,22 @@ def named(paths: Paths) -> str:
     return listed(each(paths), most=5)
 
 
-def expand(path: str) -> Path:
+def check_paths(recipe: Recipe) -> None:
+    """Raises UserError where what a run needs from its start on, its directory or images, can be at no such path."""
+    for key in filter(_NEEDED.__contains__, keys_of(type(recipe))):
+        for path in each(attrgetter(key)(recipe)):
+            expand(path, key)
+    try:
+        expand(recipe.run.dir).lstat()
+    except OSError as error:
+        if error.errno in _NO_PATH:
+            raise wrong("run.dir", recipe.run.dir, f"the path of a folder: {reason(error)}") from None
+
+
+def expand(path: str, key: str = "path") -> Path:
     """A path with `~` and `$VAR` expanded, unless there is something of the very name.
+
+    key: what messages call it.
 
     Raises:
         UserError: a user or a variable in it does not exist.
@@ -56,9 +75,12 @@ def expand(path: str) -> Path:
         return Path(path)
     if os.path.lexists(path):
         return Path(path)
-    unknown = found.partition("/")[0] if found.startswith("~") else _first_variable(found)
-    if unknown is not None:
-        raise UserError(f"path ({one_line(path)}) must name what exists; set {unknown}, or write the path out")
+    must = f"{key} ({one_line(path)}) must name what exists"
+    if (user := found.partition("/")[0]).startswith("~"):
+        why = f"there is no user {user[1:]}:" if user[1:] else "set HOME, or"
+        raise UserError(f"{must}; {why} write the path out")
+    if (unknown := _first_variable(found)) is not None:
+        raise UserError(f"{must}; set {unknown}, or write the path out")
     return Path(found)
 
 

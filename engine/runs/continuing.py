@@ -28,7 +28,7 @@ def find_source(recipe: Pretrain, recipe_file: Path, world: World) -> tuple[Path
     named, folder = recipe.run.continue_from or "", None
     with agreement(world.host_group):
         if world.is_first:
-            folder = _folder(named, locate(named, recipe_file))
+            folder = _folder(named, locate(named, recipe_file, "run.continue_from"))
     folder = broadcast(folder, world.host_group)  # a run that goes on names a newer one every few minutes
     manifest, state = read_state(folder, world.host_group)
     with agreement(world.host_group):

@@ -76,7 +76,7 @@ def open_start(recipe: Pretrain, recipe_file: Path, world: World) -> Start | Non
 
 
 def _read(named: str, recipe: Pretrain, recipe_file: Path) -> Start:
-    path = locate(named, recipe_file)
+    path = locate(named, recipe_file, "model.weights")
     checkpoint = named if named.startswith(TIMM) and not path.exists() else str(path)
     try:
         weights = _trunk(checkpoint, recipe)

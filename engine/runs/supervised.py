@@ -103,8 +103,9 @@ class Supervised(Task):
     # ---- words
 
     def data_line(self) -> str:
-        train, val, classes = self.splits.train, self.splits.val, len(self.classes)
-        return f"data      {len(train):,} training images of {classes} classes, {len(val):,} for val"
+        train, val = self.splits.train, self.splits.val
+        images = f"{len(train):,} training images of {len(self.classes)} classes in {train.found_in}"
+        return f"data      {images}, {len(val):,} for val"
 
     def result(self, monitor_rows: list[Row], last: Row | None) -> str:
         if not monitor_rows:

@@ -17,7 +17,7 @@ FEW_STEPS = 10  # of an epoch: fewer are said
 def images_in_words(train: Source, val: Source | None) -> str:
     labels = "unlabelled" if train.labels is None else f"{len(train.classes)} classes"
     images = "no validation images" if val is None else f"{len(val):,} for validation"
-    return f"data      {len(train):,} training images ({labels}), {images}"
+    return f"data      {len(train):,} training images ({labels}) in {train.found_in}, {images}"
 
 
 def loss_in_words(temperature: float, batch: int) -> str:

@@ -87,7 +87,7 @@ def shades_or_none(source) -> list[int | None]:
         ("a/1.png 3\n", r"a label after a tab; there are none, but 1 other files \(line 1: a/1.png 3\)"),
         ("'a/1.png'\n", r"there are none, but 1 other files \(line 1: 'a/1.png'\)"),
         ("\ta\n", "a path on each line and at most a tab and a label after it; line 1 is"),
-        ("a/1.png\n a/1.png\tx\ty\n", "line 2 is "),
+        ("a/1.png\n a/1.png\tx\ty\n", r"line 2 is ' a/1.png\\tx\\ty'$"),
         ("gone.png\n../x.png\n", r"none of 2 is, such as line 1: gone.png"),
         ("a/1.png\tcat\na/1.png\tdog\n", r"must give each image one label; a/1.png has cat and dog"),
         ("a/1.png\tcat\na/1.png\n", r"a/1.png has cat and none"),

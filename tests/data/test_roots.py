@@ -306,17 +306,23 @@ def test_a_tar_beside_a_link_to_it_is_said(tmp_path):
     assert line.endswith("a tar again, by a link, and its images count again: cow.tar is cat.tar, emu.tar is dog.tar")
 
 
-def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["secret", "a/secret", "train"])
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, name):
     """Root may read all of them."""
-    root, scandir = fill(tmp_path / "d", {"a/1.png": 1, "secret/2.png": 2}), os.scandir
+    root = fill(tmp_path / "d", {"a/1.png": 1, f"{name}/2.png": 2})
 
-    def refuse(path):
-        if os.fsencode(path).endswith(b"secret"):
-            raise PermissionError(errno.EACCES, "Permission denied", path)
-        return scandir(path)
+    def refuse(act, mark):
+        def asked(path, *args, **more):
+            if not isinstance(path, int) and mark in os.fsencode(path) + b"/":
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return act(path, *args, **more)
 
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match=rf"must be readable; {root}/secret: Permission denied"):
+        return asked
+
+    secret = os.fsencode(root / name) + b"/"
+    monkeypatch.setattr(os, "scandir", refuse(os.scandir, secret))
+    monkeypatch.setattr(os, "stat", refuse(os.stat, secret + b"r"))  # a recipe.yaml that may be there
+    with pytest.raises(UserError, match=rf"must be readable; {root}/{name}: Permission denied"):
         opened("folder", root)
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.data.began import list_of, write_began
 from engine.data.source import Root
 from engine.data.splits import open_labelled, open_labelled_splits, open_splits, open_unlabelled
 from engine.errors import UserError
@@ -41,6 +42,23 @@ def test_validation_images_are_the_roots_own_or_of_a_root_named_for_them(data, w
     (tmp_path / "half/train.tar").write_bytes(pack({"a/1.png": png(1)}))
     with pytest.raises(UserError, match=r"data.val_root \(.*half\) must hold val beside train"):
         opened(replace(data, source="shards", root=f"{half}/train.tar", val_root=half), world)
+
+
+def test_images_say_where_they_were_found(data, world, tmp_path, monkeypatch):
+    fill(tmp_path / "here/split", {"train/a/1.png": 1})
+    taken = PretrainData(source="folder", root="split", workers=0)
+    for folder, there in (("here", "here/split"), ("half", "split")):  # beside the recipe where it is not here
+        monkeypatch.chdir(tmp_path / folder)
+        train, _ = open_splits(taken, tmp_path / "recipe.yaml", world, batch=1)
+        assert train.found_in == str(tmp_path / there)
+    both = open_splits(replace(taken, root=("split", "whole")), tmp_path / "recipe.yaml", world, batch=1).train
+    assert both.found_in == f"{tmp_path}/split, {tmp_path}/whole"
+    some = open_labelled_splits(replace(data, labels=0.5), world, seed=0).train
+    write_began(some.whole, list_of(tmp_path, "train"))
+    fill(tmp_path / "split", {"train/a/9.png": 9})
+    as_before = open_labelled_splits(data, world, seed=0, begun=tmp_path).train
+    assert as_before.changes is not None
+    assert some.found_in == as_before.found_in == data.root
 
 
 def test_a_batch_that_the_training_images_do_not_fill_is_refused(data, world):

@@ -1,11 +1,12 @@
 """What `engine.show` refuses, and that it replaces a picture that is there."""
 
+import itertools
 import sys
 
 import pytest
 from PIL import Image
 
-from engine.errors import UserError
+from engine.errors import RunFailed, UserError
 from tests.pictures.drawn import QUICKSTART, VIT, show
 
 
@@ -19,6 +20,7 @@ def test_refusals(images, tmp_path):
         r"OUT \(.*out.gif\) must end in .png": ("attention", VIT, broken, tmp_path / "out.gif"),
         r"OUT \(.*folder.png\) must be a file": ("attention", VIT, broken, tmp_path / "folder.png"),
         r"OUT \(.*\) must lie in a folder that exists": ("attention", VIT, broken, tmp_path / "no" / "out.png"),
+        r"OUT \(/proc/a.png\) must lie in a folder that can be written": ("attention", "none", broken, "/proc/a.png"),
         r"IMAGE \(.*broken.jpg\) must be a readable image": ("attention", VIT, broken, out),
         r"IMAGE \(.*none.jpg\) must be a readable image: No such file": ("attention", VIT, tmp_path / "none.jpg", out),
         r"CHECKPOINT \(.*none\) must exist": ("neighbours", tmp_path / "none", *few),
@@ -45,6 +47,18 @@ def test_a_picture_that_is_there_is_replaced(images, tmp_path):
     out.write_bytes(b"old")
     show("attention", VIT, images / "odd ones" / "1.png", out)
     assert Image.open(out).format == "PNG"
+
+
+def test_a_full_disk_leaves_the_picture_that_is_there(images, tmp_path, monkeypatch):
+    out, numbers = tmp_path / "out.png", itertools.count()
+    out.write_bytes(b"old")
+    monkeypatch.setattr("engine.files.secrets.token_hex", lambda _: str(next(numbers)))
+    for number in range(4):  # whatever of this name is asked for lies on a full disk
+        tmp_path.joinpath(f"out.png.tmp-{number}").symlink_to("/dev/full")
+    with pytest.raises(RunFailed, match=r"OUT \(.*out.png\) could not be written: No space left on device"):
+        show("attention", VIT, images / "odd ones" / "1.png", out)
+    assert out.read_bytes() == b"old"
+    assert not tmp_path.joinpath("out.png.tmp-0").is_symlink()
 
 
 @pytest.mark.parametrize("kind", ["attention", "neighbours", "embedding"])

@@ -1,5 +1,6 @@
 """Keys, overrides, types, ranges and combinations: what a recipe refuses, and in which words."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from engine.recipe import load as recipes
 from engine.recipe.describe import describe_keys
 from engine.recipe.identity import fingerprint, flatten, is_free
 from engine.recipe.load import check_world, dump, load, loads, locate, located
-from engine.recipe.paths import expand
+from engine.recipe.paths import check_paths, expand
 from engine.recipe.plain import unparse
 from engine.recipe.sections import RECIPES, SCHEMA, Recipe
 from tests.recipe.shipped import CONV, FOLDER, QUICK, RESNET, complaint, shipped
@@ -232,6 +233,26 @@ def test_the_words_name_type_and_range():
     assert "wide_resnet101_2 or timm/<name>" in complaint("model.name=vit_tiny")
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.epochs='3'", "train.epochs ('3') must be an integer >= 1;"),
+        ("train.epochs=3\u00a0", r"train.epochs ('3\xa0') must be an integer >= 1;"),
+        ("train.max_steps='null'", "train.max_steps ('null') must be an integer >= 1 or null;"),
+        ("parallel.compile='true'", "parallel.compile ('true') must be true or false"),
+        ("augment.blur_sigma='[0.1, 2]'", "augment.blur_sigma ('[0.1, 2]') must be a list of 2"),
+        ("optimizer.name='adamw '", "optimizer.name ('adamw ') must be one of adamw, lars"),
+        ("model.name='vit_small '", "model.name ('vit_small ') must be"),
+        (f"train.epochs={10**22}", f"train.epochs ({10**22}) must be an integer >= 1, and below 2**63;"),
+        (f"train.max_steps={2**63}", f"train.max_steps ({2**63}) must be an integer >= 1 or null, and below 2**63;"),
+        (f"run.seed={-(10**22)}", f"run.seed ({-(10**22)}) must be an integer >= 0, and above -2**63;"),
+        (f"augment.hue={10**400}", "must be a finite number from 0 to 0.5, and below 2**1023;"),
+    ],
+)
+def test_what_is_shown_is_not_what_is_asked_for(override, words):
+    assert words in complaint(override)
+
+
 # ---- combinations ----------------------------------------------------------------------------------------------------
 
 OWN_SHAPE = [f"model.{name}=null" for name in recipes.VIT_KEYS]
@@ -369,19 +390,28 @@ def test_home_and_variables_are_expanded_where_a_path_is_opened(tmp_path, monkey
     assert expand("$SCRATCH/a") == expand("${SCRATCH}/a") == locate("$SCRATCH/a", "r.yaml") == tmp_path / "scratch/a"
     assert expand("a~/b") == Path("a~/b")
     for path, unknown in {
-        "$NOWHERE/a": r"\$NOWHERE",
-        "a/${NOWHERE}": r"\$\{NOWHERE\}",
-        "~nobody-here/a": "~nobody-here",
+        "$NOWHERE/a": r"set \$NOWHERE, or",
+        "a/${NOWHERE}": r"set \$\{NOWHERE\}, or",
+        "~nobody-here/a": "there is no user nobody-here:",
     }.items():
-        with pytest.raises(
-            UserError, match=rf"^path \(.*\) must name what exists; set {unknown}, or write the path out"
-        ):
-            expand(path)
+        for key in ("run.dir", "data.root", "evaluate.train_root"):
+            both = [f"{key}={path}", *(["evaluate.val_root=b"] if key.startswith("evaluate") else [])]
+            with pytest.raises(UserError) as caught:
+                check_paths(load(QUICK, both))
+            assert re.match(rf"{key} \(.*\) must name what exists; {unknown} write the path out", str(caught.value))
     (tmp_path / "$NOWHERE/a").mkdir(parents=True)
     (tmp_path / "~/a").mkdir(parents=True)
     assert (expand("$NOWHERE/a"), expand("~/a")) == (Path("$NOWHERE/a"), Path("~/a")), "a run of a former version"
     there = located(load(QUICK, ["data.root=$SCRATCH/a", "data.val_root=b"]), QUICK).data
     assert (there.root, there.val_root) == ("$SCRATCH/a", f"{tmp_path}/b")
+
+
+def test_a_run_directory_that_can_be_none_is_told_from_one_that_is_new(tmp_path):
+    (tmp_path / "file").touch()
+    for name, why in (("a" * 300, "File name too long"), ("file/run", "Not a directory")):
+        with pytest.raises(UserError, match=rf"^run.dir \(.*\) must be the path of a folder: {why}; "):
+            check_paths(load(QUICK, [f"run.dir={tmp_path / name}"]))
+    check_paths(load(QUICK, [f"run.dir={tmp_path}/new/run"]))
 
 
 def test_reading_a_recipe_imports_nothing_slow():
