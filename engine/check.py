@@ -8,6 +8,7 @@ The last line on stdout is the result as JSON.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> None:
     parser = cli.Parser("engine.check", __doc__)
     parser.add_argument("ROOT", type=cli.read_roots, help=f"{cli.IMAGES}; several as [a, b]")
-    parser.add_argument("--val", metavar="ROOT", type=cli.read_roots, help="of validation images that lie elsewhere")
+    parser.add_argument(
+        "--val",
+        metavar="ROOT",
+        type=partial(cli.read_roots, name="--val"),
+        help="of validation images that lie elsewhere",
+    )
     parser.add_argument("--list", metavar="FILE", type=_read_csv, help="a new .csv: finding, split, name, detail")
     cli.add_images(parser)
     options = parser.parse_args(arguments)

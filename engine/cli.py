@@ -6,6 +6,7 @@ import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
@@ -165,7 +166,7 @@ def _read_out(endings: str) -> Callable[[str], str]:
 def add_images(parser: ArgumentParser, *roots: str, required: bool = True) -> None:
     """An option for each of `roots`, and what says how to read them: `image_roots` and `decoding_workers`."""
     for root in roots:
-        parser.add_argument(root, required=required, metavar="ROOT", type=read_roots, help=IMAGES)
+        parser.add_argument(root, required=required, metavar="ROOT", type=partial(read_roots, name=root), help=IMAGES)
     parser.add_argument(
         "--source", choices=SOURCES, help="guessed from ROOT when absent: tars are shards, a .txt is a list"
     )
@@ -174,15 +175,16 @@ def add_images(parser: ArgumentParser, *roots: str, required: bool = True) -> No
     parser.add_argument("--workers", type=workers, help="processes per rank that decode (default: as many as cores)")
 
 
-def read_roots(text: str) -> Paths:
-    """The type of an option that names images: a path as it is typed, or a list of them in brackets."""
+def read_roots(text: str, name: str = "ROOT") -> Paths:
+    """The type of an option that names images: a path as it is typed, or a list of them in brackets. Raises UserError,
+    which calls it `name`."""
     if not text:
-        raise UserError("ROOT () must be a path; pass one")
+        raise UserError(f"{name} () must be a path; pass one")
     if not (text.startswith("[") and text.endswith("]")):
         return text
-    found = typed(text, f"ROOT ({one_line(text)})")
+    found = typed(text, f"{name} ({one_line(text)})")
     if not (found and isinstance(found, list) and all(isinstance(path, str) and path for path in found)):
-        raise UserError(f"ROOT ({one_line(text)}) must be a path, or a list of paths such as [a, b]")
+        raise UserError(f"{name} ({one_line(text)}) must be a path, or a list of paths such as [a, b]")
     return tuple(found)
 
 

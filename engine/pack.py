@@ -13,6 +13,7 @@ the result as JSON.
 import re
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ _SAMPLED = 64  # images whose decoding is timed
 
 def main(arguments: list[str]) -> None:
     parser = cli.Parser("engine.pack", __doc__)
-    parser.add_argument("SOURCE", type=cli.read_roots, help=f"{cli.IMAGES}; several as [a, b]")
+    parser.add_argument("SOURCE", type=partial(cli.read_roots, name="SOURCE"), help=f"{cli.IMAGES}; several as [a, b]")
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     parser.add_argument("--shard-size", type=read_size, default="512M", help="of a tar at most (default: 512M)")
     side = cli.at_least(1, "--short-side", "256 is usual")

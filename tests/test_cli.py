@@ -127,7 +127,7 @@ def test_nothing_is_no_path():
     """As of a variable that is not set; the working directory is not meant."""
     parser = Parser("engine.check")
     add_images(parser, "--data")
-    with pytest.raises(UserError, match=r"ROOT \(\) must be a path"):
+    with pytest.raises(UserError, match=r"^--data \(\) must be a path"):
         parser.parse_args(["--data", ""])
     with pytest.raises(UserError, match=r"CHECKPOINT \(\) must exist"):
         open_weights("")

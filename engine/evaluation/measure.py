@@ -66,6 +66,9 @@ def measure_rankme(checkpoint: str, data: Root, world: World, workers: int, **ch
         subject = open_subject_together(checkpoint, world, **choice)
         note(in_words(checkpoint, subject, Splits(source, None), **choice))
         found = features(subject, source, "data", world, readers).to(world.device)
+    width = found.feature_ND.shape[1]
+    if len(source) < width:
+        note(f"RankMe is at most the number of images ({len(source):,}), below the features' width ({width:,})")
     return round(rankme_from_gram(feature_gram(found.feature_ND, world.group)).item(), 3)
 
 
@@ -101,7 +104,9 @@ def in_words(
     network = {"pixels": "the images' pixels", "initial": f"{checkpoint} before training"}
     who = network.get(baseline or "", f"the {encoder} encoder of {checkpoint}")
     of = "of train" if splits.val is not None else "of data"
-    counts = f"{len(splits.train):,} images {of}" + (f", {len(splits.val):,} of val" if splits.val is not None else "")
+    counts = f"{len(splits.train):,} image{'s' * (len(splits.train) != 1)} {of}" + (
+        f", {len(splits.val):,} of val" if splits.val is not None else ""
+    )
     return f"{who}, on images of {subject.image_size} pixels: {counts}"
 
 
