@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from engine.checkpoint import dcp, layout
-from engine.checkpoint.manifest import Damaged, Manifest, read_manifest, verify
+from engine.checkpoint.manifest import Damaged, Manifest, read_manifest, verify, verify_once
 from engine.checkpoint.metadata import checked, entry, read_table
 from engine.checkpoint.state import RunState
 from engine.distributed.agreement import agreement, broadcast, rank, size
@@ -110,12 +110,13 @@ def load(
 def read_tensors(path: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, whole tensor on the CPU) for all or the given names, in order, in this process alone.
 
+    Every byte of the checkpoint is compared first, once in a process as long as no file is touched.
     Memory: one tensor, or 16 MB of smaller ones, and one stored chunk of it at a time. Raises UserError at once for a
     damaged checkpoint or an unknown name.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    verify(path, manifest)
+    verify_once(path, manifest)
     metadata = checked(path, read_table(path), manifest)
     names = sorted(manifest.tensors) if names is None else list(names)
     unknown = [f"{name} is not in the checkpoint" for name in names if name not in manifest.tensors]

@@ -1,5 +1,5 @@
 """Which rank writes which shard, planned once: each is written by one, and those that several ranks have are shared out
-by their bytes.
+by their bytes, the small ones to the first of them.
 
 On 1,024 ranks a ViT-L has more than a million shards, so what ranks tell each other of them are arrays.
 
@@ -26,6 +26,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from engine.checkpoint.metadata import entry
 from engine.distributed.agreement import agreement, broadcast, gather, rank, scatter
 from engine.torch_internals import file_prefix, stored_chunk
+
+SMALL = 2**16  # bytes below which a shard that several ranks have is not worth a file more to open
 
 Tensors = dict[str, torch.Tensor]
 
@@ -182,14 +184,15 @@ def _bytes(row_CE: np.ndarray, whole: list[tuple[str, torch.dtype, torch.Size]])
 def _balanced(rank_A: np.ndarray, begin_C: np.ndarray, bytes_C: np.ndarray, ranks: int) -> np.ndarray:
     """int64 [C]: of equal shards, which lie side by side from begin_C on, the place of the one that is written.
 
-    What one rank alone has it writes; each of the others goes to the rank that has least so far, of those that have it.
+    What one rank alone has it writes; of what several have the small goes to the first of them, so that a rank that
+    needs all of that (AdamW's counts of steps) opens few files; each of the rest to the one that has least so far.
     """
     chosen_C, end_C = begin_C.copy(), np.append(begin_C[1:], len(rank_A))
-    is_shared_C = end_C - begin_C > 1
-    load_R = np.bincount(rank_A[begin_C[~is_shared_C]], bytes_C[~is_shared_C], ranks)
-    for c in np.flatnonzero(is_shared_C).tolist():
+    is_dealt_C = (end_C - begin_C > 1) & (bytes_C >= SMALL)
+    load_R = np.bincount(rank_A[begin_C[~is_dealt_C]], bytes_C[~is_dealt_C], ranks)
+    for c in np.flatnonzero(is_dealt_C).tolist():
         having = rank_A[begin_C[c] : end_C[c]]
         first = int(np.argmin(load_R[having]))
         chosen_C[c] += first
-        load_R[having[first]] += max(1.0, bytes_C[c])
+        load_R[having[first]] += bytes_C[c]
     return chosen_C

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.evaluation.features import Features
-from engine.evaluation.knn import TOP
+from engine.distributed.agreement import all_gather
+from engine.distributed.world import World
+from engine.evaluation.features import Features, progress
+from engine.evaluation.knn import TOP, gather_rows
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 WEIGHT_DECAYS = (0.0, 1e-4, 1e-3, 1e-2)
@@ -25,6 +27,7 @@ GROUP = 8  # candidates in one product
 EPOCHS = 100
 BATCH = 1024
 MOMENTUM = 0.9
+_ROWS = 1024  # that are in float64 at one time
 
 
 class Candidate(NamedTuple):
@@ -50,12 +53,45 @@ def groups_of_rank(rank: int, world: int) -> list[list[Candidate]]:
     return [everyone[start : start + GROUP] for start in range(0, len(everyone), GROUP)][rank::world]
 
 
+def train_all(bank: Features, query: Features, classes: int, world: World) -> list[Score]:
+    """Every candidate's score, in the order of `candidates`, equal on all ranks, which call it together.
+
+    bank: this rank's rows of train; query: all rows of val. Both as the network gave them, on the CPU.
+    Memory: a rank that trains gets all rows of train, and takes up to three times theirs; the others have their own.
+    """
+    training = [rank for rank in range(world.size) if groups_of_rank(rank, world.size)]
+    train = gather_rows(bank, world.host_group, training)
+    mine = _train_groups(train, query, classes, world) if world.rank in training else []
+    scores = {score.candidate: score for part in all_gather(mine, world.host_group) for score in part}
+    return [scores[candidate] for candidate in candidates()]
+
+
+def _train_groups(train: Features, val: Features, classes: int, world: World) -> list[Score]:
+    """Those of this rank."""
+    standard = standardise(train.feature_ND, val.feature_ND)
+    train, val = (rows._replace(feature_ND=x).to(world.device) for rows, x in zip((train, val), standard, strict=True))
+    groups = groups_of_rank(world.rank, world.size)
+    shown = progress(groups, len(groups), "linear classifiers", "group", world)
+    return [score for group in shown for score in train_group(group, train, val, classes=classes)]
+
+
 def standardise(train_ND: Tensor, val_QD: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with train's mean and standard deviation per column taken out; a column that is constant becomes zero."""
-    mean_D = train_ND.double().mean(0)
-    std_D = train_ND.double().std(0, correction=0)
+    """Both with train's mean and standard deviation per column taken out; a column that is constant becomes zero.
+
+    Computed in float64, by so many rows at a time.
+    """
+    mean_D = sum(rows.double().sum(0) for rows in train_ND.split(_ROWS)) / len(train_ND)
+    variance_D = sum((rows.double() - mean_D).square().sum(0) for rows in train_ND.split(_ROWS)) / len(train_ND)
+    std_D = variance_D.sqrt()
     scale_D = torch.where(std_D > 1e-6 * mean_D.abs().clamp(min=1e-6), 1 / std_D, 0)
-    return ((train_ND.double() - mean_D) * scale_D).float(), ((val_QD.double() - mean_D) * scale_D).float()
+    return _scaled(train_ND, mean_D, scale_D), _scaled(val_QD, mean_D, scale_D)
+
+
+def _scaled(x_ND: Tensor, mean_D: Tensor, scale_D: Tensor) -> Tensor:
+    scaled_ND = torch.empty_like(x_ND)
+    for rows, scaled in zip(x_ND.split(_ROWS), scaled_ND.split(_ROWS), strict=True):
+        scaled.copy_((rows.double() - mean_D) * scale_D)
+    return scaled_ND
 
 
 @torch.no_grad()

@@ -173,13 +173,16 @@ def _check(bank: Features, query_QD: Tensor, classes: int, ks: Sequence[int], gr
         )
 
 
-def gather_rows(rows: Features, group: dist.ProcessGroup | None) -> Features:
-    """The rows of all ranks, in the order of their ids. Ranks may hold different numbers of rows."""
+def gather_rows(rows: Features, group: dist.ProcessGroup | None, ranks: Sequence[int] | None = None) -> Features:
+    """The rows of all ranks, in the order of their ids. Ranks may hold different numbers of rows.
+
+    ranks: those of `group` that get them, where not all do; the others get none, and hold no more than their own.
+    """
     most = int(_all_gather(torch.tensor(len(rows.id_N), device=rows.id_N.device), group).max())
     missing = most - len(rows.id_N)
-    id_Q = _all_gather(F.pad(rows.id_N, (0, missing), value=-1), group).flatten()
-    label_Q = _all_gather(F.pad(rows.label_N, (0, missing)), group).flatten()
-    query_QD = _all_gather(F.pad(rows.feature_ND, (0, 0, 0, missing)), group).flatten(0, 1)
+    id_Q = _gather(F.pad(rows.id_N, (0, missing), value=-1), group, ranks).flatten()
+    label_Q = _gather(F.pad(rows.label_N, (0, missing)), group, ranks).flatten()
+    query_QD = _gather(F.pad(rows.feature_ND, (0, 0, 0, missing)), group, ranks).flatten(0, 1)
     order_Q = id_Q.argsort()[int((id_Q < 0).sum()) :]
     return Features(query_QD[order_Q], id_Q[order_Q], label_Q[order_Q])
 
@@ -190,4 +193,15 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return x[None]
     everyones = x.new_empty(dist.get_world_size(group), *x.shape)
     dist.all_gather(list(everyones.unbind()), x.contiguous(), group)
+    return everyones
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup | None, ranks: Sequence[int] | None) -> Tensor:
+    """As `_all_gather` on these ranks, on the others [0, *x.shape]; None: on all."""
+    if ranks is None or not dist.is_initialized():
+        return _all_gather(x, group)
+    here, world = dist.get_rank(group), dist.get_world_size(group)
+    everyones = x.new_empty(world if here in ranks else 0, *x.shape)
+    for to in ranks:
+        dist.gather(x.contiguous(), list(everyones.unbind()) if to == here else None, group=group, group_dst=to)
     return everyones

@@ -18,7 +18,7 @@ from engine.distributed.agreement import all_gather
 from engine.distributed.world import World
 from engine.evaluation import fast_linear
 from engine.evaluation.fast_linear import Score
-from engine.evaluation.features import Features, features, progress
+from engine.evaluation.features import Features, features
 from engine.evaluation.knn import accuracy, check_k, classify, gather_rows
 from engine.evaluation.rankme import feature_gram, rankme_from_gram
 from engine.evaluation.subject import Subject, open_subject_together
@@ -86,15 +86,7 @@ def measure_fast_linear(
         bank = features(subject, splits.train, "train", world, readers)
         query = gather_rows(features(subject, splits.val, "val", world, readers), world.host_group)
     warn_of_same_images(bank, query, world)
-    sides = [gather_rows(bank, world.host_group), query]
-    standard = fast_linear.standardise(*(rows.feature_ND for rows in sides))
-    sides = [rows._replace(feature_ND=x).to(world.device) for rows, x in zip(sides, standard, strict=True)]
-    mine = []
-    groups = fast_linear.groups_of_rank(world.rank, world.size)
-    for group in progress(groups, len(groups), "linear classifiers", "group", world):
-        mine += fast_linear.train_group(group, *sides, classes=len(splits.train.classes))
-    scores = {score.candidate: score for part in all_gather(mine, world.host_group) for score in part}
-    return [scores[candidate] for candidate in fast_linear.candidates()]
+    return fast_linear.train_all(bank, query, len(splits.train.classes), world)
 
 
 def in_words(

@@ -90,7 +90,8 @@ def measure(ranks: int, shard: str, replicate: int) -> dict[str, str]:
     stand_at(ranks - 1, tensors, mesh)
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), metadata)
-    planned, _ = timed(planner.create_local_plan)
+    planned, plan = timed(planner.create_local_plan)
+    opened = {metadata.storage_data[item.storage_index].relative_path for item in plan.items}
     return {
         "ranks": f"{ranks:,}",
         "shard": shard,
@@ -101,6 +102,7 @@ def measure(ranks: int, shard: str, replicate: int) -> dict[str, str]:
         "first save": f"{told + made:.1f} s",
         ".metadata": f"{len(table) / 1e6:.0f} MB",
         "resume": f"{read + planned:.1f} s",
+        "files": f"{len(opened):,}",
     }
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.checkpoint.load import load, newest_valid
-from engine.checkpoint.manifest import NAME, checksum, own_checksum, read_manifest, verify
+from engine.checkpoint.load import load, newest_valid, read_tensors
+from engine.checkpoint.manifest import NAME, Damaged, checksum, own_checksum, read_manifest, verify
 from engine.checkpoint.save import SaveFailed, save
 from engine.errors import UserError
 from tests.checkpoint.examples import SHA, blank, example_state, example_tensors, reseal
@@ -192,3 +193,60 @@ def test_what_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="must be readable: Stale file handle; run the same command again"):
             newest_valid(tmp_path)
     assert newest_valid(tmp_path) == folder
+
+
+def settle(monkeypatch) -> list[str]:
+    """As if the files of a checkpoint had been written long ago. Returns what will be hashed, which grows."""
+    hashed = []
+
+    def noted(path: Path):
+        hashed.append(path.name)
+        return checksum(path)
+
+    monkeypatch.setattr("engine.checkpoint.manifest.checksum", noted)
+    monkeypatch.setattr("engine.checkpoint.manifest.SETTLED", -1e9)
+    return hashed
+
+
+def test_weights_that_are_opened_several_times_are_compared_once(checkpoints, monkeypatch):
+    """Fine-tuning reads them three times and more, and each time the optimizer's state would be hashed too."""
+    folder = checkpoints / "step_0000500"
+    hashed = settle(monkeypatch)
+    for names in (["model.bias"], None, ["model.weight"]):
+        list(read_tensors(folder, names))
+    assert sorted(hashed) == [".metadata", "__0_0.distcp"]
+    list(read_tensors(checkpoints / "step_0000250"))
+    load(folder, blank(example_tensors()))
+    assert len(hashed) == 6, "another checkpoint, and what a run resumes from, are compared"
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("settled", [True, False])
+def test_what_was_opened_and_is_damaged_then_is_refused(checkpoints, monkeypatch, name, settled):
+    """Of the same size and time, too; and at once after it was written, when no time tells."""
+    folder = checkpoints / "step_0000500"
+    if settled:
+        settle(monkeypatch)
+    else:  # a clock that does not move on
+        now = time.time_ns()
+        monkeypatch.setattr("engine.checkpoint.manifest._trace", lambda _: (now,))
+    file, times = folder / name, (folder / name).stat()
+    list(read_tensors(folder))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(Damaged, match=r"checksum|cannot be read"):
+            read_tensors(folder)
+
+
+def test_what_was_damaged_and_is_mended_is_read(checkpoints, monkeypatch):
+    folder = checkpoints / "step_0000500"
+    settle(monkeypatch)
+    content = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(content[:-1] + b"?")
+    with pytest.raises(Damaged, match=r"\.metadata does not match its checksum"):
+        read_tensors(folder)
+    (folder / ".metadata").write_bytes(content)
+    assert dict(read_tensors(folder)).keys() == example_tensors().keys()

@@ -10,7 +10,7 @@ import torch
 from engine.checkpoint import dcp
 from engine.checkpoint.background import Saver
 from engine.checkpoint.load import load
-from engine.checkpoint.plan import Chunks, share_out
+from engine.checkpoint.plan import SMALL, Chunks, share_out
 from engine.checkpoint.save import SaveFailed
 from tests.checkpoint.examples import SHA, blank, example_state, example_tensors, same
 
@@ -61,12 +61,41 @@ def test_each_shard_is_written_once_by_one_that_has_it(replicas, shards):
 
 def test_copies_are_shared_out_by_their_bytes():
     """Ten tensors on ten ranks: one has all to itself, and writes none of the others."""
-    tensors = {f"t{k}": torch.zeros(8) for k in range(10)} | {"u": torch.zeros(64)}
-    copies = [[k, 0, 8] for k in range(10)]
-    found = [np.array([*copies, [10, 0, 64]]), *[np.array(copies)] * 10]
+    tensors = {f"t{k}": torch.zeros(SMALL, device="meta") for k in range(10)}
+    tensors["u"] = torch.zeros(8 * SMALL, device="meta")
+    copies = [[k, 0, SMALL] for k in range(10)]
+    found = [np.array([*copies, [10, 0, 8 * SMALL]]), *[np.array(copies)] * 10]
     turns, _ = share_out(found, tensors)
     assert [len(numbers) for numbers in turns] == [1] * 11
     assert turns[0].tolist() == [10]
+
+
+def test_a_rank_opens_few_files_to_resume():
+    """As of a ViT-L's: matrices that are spread, many counts that all ranks have, and one matrix that they have too.
+    Spread out over all files, the counts would have every rank open each."""
+    ranks, counts = 256, 360
+    tensors = {f"count{k:03}": torch.zeros((), device="meta") for k in range(counts)}
+    tensors |= {name: torch.zeros(ranks, SMALL, device="meta") for name in ("matrix0", "matrix1", "whole")}
+    first = sorted(tensors).index("matrix0")
+    copies = [*([k, 0, 0, 0, 0] for k in range(counts)), [first + 2, 0, 0, ranks, SMALL]]
+    found = [np.array([*copies, *([first + k, rank, 0, 1, SMALL] for k in (0, 1))]) for rank in range(ranks)]
+    _, chunks = share_out(found, tensors)
+    writer = {tuple(row): rank for row, rank in zip(chunks.row_CE.tolist(), chunks.writer_C.tolist(), strict=True)}
+    opened = [{writer[tuple(row)] for row in rows.tolist()} for rows in found]
+    assert max(map(len, opened)) <= 3, "its own, and those with the counts and with the matrix"
+    assert {rank in files for rank, files in enumerate(opened)} == {True}
+
+
+def test_copies_that_all_ranks_have_lie_evenly_all_the_same():
+    """As of a ViT-L's with parallel.shard=replicate: the rank with what is small gets less of what is large."""
+    ranks, blocks = 16, 96
+    tensors = {f"matrix{k:02}": torch.zeros(1024, 1024, device="meta") for k in range(blocks)}
+    tensors |= {f"vector{k:03}": torch.zeros(1024, device="meta") for k in range(8 * blocks)}
+    shapes = [(1024, 1024)] * blocks + [(1024, 0)] * 8 * blocks
+    found = [np.array([[k, 0, 0, *shape] for k, shape in enumerate(shapes)])] * ranks
+    turns, _ = share_out(found, tensors)
+    megabytes = [sum(4 if number < blocks else 2**-8 for number in numbers) for numbers in turns]
+    assert max(megabytes) - min(megabytes) <= 4, "no more than a matrix"
 
 
 def test_what_ranks_have_must_make_up_the_tensors():

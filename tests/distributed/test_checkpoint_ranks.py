@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from engine.checkpoint.background import Saver
 from engine.checkpoint.load import load, newest_valid, read_tensors
 from engine.checkpoint.manifest import read_manifest
+from engine.checkpoint.plan import SMALL
 from engine.checkpoint.retain import clean, retain
 from engine.checkpoint.save import SaveFailed, save
 from engine.checkpoint.state import RunState
@@ -52,6 +53,7 @@ def make_tensors(replicas: int) -> dict[str, torch.Tensor]:
         "bf16": distribute_tensor(torch.zeros(7, 3, dtype=torch.bfloat16), mesh["shard"], [Shard(1)]),
         "float64": distribute_tensor(torch.zeros(6, dtype=torch.float64), mesh["shard"], [Replicate()]),
         "int64": torch.tensor(0),
+        **{f"large{number}": torch.zeros(SMALL // 4) for number in range(4)},  # shared out: every rank writes something
         "nothing": distribute_tensor(torch.zeros(0, 4), mesh["shard"], [Shard(0)]),
     }
     with torch.no_grad():

@@ -87,6 +87,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     result = {
         "query": query.feature_ND,
         "bank": whole.feature_ND,
+        "some": list(gather_rows(bank, None, [0, world // 2])),
         "predictions": predictions,
         "other_tiles": classify(bank, query.feature_ND, **options, tile=3, chunk=5),
         "one_holder": classify(Features(*(rows[held] for rows in whole)), query.feature_ND, **options),
@@ -121,6 +122,15 @@ def test_features_and_predictions_are_the_same_bits_on_any_ranks(results):
         for way in ("predictions", "other_tiles", "one_holder"):
             assert result[way].keys() == one["predictions"].keys()
             assert all(torch.equal(result[way][k], one["predictions"][k]) for k in one["predictions"])
+
+
+def test_rows_are_gathered_on_some_ranks_alone(results):
+    wanted, none = results[1][0]["some"], [rows[:0] for rows in results[1][0]["some"]]
+    assert torch.equal(wanted[0], results[1][0]["bank"])
+    for world in WORLDS:
+        for rank, result in enumerate(results[world]):
+            held = wanted if rank in (0, world // 2) else none
+            assert all(torch.equal(*pair) for pair in zip(result["some"], held, strict=True))
 
 
 def test_accuracy_is_the_same_on_all_ranks_and_tells_something(results):

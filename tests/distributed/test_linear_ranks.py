@@ -9,7 +9,7 @@ import pytest
 
 from engine import evaluate
 from tests.data.images import thinned
-from tests.distributed.launch import ROOT, on_ranks, torchrun
+from tests.distributed.launch import ROOT, on_ranks, results, torchrun
 
 CHECKPOINT = ROOT / "tests/golden/I_vit_small_shape.pth.tar"
 VAL = ROOT / "recipes/data/fashion_mnist/val.tar"
@@ -81,6 +81,15 @@ def test_measurements_have_the_same_digits_on_any_ranks(worlds, name, options):
     found = [output(ranks, name, CHECKPOINT, *options, "--workers", 0) for ranks in worlds]
     assert len(set(found)) == 1
     assert json.loads(found[0].splitlines()[-1])
+
+
+def test_ranks_that_train_no_classifier_keep_no_rows_of_others():
+    """Six ranks, of which four train one group of candidates each: the features of a large set would fill a node."""
+    alone, six = (results(ranks, "tests.distributed.fast_linear")[0] for ranks in (1, 6))
+    assert six["scores"] == alone["scores"] * 6
+    assert len({top1 for _, top1, _ in alone["scores"][0]}) > 3
+    assert max(six["largest"][4:]) < 0.25, "their own rows, filled up"
+    assert max(alone["largest"] + six["largest"]) < 1.1, "no copy of all rows in float64"
 
 
 @pytest.mark.slow
