@@ -43,7 +43,7 @@ def test_a_root_is_expanded_where_the_shell_does_not(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (root,) = image_roots(parsed("--data", "[~/a, $HOME/b]"), "--data")
     assert root.paths == (tmp_path / "a", tmp_path / "b")
-    with pytest.raises(UserError, match=r"^--data \(\$NOPE/a\) must name what exists; set \$NOPE"):
+    with pytest.raises(UserError, match=r"^--data \(\$NOPE/a\) must name variables that are set; set \$NOPE"):
         image_roots(parsed("--data=$NOPE/a"), "--data")
 
 

@@ -52,7 +52,9 @@ def test_a_torchvision_recipe_keeps_its_source_and_other_roots_are_looked_at(tmp
 
 def test_a_path_that_cannot_be_is_told_before_pytorch_is_loaded(capsys):
     for main in (partial(request, Linear, VIT, {}), lambda overrides: run.main(["quickstart", *overrides])):
-        with pytest.raises(UserError, match=r"^run.dir \(~nobody-here/a\) must name what exists; there is no user"):
+        with pytest.raises(
+            UserError, match=r"^run.dir \(~nobody-here/a\) must name a user that exists, unlike nobody-here"
+        ):
             main(["run.dir=~nobody-here/a"])
     assert "PyTorch" not in capsys.readouterr().err
 

@@ -158,6 +158,7 @@ def verify(path: Path, manifest: Manifest, names: Iterable[str] | None = None) -
 
 def verify_once(path: Path, manifest: Manifest) -> None:
     """`verify` all files, unless this process has done so and none of them was touched since."""
+    looked = time.time()
     try:
         traces = [_trace(path / name) for name in manifest.files]
     except OSError as error:
@@ -166,7 +167,7 @@ def verify_once(path: Path, manifest: Manifest) -> None:
     if _compared.get(key) == found:
         return
     verify(path, manifest)
-    if max(changed for *_, changed in traces) < (time.time() - SETTLED) * 1e9:
+    if max(changed for *_, changed in traces) < (looked - SETTLED) * 1e9:
         _compared[key] = found
 
 

@@ -16,7 +16,7 @@ from engine.logger import warn
 
 QUESTIONS = "engine/questions"  # of ranks that want to know the name
 LOOK_SECONDS = 0.05
-# By which NCCL's watchdogs tell each other of a failure, below no name: those of a new start would end for an old one.
+# NCCL's watchdogs announce a failure under these keys, which have no prefix: left by a former start, they end a new one.
 FAREWELLS = "exception_dump", "remote_error"
 SAY_SECONDS = 60.0  # between two lines about ranks that have not come
 
@@ -54,6 +54,7 @@ def _said(name: str) -> str:
 def of_this_start(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
     """The store below a name that all living ranks know. Raises RunFailed as `meet`."""
     name = _ask(store, rank, timeout) if rank else _answer(store, size, timeout)
+    _wait_for_all(store, name, timeout)
     return dist.PrefixStore(f"engine/{name}", store)
 
 
@@ -69,6 +70,13 @@ def _ask(store: dist.Store, rank: int, timeout: timedelta) -> str:
     return name
 
 
+def _wait_for_all(store: dist.Store, name: str, timeout: timedelta) -> None:
+    try:
+        store.wait([f"engine/{name}/met"], timeout)
+    except dist.DistStoreError as error:
+        raise RunFailed(f"not all ranks came within {timeout}; the same command starts again") from error
+
+
 def _answer(store: dist.Store, size: int, timeout: timedelta) -> str:
     """Answer whoever asks until every rank has heard: the question of a dead rank gets an answer that nobody reads."""
     name, answered, missing = secrets.token_hex(8), set(), set(range(1, size))
@@ -82,6 +90,7 @@ def _answer(store: dist.Store, size: int, timeout: timedelta) -> str:
         if not missing:  # so nobody of an earlier start lives
             for farewell in FAREWELLS:
                 store.delete_key(farewell)
+            store.set(f"engine/{name}/met", "")
             return name
         late = f"ranks {listed([str(rank) for rank in sorted(missing)])}"
         waited = time.monotonic() - begun

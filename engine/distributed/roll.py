@@ -10,12 +10,12 @@ from engine.distributed.world import LOST, ROLL_TIMEOUT, UNHURRIED, World
 from engine.errors import one_line
 from engine.torch_internals import all_groups, set_group_timeout
 
-AFTERWARDS = timedelta(minutes=2)  # NCCL's watchdog ends a process, and what is not said by then never is
+AFTERWARDS = timedelta(minutes=2)  # in which ranks say what happened: NCCL's watchdog ends them in many lines
 
 
 def wait_at_most(world: World, timeout: timedelta) -> None:
-    """From now on an operation that waits for other ranks fails after this time, on all groups but UNHURRIED ones; one
-    of GPUs AFTERWARDS, by when a rank has waited in vain for its own GPU and said so (engine.runs.on_host)."""
+    """From now on an operation that waits for other ranks fails after this time, on all groups but UNHURRIED ones; on
+    groups of GPUs AFTERWARDS later, so that a rank has given up on its own GPU by then, and said so."""
     if world.size > 1:
         for group in all_groups():
             if group.group_desc != UNHURRIED:

@@ -19,7 +19,6 @@ from engine.distributed.agreement import agreement, all_gather
 from engine.distributed.launcher import allow_open_files, end_with_launcher, is_launched, local_rank, local_ranks
 from engine.distributed.rendezvous import meet
 from engine.errors import RunFailed, UserError, one_line
-from engine.torch_internals import set_group_timeout
 
 T = TypeVar("T")
 
@@ -107,8 +106,8 @@ def _joined() -> Iterator[World]:
     try:
         host_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         save_group = dist.new_group(backend="gloo", timeout=TIMEOUT, group_desc=UNHURRIED)
-        roll_group = dist.new_group(backend="gloo", timeout=TIMEOUT, group_desc=UNHURRIED)
-        set_group_timeout(roll_group, ROLL_TIMEOUT)  # now that all have met
+        dist.barrier(host_group)  # now all are there, and can meet in less time
+        roll_group = dist.new_group(backend="gloo", timeout=ROLL_TIMEOUT, group_desc=UNHURRIED)
         yield World(rank, size, device, dist.group.WORLD, host_group, save_group, roll_group)
     except BaseException:
         # NCCL's farewell waits for kernels whose peers may never come: after a failure the process just ends.

@@ -27,13 +27,17 @@ def feature_gram(z_BD: torch.Tensor, group: dist.ProcessGroup | None) -> torch.T
 
 
 def rankme_from_gram(gram_DD: torch.Tensor) -> torch.Tensor:
-    """RankMe of the features whose Gram matrix Z^T Z is gram_DD (float64), 0-d; NaN where it is not finite.
+    """RankMe of the features whose Gram matrix Z^T Z is gram_DD (float64), 0-d; NaN where it is not finite, or where
+    its eigenvalues are not found.
 
     With fewer rows than columns the D - N directions that cannot be used count too, each with the paper's eps, which
     raises the result by less than 2e-6 of itself per direction.
     """
     finite = gram_DD.isfinite().all()
     # Eigenvalues of what is not finite would raise.
-    singular_D = torch.linalg.eigvalsh(gram_DD.where(finite, 0)).clamp_min(0).sqrt()
+    try:
+        singular_D = torch.linalg.eigvalsh(gram_DD.where(finite, 0)).clamp_min(0).sqrt()
+    except torch.linalg.LinAlgError:  # a measure ends no run
+        return gram_DD.new_full((), torch.nan)
     share_D = singular_D / singular_D.sum().clamp_min(torch.finfo(torch.float64).tiny) + _EPS
     return torch.exp(-(share_D * share_D.log()).sum()).where(finite, torch.nan)

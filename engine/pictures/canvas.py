@@ -75,17 +75,17 @@ def check_out(out: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
     if not out.parent.is_dir():
         raise UserError(f"OUT ({out}) must lie in a folder that exists; make {out.parent}")
     try:
-        with draft(out) as place:
+        with draft(out.resolve()) as place:
             place.touch()
     except OSError as error:
-        do = f"must lie in a folder that can be written: {reason(error)}; name another"
-        raise UserError(f"OUT ({out}) {do}") from error
+        must = f"must lie in a folder that can be written: {reason(error)}"
+        raise UserError(f"OUT ({out}) {must}; name another") from error
 
 
 def write(out: Path, content: bytes) -> None:
     """Raises RunFailed where the file cannot be written; one that is there stays as it was."""
     try:
-        replace_file(out, content)
+        replace_file(out.resolve(), content)
     except OSError as error:
         kept = "what was there is kept" if out.exists() else "nothing was left of it"
         raise RunFailed(f"OUT ({out}) could not be written: {reason(error)}; {kept}") from error

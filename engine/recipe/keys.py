@@ -120,7 +120,7 @@ def _convert(kind: Any, raw: Any) -> Any:
     """`raw` as a field of type `kind` holds it; TypeError if it is something else, OverflowError, with the limit, if it
     is too large. No text is taken for a number."""
     if kind in _BITS and type(raw) is int and raw.bit_length() > _BITS[kind]:
-        raise OverflowError(f"{'below ' if raw > 0 else 'above -'}2**{_BITS[kind]}")
+        raise OverflowError(f"below 2**{_BITS[kind]}") if raw > 0 else TypeError
     if _is_union(kind):
         return _convert_to_one(get_args(kind), raw)
     if get_origin(kind) is tuple and isinstance(raw, list) and raw:

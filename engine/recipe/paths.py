@@ -75,12 +75,12 @@ def expand(path: str, key: str = "path") -> Path:
         return Path(path)
     if os.path.lexists(path):
         return Path(path)
-    must = f"{key} ({one_line(path)}) must name what exists"
+    must = f"{key} ({one_line(path)}) must name"
     if (user := found.partition("/")[0]).startswith("~"):
-        why = f"there is no user {user[1:]}:" if user[1:] else "set HOME, or"
-        raise UserError(f"{must}; {why} write the path out")
+        whom = f"a user that exists, unlike {user[1:]};" if user[1:] else "a home that is known; set HOME, or"
+        raise UserError(f"{must} {whom} write the path out")
     if (unknown := _first_variable(found)) is not None:
-        raise UserError(f"{must}; set {unknown}, or write the path out")
+        raise UserError(f"{must} variables that are set; set {unknown}, or write the path out")
     return Path(found)
 
 

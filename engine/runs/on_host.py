@@ -13,7 +13,7 @@ LOOK_SECONDS = 0.0005  # between two looks at the device: signals are heard, and
 class HostCopy:
     """Numbers on their way to the host.
 
-    within: how long they may take. A device that waits for a lost rank has them never.
+    within: how long they may take. A device that waits for a lost rank never delivers them.
     """
 
     def __init__(self, numbers: Tensor, within: timedelta):
@@ -24,7 +24,7 @@ class HostCopy:
             self.arrival.record()
 
     def numbers(self) -> list[float]:
-        """They, once they are there. Raises RuntimeError, in gloo's words, where they do not come in time."""
+        """The numbers, once they have arrived. Raises RuntimeError, in gloo's words, where they do not come in time."""
         begun = time.monotonic()
         while self.arrival is not None and not self.arrival.query():
             if time.monotonic() - begun > self.within.total_seconds():
@@ -38,6 +38,6 @@ def on_host(numbers: Mapping[str, Tensor | float], within: timedelta) -> dict[st
     tensors = {name: number for name, number in numbers.items() if isinstance(number, Tensor)}
     values = HostCopy(torch.stack([tensor.double() for tensor in tensors.values()]), within).numbers()
     pairs = zip(tensors.items(), values, strict=True)
-    plain = {name: number for name, number in numbers.items() if not isinstance(number, Tensor)}
-    fetched = {name: value if tensor.is_floating_point() else int(value) for (name, tensor), value in pairs}
-    return {name: (plain | fetched)[name] for name in numbers}
+    found = {name: number for name, number in numbers.items() if not isinstance(number, Tensor)}
+    found |= {name: value if tensor.is_floating_point() else int(value) for (name, tensor), value in pairs}
+    return {name: found[name] for name in numbers}

@@ -175,7 +175,6 @@ class Pretraining(Task):
         self.micro_batch = recipe.train.micro_batch_size or self.local_batch
         self.schedule = make_schedule(recipe, self.order.steps_per_epoch)
         self.watched = watched
-        self.beside = ThreadPoolExecutor(1)  # for the host alone, while the device trains
         self.most_rankme = min(moco.width, moco.views * self.order.batch)
         self.bank = open_bank(recipe, watched) if has_monitor(watched) else None
 
@@ -265,7 +264,10 @@ class Pretraining(Task):
         copy_DD = gram_DD.to("cpu", non_blocking=True)  # is there before the row is
         row = super().describe(output, within)
         # Eigenvalues take longer than a step of many GPUs, which would wait for them.
-        return row | {"rankme": self.beside.submit(lambda: rankme_from_gram(copy_DD).item())}
+        beside = ThreadPoolExecutor(1)
+        rankme = beside.submit(lambda: rankme_from_gram(copy_DD).item())
+        beside.shutdown(wait=False)
+        return row | {"rankme": rankme}
 
     @property
     def evaluate_every(self) -> int:

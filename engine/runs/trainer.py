@@ -67,7 +67,8 @@ class Trainer:
             what = "first step"  # in which compiled blocks are compiled
             for batch in self._timed("data", self._batches()):
                 self.task.bad_images.meet(batch.bad)
-                within = self.patience  # of this step's messages
+                # Of this step's messages. Alone, nobody can be lost.
+                within = self.patience if self.world.size > 1 else timedelta.max
                 with self._time(what):
                     output = self.task.train_step(batch)
                     self.stop.at_once = False
@@ -128,7 +129,7 @@ class Trainer:
             self.log.picture("views", self.task.picture(batch), step)
 
     def _write_row(self, *, must: bool) -> None:
-        """Where it is whole, or must be."""
+        """Write the row that waits, if all of it is there. must: wait for the rest."""
         if self.unwritten is None:
             return
         step, row = self.unwritten

@@ -220,6 +220,24 @@ def test_weights_that_are_opened_several_times_are_compared_once(checkpoints, mo
     assert len(hashed) == 6, "another checkpoint, and what a run resumes from, are compared"
 
 
+def test_a_file_does_not_settle_while_it_is_compared(checkpoints, monkeypatch):
+    """Hashing takes longer than that where a checkpoint is large."""
+    hashed, now, looked = [], time.time, time.time()
+
+    def slow(path: Path):
+        hashed.append(path.name)
+        monkeypatch.setattr(time, "time", lambda: now() + 100)
+        return checksum(path)
+
+    monkeypatch.setattr("engine.checkpoint.manifest.checksum", slow)
+    for file in (checkpoints / "step_0000500").iterdir():
+        os.utime(file, (looked, looked))
+    for _ in range(2):
+        monkeypatch.setattr(time, "time", now)
+        list(read_tensors(checkpoints / "step_0000500"))
+    assert len(hashed) == 4
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("settled", [True, False])
 def test_what_was_opened_and_is_damaged_then_is_refused(checkpoints, monkeypatch, name, settled):

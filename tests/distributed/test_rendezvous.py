@@ -43,8 +43,12 @@ def test_no_farewell_of_an_earlier_start_reaches_a_new_one():
     assert meet(store, 2) == [b"0", b"1"]
     for farewell in farewells:
         store.set(farewell, "1")
-    assert meet(store, 2) == [b"0", b"1"]
-    assert not any(store.check([farewell]) for farewell in farewells)
+    with ThreadPoolExecutor(2) as pool:
+        early = [pool.submit(of_this_start, store, rank, 3, LONG) for rank in (0, 1)]
+        time.sleep(0.5)
+        assert not any(rank.done() for rank in early), "a rank is missing, which may still be of an earlier start"
+        of_this_start(store, 2, 3, LONG)
+        assert not any(store.check([farewell]) for farewell in farewells)
 
 
 def test_who_is_waited_for_is_said(monkeypatch, capsys):
@@ -116,17 +120,15 @@ def test_where_all_ranks_answer_torchs_own_words_are_kept(monkeypatch):
     assert "run with NCCL_DEBUG=INFO" in lost_ranks(SimpleNamespace(size=2, **groups), error, LONG)
 
 
-def test_ranks_may_meet_for_the_roll_as_late_as_for_all_else(monkeypatch):
-    """Nodes start one after another. Who is lost is then found out in less time."""
-    made, later, new_group = {}, {}, dist.new_group
+def test_ranks_make_the_group_of_short_patience_once_all_are_there(monkeypatch):
+    """Nodes start one after another; and who waits for rank 0 in a roll waits as long as its group was made with."""
+    done, new_group, barrier = [], dist.new_group, dist.barrier
 
     def noted(*, timeout, **how):
-        group = new_group(timeout=timeout, **how)
-        made[group] = timeout
-        return group
+        done.append(timeout)
+        return new_group(timeout=timeout, **how)
 
     monkeypatch.setattr(dist, "new_group", noted)
-    monkeypatch.setattr(world, "set_group_timeout", lambda group, timeout: later.update({group: timeout}))
-    with process_group() as own:
-        assert made == dict.fromkeys((own.host_group, own.save_group, own.roll_group), world.TIMEOUT)
-        assert later == {own.roll_group: world.ROLL_TIMEOUT}
+    monkeypatch.setattr(dist, "barrier", lambda group: done.append("all are there") or barrier(group))
+    with process_group():
+        assert done == [world.TIMEOUT, world.TIMEOUT, "all are there", world.ROLL_TIMEOUT]

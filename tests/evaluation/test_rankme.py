@@ -64,3 +64,11 @@ def test_collapsed_features_have_one_direction_and_broken_ones_none(measure):
     assert measure(torch.zeros(40, 8)) == pytest.approx(1, rel=1e-4)
     assert math.isnan(measure(torch.full((40, 8), float("nan"))))
     assert math.isnan(measure(torch.full((40, 8), float("inf"))))
+
+
+def test_eigenvalues_that_are_not_found_end_no_run(monkeypatch):
+    def fails(*_):
+        raise torch.linalg.LinAlgError("the algorithm did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
+    assert math.isnan(from_gram(torch.ones(3, 2)))

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from engine.errors import RunFailed, UserError
+from engine.pictures.canvas import write
 from tests.pictures.drawn import QUICKSTART, VIT, show
 
 
@@ -59,6 +60,13 @@ def test_a_full_disk_leaves_the_picture_that_is_there(images, tmp_path, monkeypa
         show("attention", VIT, images / "odd ones" / "1.png", out)
     assert out.read_bytes() == b"old"
     assert not tmp_path.joinpath("out.png.tmp-0").is_symlink()
+
+
+def test_what_a_link_names_is_written(tmp_path):
+    (tmp_path / "link.png").symlink_to(tmp_path / "out.png")
+    write(tmp_path / "link.png", b"new")
+    assert (tmp_path / "out.png").read_bytes() == b"new"
+    assert (tmp_path / "link.png").is_symlink()
 
 
 @pytest.mark.parametrize("kind", ["attention", "neighbours", "embedding"])
