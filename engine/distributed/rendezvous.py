@@ -16,7 +16,7 @@ from engine.logger import warn
 
 QUESTIONS = "engine/questions"  # of ranks that want to know the name
 LOOK_SECONDS = 0.05
-# NCCL's watchdogs announce a failure under these keys, which have no prefix: left by a former start, they end a new one.
+# NCCL's watchdogs announce a failure under these keys, which have no prefix: left by one start, they end the next.
 FAREWELLS = "exception_dump", "remote_error"
 SAY_SECONDS = 60.0  # between two lines about ranks that have not come
 
